@@ -1,0 +1,337 @@
+"""Recipes: every file in recipes/ against the integers of the papers, every error path, precedence, immutability."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ttcompress.errors import PlanError
+from ttcompress.recipe import LayerRule, Recipe
+from ttcompress.tt.shapes import tensorize_shape
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+VGG_WEIGHTS = {"classifier.0": (4096, 25088), "classifier.3": (4096, 4096)}
+# Parameters of the replaced layers, from the ranks and modes of Novikov et al. 2015.
+NOVIKOV_ROWS = {
+    "tt4-fc-fc": [2016],
+    "tt2-fc-fc": [528],
+    "tt1-fc-fc": [144],
+    "tt4-tt4-fc": [2016, 1152],
+    "mr1-fc-fc": [29184],
+    "mr5-fc-fc": [5 * 29184],
+    "mr50-fc-fc": [50 * 29184],
+}
+FULL = """
+arch = "vgg16"
+ranks = [2, 3]
+conv-ranks = 8
+format = "auto"
+in-modes = [2, 3]
+out_modes = [3, 2]
+include = ["features.*"]
+exclude = ["re:^classifier"]
+data = "cifar10:data@test"
+mean = [0, 0.5]
+std = [1, 0.25]
+dtype = "float16"
+device = "cpu"
+batch-size = 32
+workers = 0
+seed = 7
+[[layers]]
+match = "classifier.0"
+format = "matrix"
+in-modes = [2, 2]
+out_modes = [3, 3]
+ranks = 4
+[[layers]]
+match = "classifier.3"
+"""
+
+
+def read(tmp_path: Path, text: str) -> Recipe:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text, encoding="utf-8")
+    return Recipe.from_toml(path)
+
+
+def problems(tmp_path: Path, text: str) -> list[str]:
+    """The parts of the one-line message that a recipe is refused with."""
+    with pytest.raises(PlanError) as caught:
+        read(tmp_path, text)
+    where, _, rest = str(caught.value).partition("recipe.toml: ")
+    assert where == f"{tmp_path}/"
+    assert "\n" not in rest
+    return rest.split("; ")
+
+
+def rule_params(rule: LayerRule) -> int:
+    shape = VGG_WEIGHTS[rule.match]
+    modes = tensorize_shape(str(rule.format), shape, rule.out_modes or None, rule.in_modes or None)
+    assert (prod(modes.out_modes), prod(modes.in_modes)) == shape
+    assert rule.ranks is not None
+    return modes.num_params(modes.expand_ranks(rule.ranks))
+
+
+def test_the_folder_holds_one_recipe_a_row() -> None:
+    networks = [f"{net}-{row}" for net in ("vgg16", "vgg19") for row in NOVIKOV_ROWS]
+    networks += [f"{net}-{ratio}x" for net in ("resnet20", "resnet32") for ratio in (2, 3)]
+    assert sorted(path.stem for path in RECIPES.glob("*.toml")) == sorted(networks)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_loads_and_says_how_to_run_it(path: Path) -> None:
+    recipe = Recipe.from_toml(path)
+    head = path.read_text(encoding="utf-8").split("arch =")[0].splitlines()
+    assert recipe.arch == path.stem.split("-")[0]
+    assert 1 <= len(head) <= 2
+    assert all(line.startswith("# ") for line in head)
+    assert f"ttcompress compress {recipe.arch}." in "".join(head)
+    assert f"--recipe recipes/{path.name}" in "".join(head)
+
+
+@pytest.mark.parametrize("net", ["vgg16", "vgg19"])
+@pytest.mark.parametrize(("row", "counts"), NOVIKOV_ROWS.items())
+def test_vgg_rows_have_the_parameters_of_the_paper(net: str, row: str, counts: list[int]) -> None:
+    recipe = Recipe.from_toml(RECIPES / f"{net}-{row}.toml")
+    assert [rule_params(rule) for rule in recipe.layers] == counts
+    assert recipe.target == "ranks"
+
+
+def test_fc6_and_fc7_together_have_3168_parameters() -> None:
+    recipe = Recipe.from_toml(RECIPES / "vgg16-tt4-tt4-fc.toml")
+    assert sum(map(rule_params, recipe.layers)) == 3168
+
+
+@pytest.mark.parametrize("net", ["resnet20", "resnet32"])
+@pytest.mark.parametrize("ratio", [2, 3])
+def test_resnet_recipes_state_the_ratio_of_their_name(net: str, ratio: int) -> None:
+    recipe = Recipe.from_toml(RECIPES / f"{net}-{ratio}x.toml")
+    assert (recipe.target, recipe.ratio) == ("ratio", ratio)
+
+
+def test_all_options_are_read_with_hyphens_or_underscores(tmp_path: Path) -> None:
+    assert read(tmp_path, FULL) == Recipe(
+        arch="vgg16",
+        ranks=(2, 3),
+        conv_ranks=8,
+        format="auto",
+        in_modes=(2, 3),
+        out_modes=(3, 2),
+        include=("features.*",),
+        exclude=("re:^classifier",),
+        data="cifar10:data@test",
+        mean=(0.0, 0.5),
+        std=(1.0, 0.25),
+        dtype="float16",
+        device="cpu",
+        batch_size=32,
+        workers=0,
+        seed=7,
+        layers=(LayerRule("classifier.0", "matrix", (2, 2), (3, 3), 4), LayerRule("classifier.3")),
+    )
+
+
+def test_to_json_holds_what_is_stated_and_nothing_else(tmp_path: Path) -> None:
+    assert Recipe().to_json() == {}
+    recipe = read(tmp_path, "ratio = 4\nworkers = 0\ninclude = ['a']\n[[layers]]\nmatch = 'x'\nranks = [1, 2]")
+    assert json.loads(json.dumps(recipe.to_json())) == {
+        "ratio": 4.0,
+        "workers": 0,
+        "include": ["a"],
+        "layers": [{"match": "x", "ranks": [1, 2]}],
+    }
+    assert set(read(tmp_path, FULL).to_json()) == {field.name for field in fields(Recipe)} - {"eps", "ratio", "params"}
+
+
+def test_the_same_options_are_the_same_recipe_wherever_they_come_from(tmp_path: Path) -> None:
+    parsed = read(tmp_path, "ratio = 2\nranks = [4, 4]\nmean = [0]")
+    given = Recipe().override(ratio=2.0, ranks=[4, 4], mean=(0.0,))
+    assert parsed == given
+    assert hash(parsed) == hash(given)
+    assert json.dumps(parsed.to_json()) == json.dumps(given.to_json())
+
+
+def test_recipes_cannot_be_changed() -> None:
+    names = ["a"]
+    recipe = Recipe(include=names, layers=(LayerRule("x"),))  # type: ignore[arg-type]
+    names.append("b")
+    assert recipe.include == ("a",)
+    with pytest.raises(FrozenInstanceError):
+        recipe.seed = 1  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        recipe.layers[0].match = "y"  # type: ignore[misc]
+    assert recipe.override(seed=3) is not recipe
+    assert recipe.seed is None
+
+
+WRONG_VALUES: list[tuple[str, Any, str]] = [
+    ("ratio", 0.5, "--ratio must be above 1, not 0.5"),
+    ("ratio", 1, "--ratio must be above 1, not 1"),
+    ("ratio", float("inf"), "--ratio must be above 1, not inf"),
+    ("ratio", True, "--ratio must be above 1, not True"),
+    ("eps", 0.0, "--eps must be above 0 and below 1, not 0.0"),
+    ("eps", 1, "--eps must be above 0 and below 1, not 1"),
+    ("eps", float("nan"), "--eps must be above 0 and below 1, not nan"),
+    ("eps", "0.1", "--eps must be above 0 and below 1, not '0.1'"),
+    ("params", 0, "--params must be a whole number above 0, not 0"),
+    ("params", 1.5, "--params must be a whole number above 0, not 1.5"),
+    ("params", True, "--params must be a whole number above 0, not True"),
+    ("ranks", 0, "--ranks must be a whole number above 0 or a list of them, not 0"),
+    ("ranks", [4, True], "--ranks must be a whole number above 0 or a list of them, not [4, True]"),
+    ("ranks", [], "--ranks must be a whole number above 0 or a list of them, not []"),
+    ("conv_ranks", [3, 0], "--conv-ranks must be a whole number above 0 or a list of them, not [3, 0]"),
+    ("format", "tucker", "--format must be one of auto, matrix, chain, naive, lowrank, not 'tucker'"),
+    ("in_modes", [2, 0], "--in-modes must be a list of whole numbers above 0, not [2, 0]"),
+    ("out_modes", 4, "--out-modes must be a list of whole numbers above 0, not 4"),
+    ("dtype", "int8", "--dtype must be one of float16, bfloat16, float32, float64, not 'int8'"),
+    ("include", "a", "--include must be a list of patterns, not 'a'"),
+    ("exclude", ["a", 1], "--exclude must be a list of patterns, not ['a', 1]"),
+    ("arch", "", "--arch must be a text, not ''"),
+    ("data", 3, "--data must be a text, not 3"),
+    ("device", 0, "--device must be a text, not 0"),
+    ("mean", ["x"], "--mean must be a list of numbers, not ['x']"),
+    ("std", [1, 0], "--std must be a list of numbers above 0, not [1, 0]"),
+    ("batch_size", 0, "--batch-size must be a whole number above 0, not 0"),
+    ("workers", -1, "--workers must be a whole number, 0 or above, not -1"),
+    ("seed", -1, "--seed must be a whole number, 0 or above, not -1"),
+    ("seed", False, "--seed must be a whole number, 0 or above, not False"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), WRONG_VALUES)
+def test_values_out_of_range_are_refused_from_the_command_line_and_from_toml(
+    name: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(PlanError) as caught:
+        Recipe(**{name: value})
+    assert str(caught.value) == message
+    literal = repr(value).lower() if isinstance(value, bool | float) else repr(value).replace("True", "true")
+    assert problems(tmp_path, f"{name} = {literal}") == [message]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ranks = 1", "match must be a pattern, not ''"),
+        ("match = ''", "match must be a pattern, not ''"),
+        ("match = 3", "match must be a pattern, not 3"),
+        ("match = 'x'\nformat = 'cp'", "format must be one of auto, matrix, chain, naive, lowrank, not 'cp'"),
+        ("match = 'x'\nin_modes = 4", "in_modes must be a list of whole numbers above 0, not 4"),
+        ("match = 'x'\nout_modes = [4, 0]", "out_modes must be a list of whole numbers above 0, not [4, 0]"),
+        ("match = 'x'\nranks = true", "ranks must be a whole number above 0 or a list of them, not True"),
+        ("match = 'x'\nmodes = [2]", "unknown key 'modes', the nearest is 'in_modes'"),
+    ],
+)
+def test_errors_in_layer_tables_name_the_table(text: str, message: str, tmp_path: Path) -> None:
+    assert problems(tmp_path, f"[[layers]]\nmatch = 'ok'\n[[layers]]\n{text}") == [f"[[layers]] 2: {message}"]
+
+
+def test_every_problem_is_listed_sorted(tmp_path: Path) -> None:
+    text = "seed = -1\nrtio = 4\neps = 2\nbatch-size = 1\nbatch_size = 2\n[[layers]]\nranks = 0\nmach = 'x'"
+    found = problems(tmp_path, text)
+    assert found == sorted(found)
+    assert found == [
+        "'batch_size' is given twice",
+        "--eps must be above 0 and below 1, not 2",
+        "--seed must be a whole number, 0 or above, not -1",
+        "[[layers]] 1: match must be a pattern, not ''",
+        "[[layers]] 1: ranks must be a whole number above 0 or a list of them, not 0",
+        "[[layers]] 1: unknown key 'mach', the nearest is 'match'",
+        "unknown key 'rtio', the nearest is 'ratio'",
+    ]
+    with pytest.raises(PlanError, match=r"^--eps .*; --seed .*$"):
+        Recipe(seed=-1, eps=2)
+
+
+@pytest.mark.parametrize("text", ["layers = 3", "layers = [3]", "[layers]\nmatch = 'x'"])
+def test_layers_that_are_no_tables_are_refused(text: str, tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, text)
+    assert problem.startswith("layers must be tables that begin with [[layers]]")
+
+
+def test_files_that_cannot_be_read_are_one_line_errors(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"none\.toml: cannot read the recipe: No such file"):
+        Recipe.from_toml(tmp_path / "none.toml")
+    with pytest.raises(PlanError, match="cannot read the recipe: Is a directory"):
+        Recipe.from_toml(tmp_path)
+    assert problems(tmp_path, "ratio = ")[0].startswith("not a TOML file: ")
+    (tmp_path / "binary.toml").write_bytes(b"\x80\x04\x95")
+    with pytest.raises(PlanError, match=r"binary\.toml: not a TOML file"):
+        Recipe.from_toml(tmp_path / "binary.toml")
+
+
+@pytest.mark.parametrize(
+    ("stated", "target"),
+    [
+        ({"ranks": 4}, "ranks"),
+        ({"conv_ranks": 4}, "ranks"),
+        ({"ranks": 4, "conv_ranks": (2, 3)}, "ranks"),
+        ({"eps": 0.1}, "eps"),
+        ({"ratio": 4}, "ratio"),
+        ({"params": 100}, "params"),
+        ({"layers": (LayerRule("a", ranks=1), LayerRule("b", ranks=(2, 2)))}, "ranks"),
+        ({"ratio": 4, "layers": (LayerRule("a", ranks=1),)}, "ratio"),
+    ],
+)
+def test_one_target_is_what_the_run_aims_at(stated: dict[str, Any], target: str) -> None:
+    assert Recipe(**stated).target == target
+
+
+@pytest.mark.parametrize(
+    ("stated", "got"),
+    [
+        ({}, "none"),
+        ({"eps": 0.1, "ratio": 2}, "--eps and --ratio"),
+        ({"params": 9, "conv_ranks": 2, "ranks": 1}, "--ranks and --conv-ranks and --params"),
+        ({"layers": (LayerRule("a", ranks=1), LayerRule("b"))}, "none"),
+    ],
+)
+def test_no_target_or_several_are_refused(stated: dict[str, Any], got: str) -> None:
+    expected = f"state exactly one of --ranks/--conv-ranks, --eps, --ratio, --params, --plan: got {got}"
+    with pytest.raises(PlanError) as caught:
+        _ = Recipe(**stated).target
+    assert str(caught.value) == expected
+
+
+def test_the_command_line_beats_the_recipe_option_by_option() -> None:
+    recipe = Recipe(arch="vgg16", ratio=3, include=("a",), seed=5, workers=2, layers=(LayerRule("x"),))
+    nothing = recipe.override(arch=None, ratio=None, include=(), exclude=[], seed=None)
+    assert nothing == recipe
+    assert recipe.override(include=["b", "c"], seed=0, workers=0) == Recipe(
+        arch="vgg16", ratio=3, include=("b", "c"), seed=0, workers=0, layers=(LayerRule("x"),)
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "expected"),
+    [
+        ({"ratio": 3}, {"eps": 0.1}, {"eps": 0.1}),
+        ({"eps": 0.1}, {"params": 9}, {"params": 9}),
+        ({"ranks": 4, "conv_ranks": 8}, {"ratio": 2}, {"ratio": 2}),
+        ({"ranks": 4, "conv_ranks": 8}, {"ranks": 2}, {"ranks": 2, "conv_ranks": 8}),
+        ({"params": 9}, {"conv_ranks": (2, 3)}, {"conv_ranks": (2, 3)}),
+        ({"params": 9}, {"eps": 0.1, "ratio": 2}, {"eps": 0.1, "ratio": 2}),
+    ],
+)
+def test_a_target_on_the_command_line_displaces_the_others(
+    recipe: dict[str, Any], given: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    assert Recipe(**recipe, seed=1).override(**given) == Recipe(**expected, seed=1)
+
+
+def test_options_from_the_command_line_are_checked() -> None:
+    with pytest.raises(PlanError, match=r"^--ratio must be above 1, not 0\.5$"):
+        Recipe(arch="vgg16").override(ratio=0.5)
+
+
+def test_recipes_need_no_torch() -> None:
+    code = "import sys, ttcompress.recipe; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,5 @@
+"""`python -m ttcompress`."""
+
+from ttcompress.cli import main
+
+main()

@@ -1,0 +1,301 @@
+"""The command line: parse, call, translate errors, print. Results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ttcompress import __version__
+from ttcompress.errors import TTCompressError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from ttcompress.recipe import Recipe
+    from ttcompress.types import CompressionPlan, Json, Progress
+
+F = TypeVar("F", bound=Callable[..., Any])
+DEBUG = "TTCOMPRESS_DEBUG"
+
+
+class Numbers(click.ParamType[Any]):
+    """A number, or several with commas between."""
+
+    def __init__(self, kind: type[int] | type[float]) -> None:
+        self.kind = kind
+        self.name = "A,B,.."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """Parse `4,4,8`."""
+        try:
+            return tuple(self.kind(part) for part in value.split(",")) if isinstance(value, str) else value
+        except ValueError:
+            self.fail(f"{value!r} is not a list of {self.kind.__name__} numbers such as 4,4,8", param, ctx)
+
+
+class Ranks(Numbers):
+    """One rank for all cuts, or the inner TT-ranks of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__(int)
+        self.name = "R"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse `4` or `22,20,20`."""
+        numbers = super().convert(value, param, ctx)
+        return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def apply(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+PATH = click.Path(path_type=Path)
+
+network_options = _options(
+    click.option("--arch", metavar="REF", help="Architecture: NAME, torchvision:NAME or path/to/net.py:factory."),
+    click.option("--key", default="", metavar="NAME", help="Which state dict of a checkpoint that holds several."),
+    click.option("--device", metavar="D", help="auto (default), cpu, cuda or cuda:N."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables."),
+)
+data_options = _options(
+    click.option("--data", metavar="DATA", help="Labelled images for accuracy: KIND:PATH[@train|@test] or digits."),
+    click.option("--mean", type=Numbers(float), metavar="M", help="Mean of each channel, pixels in [0, 1]."),
+    click.option("--std", type=Numbers(float), metavar="S", help="Standard deviation of each channel."),
+    click.option("--batch-size", type=int, metavar="N", help="Images a batch (default 128)."),
+    click.option("--workers", type=int, metavar="N", help="Processes that read image folders (default 0)."),
+)
+plan_options = _options(
+    click.option("--ranks", type=Ranks(), help="TT-ranks of Linear layers: one number, or inner ranks A,B,.."),
+    click.option("--conv-ranks", type=Ranks(), help="TT-ranks of Conv2d layers, likewise."),
+    click.option("--eps", type=float, help="Largest relative error of each weight, fewest parameters for it."),
+    click.option("--ratio", type=float, help="Compression over all parameters, least error for it."),
+    click.option("--params", type=int, help="The same as a number of parameters."),
+    click.option("--plan", "plan_path", type=PATH, metavar="FILE", help="A plan written by `plan -o`, edited or not."),
+    click.option(
+        "--format",
+        type=click.Choice(["auto", "matrix", "chain", "naive", "lowrank"]),
+        help="auto (default) compares all; with ranks by hand it is matrix for Linear, chain for Conv2d.",
+    ),
+    click.option("--in-modes", type=Numbers(int), help="Input factors of the one selected layer (format matrix)."),
+    click.option("--out-modes", type=Numbers(int), help="Output factors of the one selected layer."),
+    click.option("--include", multiple=True, metavar="P", help="Layers to compress: glob on the name, or re:REGEX."),
+    click.option("--exclude", multiple=True, metavar="P", help="Layers to leave dense."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float16", "bfloat16", "float32", "float64"]),
+        help="Storage type of the cores (default: that of the weight).",
+    ),
+    click.option("--seed", type=int, help="Seed, recorded in the file (default 0)."),
+    click.option("--recipe", "recipe_path", type=PATH, metavar="FILE", help="TOML file of options; these here win."),
+)
+output_options = _options(
+    click.option("-o", "--output", type=PATH, metavar="OUT", help="Where to write."),
+    click.option("--force", is_flag=True, help="Replace an existing output."),
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="ttcompress", message="%(prog)s %(version)s")
+def commands() -> None:
+    """Compress pretrained PyTorch networks by Tensor-Train decomposition, after training."""
+
+
+@commands.command()
+@click.argument("checkpoint", type=PATH)
+@plan_options
+@data_options
+@network_options
+@output_options
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+def compress(checkpoint: Path, output: Path | None, force: bool, dry_run: bool, **options: Any) -> None:
+    """Compress CHECKPOINT into STEM-tt.safetensors, with a report of what was gained and lost."""
+    if dry_run:
+        _plan(checkpoint, None, force, **options)
+        return
+    from ttcompress import pipeline, report
+
+    recipe, plan = _recipe_and_plan(options)
+    target = output or Path(f"{checkpoint.stem}-tt.safetensors")
+    with _progress() as progress:
+        done = pipeline.compress_file(
+            checkpoint, target, recipe, plan, key=options["key"], force=force, progress=progress
+        )
+    _show(report.with_file(done, target), options["as_json"])
+
+
+@commands.command("plan")
+@click.argument("checkpoint", type=PATH, required=False)
+@plan_options
+@data_options
+@network_options
+@output_options
+def plan_command(checkpoint: Path | None, output: Path | None, force: bool, **options: Any) -> None:
+    """Show what compress would do; -o writes it as an editable plan.
+
+    CHECKPOINT may be left out when --arch is given with ranks by hand.
+    """
+    _plan(checkpoint, output, force, **options)
+
+
+def _plan(checkpoint: Path | None, output: Path | None, force: bool, **options: Any) -> None:
+    from ttcompress import pipeline, report
+    from ttcompress.checkpoint import check_output
+    from ttcompress.plan import write_plan
+
+    recipe, plan = _recipe_and_plan(options)
+    if output:
+        check_output(output, force)
+    with _progress() as progress:
+        planned = pipeline.plan_file(checkpoint, recipe, plan, key=options["key"], progress=progress)
+    if output:
+        write_plan(output, planned.plan)
+    _show(report.with_file(planned, None), options["as_json"])
+
+
+@commands.command()
+@click.argument("model", type=PATH)
+@data_options
+@network_options
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images.")
+def evaluate(model: Path, limit: int | None, key: str, as_json: bool, **options: Any) -> None:
+    """Accuracy of MODEL, a dense checkpoint or a compressed file, on --data."""
+    from ttcompress import pipeline
+    from ttcompress.recipe import Recipe
+
+    recipe = Recipe().override(**options)
+    with _progress() as progress:
+        accuracy, data = pipeline.evaluate_file(model, recipe, key=key, limit=limit, progress=progress)
+    if as_json:
+        result = {"accuracy": accuracy.top1, "top5": accuracy.top5, "n": accuracy.n, "interval": accuracy.interval}
+        _print_json({**result, "data": data})
+        return
+    low, high = accuracy.interval
+    click.echo(f"{accuracy.top1:.2f} % top-1  (95 % interval {low:.2f} to {high:.2f}, n = {accuracy.n:,}, {data})")
+    click.echo(f"{accuracy.top5:.2f} % top-5")
+
+
+@commands.command("report")
+@click.argument("files", type=PATH, nargs=-1, required=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, a list for several files.")
+def report_command(files: tuple[Path, ...], as_json: bool) -> None:
+    """Show what compressed FILES hold, several side by side."""
+    from ttcompress import report
+
+    reports = [report.read_report(file) for file in files]
+    if as_json:
+        _print_json(reports if len(reports) > 1 else reports[0])
+    else:
+        _print(report.render_side_by_side(reports) if len(reports) > 1 else report.render(reports[0]))
+
+
+@commands.command()
+@click.argument("file", type=PATH)
+@click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="dense.pt, .pth or .safetensors")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+def expand(file: Path, output: Path, force: bool) -> None:
+    """Turn compressed FILE back into an ordinary dense checkpoint."""
+    from ttcompress import pipeline
+
+    done = pipeline.expand_file(file, output, force)
+    click.echo(f"{output}: {len(done.plan.layers)} weights rebuilt, {done.plan.params_before:,} parameters")
+
+
+@commands.command()
+def demo() -> None:
+    """Train a small network on scikit-learn's digits, then run the real commands on it. No download."""
+    from ttcompress.demo import run_demo
+
+    run_demo(click.echo, lambda arguments: commands.main(arguments, "ttcompress", standalone_mode=False))
+
+
+def _recipe_and_plan(options: dict[str, Any]) -> tuple[Recipe, CompressionPlan | None]:
+    """The recipe with the command line over it, and the plan where one is given."""
+    from ttcompress.recipe import Recipe
+
+    path, plan_path = options["recipe_path"], options["plan_path"]
+    given = {name: value for name, value in options.items() if name in Recipe.__dataclass_fields__}
+    recipe = (Recipe.from_toml(path) if path else Recipe()).override(**given)
+    if not plan_path:
+        return recipe, None
+    from ttcompress.plan import read_plan
+
+    return recipe, read_plan(plan_path)
+
+
+def _show(data: Json, as_json: bool) -> None:
+    from ttcompress import report
+
+    if as_json:
+        _print_json(data)
+    else:
+        _print(report.render(data))
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _print(renderable: RenderableType) -> None:
+    """On a terminal in its width; elsewhere wide enough that nothing is cut."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=200)
+    console.print(renderable)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress | None]:
+    """A progress bar on stderr, on a terminal only."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("reading", total=None)
+        yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total or None)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 internal error, 2 usage or bad input, 130 interrupted."""
+    try:
+        commands.main(arguments, "ttcompress", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
+    except (click.ClickException, TTCompressError) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        _fail(" ".join(message.split()), 2)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted; nothing was written", 130)
+    except Exception as error:
+        if os.environ.get(DEBUG) == "1":
+            raise
+        what = " ".join(str(error).split())[:300]
+        _fail(f"internal error: {type(error).__name__}: {what} ({DEBUG}=1 shows the traceback)", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    if os.environ.get(DEBUG) == "1" and sys.exc_info()[0] not in (None, KeyboardInterrupt):
+        import traceback
+
+        traceback.print_exc()
+    click.echo(f"ttcompress: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,91 @@
+"""Accuracy of a classifier, and agreement of two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+
+from ttcompress.errors import DataError
+from ttcompress.types import Accuracy, Comparison, Progress
+
+Batches = Iterable[tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The (up to) five most likely classes of each image, best first (n, k), and the labels (n)."""
+
+    classes: Tensor
+    labels: Tensor
+
+    def accuracy(self) -> Accuracy:
+        """Top-1 and top-5 in percent; the interval belongs to top-1."""
+        hits = self.classes == self.labels[:, None]
+        n, right = len(self.labels), int(hits[:, 0].sum())
+        return Accuracy(100 * right / n, 100 * int(hits.sum()) / n, n, wilson_interval(right, n))
+
+
+def wilson_interval(right: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """95 % confidence interval in percent of a proportion right / n (Wilson 1927)."""
+    p = right / n
+    centre = p + z * z / (2 * n)
+    half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 100 / (1 + z * z / n)
+    return max(0.0, (centre - half) * scale), min(100.0, (centre + half) * scale)
+
+
+def predict(
+    model: nn.Module, batches: Batches, device: torch.device | str = "cpu", progress: Progress | None = None
+) -> Predictions:
+    """Run a classifier over labelled batches of (images, labels), in eval mode; its own mode is put back after.
+
+    Raises:
+        DataError: no image, no labels, labels beyond the classes, images the network does not take, NaN logits.
+    """
+    was_training = model.training
+    model.eval()
+    classes: list[Tensor] = []
+    labels: list[Tensor] = []
+    try:
+        for images, target in batches:
+            if target is None:
+                raise DataError("accuracy needs labels; this data has none")
+            logits = _logits(model, images.to(device))
+            if int(target.max()) >= logits.shape[1]:
+                raise DataError(f"the data has label {int(target.max())}, the network {logits.shape[1]} classes")
+            classes.append(logits.topk(min(5, logits.shape[1])).indices.cpu())
+            labels.append(target.cpu())
+            if progress:
+                progress("evaluating", sum(map(len, labels)), 0)
+    finally:
+        model.train(was_training)
+    if not labels:
+        raise DataError("the data holds no image")
+    return Predictions(torch.cat(classes), torch.cat(labels))
+
+
+@torch.inference_mode()
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    try:
+        logits = model(images)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"the network does not take images of shape {tuple(images.shape[1:])}: {reason}") from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise DataError(f"accuracy needs logits (images, classes); the network returns {what}")
+    if not bool(logits.isfinite().all()):
+        raise DataError("the network returns NaN or Inf on this data")
+    return logits
+
+
+def compare(dense: Predictions, compressed: Predictions, data: str) -> Comparison:
+    """Both accuracies, and the share of images on which the first choices agree; `data` names the images."""
+    same = int((dense.classes[:, 0] == compressed.classes[:, 0]).sum())
+    return Comparison(dense.accuracy(), compressed.accuracy(), 100 * same / len(dense.labels), data)

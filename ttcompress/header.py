@@ -1,0 +1,139 @@
+"""The safetensors header, read and written byte for byte; no torch.
+
+A file is an 8-byte little-endian header length, a JSON header padded with spaces to a multiple of 8, and the bytes of
+the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ttcompress.errors import CheckpointError
+
+ITEM_SIZE = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+MOST_HEADER_BYTES = 100_000_000
+METADATA_KEY = "ttcompress"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Type (as safetensors spells it) and shape of one stored tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def params(self) -> int:
+        """Number of entries."""
+        return prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its data."""
+        return self.params * ITEM_SIZE[self.dtype]
+
+
+def canonical_json(value: Any) -> str:
+    """Sorted keys, no spaces: the same value is always the same text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    """The bytes before the data, and the order in which the data follows: by name.
+
+    safetensors' own writer orders metadata at random, which would make equal files differ.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    order, offset = sorted(tensors), 0
+    for name in order:
+        info = tensors[name]
+        header[name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.num_bytes],
+        }
+        offset += info.num_bytes
+    text = canonical_json(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, order
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, checked against each other and against the file's size.
+
+    Raises:
+        CheckpointError: missing, empty, truncated, or a header that does not describe the data that follows.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            text = file.read(length) if length <= min(size - 8, MOST_HEADER_BYTES) else b""
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", None) or {}
+        spans = {name: _entry(entry) for name, entry in header.items()}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("metadata values must be strings")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file, or damaged ({_brief(error)})") from error
+    _check_spans(path, spans, size - 8 - length)
+    return {name: info for name, (info, _, _) in spans.items()}, metadata
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The `ttcompress` metadata of a compressed file, parsed.
+
+    Raises:
+        CheckpointError: not a safetensors file, or one that was not written by this tool.
+    """
+    _, metadata = read_header(path)
+    if METADATA_KEY not in metadata:
+        raise CheckpointError(f"{path}: a safetensors file, but not one that ttcompress wrote")
+    try:
+        value = json.loads(metadata[METADATA_KEY])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged ttcompress metadata ({_brief(error)})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: damaged ttcompress metadata (not an object)")
+    return value
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:100]}"
+
+
+def _entry(entry: Mapping[str, Any]) -> tuple[TensorInfo, int, int]:
+    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in ITEM_SIZE:
+        raise ValueError(f"unknown dtype {dtype!r}")
+    numbers: Sequence[Any] = (*shape, start, end)
+    if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
+        raise ValueError("shapes and offsets must be whole numbers from 0")
+    info = TensorInfo(dtype, tuple(shape))
+    if info.num_bytes != end - start:
+        raise ValueError(f"{dtype} {shape} does not fill bytes {start} to {end}")
+    return info, start, end
+
+
+def _check_spans(path: Path, spans: Mapping[str, tuple[TensorInfo, int, int]], data_bytes: int) -> None:
+    reached = 0
+    for start, end in sorted((start, end) for _, start, end in spans.values()):
+        if start != reached:
+            raise CheckpointError(f"{path}: damaged safetensors header: data at {start} where {reached} was expected")
+        reached = end
+    if reached != data_bytes:
+        what = "truncated" if reached > data_bytes else "followed by data that its header does not name"
+        raise CheckpointError(f"{path}: {what}: the header names {reached:,} bytes, the file holds {data_bytes:,}")

@@ -1,0 +1,309 @@
+"""TTLinear and TTConv2d: drop-in layers whose only weight parameters are TT-cores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ttcompress.errors import PlanError, ShapeError
+from ttcompress.tt.contract import Cost, dense_weight, merge_all, merge_cost, pad_features, sweep, sweep_cost
+from ttcompress.tt.decompose import decompose_weight
+from ttcompress.tt.shapes import Tensorization, tensorize_shape
+from ttcompress.types import ConvSpec, LayerSpec, LinearSpec
+
+
+def layer_spec(module: nn.Linear | nn.Conv2d) -> LayerSpec:
+    """Shape and geometry of a dense layer."""
+    bias = module.bias is not None
+    if isinstance(module, nn.Linear):
+        return LinearSpec(module.in_features, module.out_features, bias)
+    padding = module.padding if isinstance(module.padding, str) else _pair(module.padding)
+    kernel, stride, dilation = (_pair(value) for value in (module.kernel_size, module.stride, module.dilation))
+    return ConvSpec(
+        module.in_channels, module.out_channels, kernel, stride, padding, dilation, module.padding_mode, bias
+    )
+
+
+def _pair(value: Sequence[int]) -> tuple[int, int]:
+    return int(value[0]), int(value[1])
+
+
+class _TTLayer(nn.Module):
+    """What both layers share: cores, bias, initialisation, the dense weight, the choice of how to run."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        tensorization: Tensorization,
+        tt_ranks: int | Sequence[int],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        # in_features, stride, padding and the like, under the names of the layer that this one replaces.
+        vars(self).update({name: value for name, value in vars(spec).items() if name != "bias"})
+        self.tensorization = tensorization
+        self.tt_ranks = tensorization.expand_ranks(tt_ranks)
+        self._execution = "auto"
+        shapes = tensorization.core_shapes(self.tt_ranks)
+        empty = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
+        self.cores = nn.ParameterList([nn.Parameter(core) for core in empty])
+        bias = nn.Parameter(torch.empty(spec.weight_shape[0], device=device, dtype=dtype)) if spec.bias else None
+        self.register_parameter("bias", bias)
+        self.reset_parameters()
+
+    @classmethod
+    def from_cores(cls, dense: nn.Module, tensorization: Tensorization, cores: Sequence[Tensor]) -> Self:
+        """The layer with these cores, and everything else as in the dense layer it replaces; no storage is shared."""
+        spec = layer_spec(dense)  # type: ignore[arg-type]
+        layer = cls(spec, tensorization, [core.shape[-1] for core in cores[:-1]], device="meta")
+        train = bool(dense.weight.requires_grad)
+        layer.cores = nn.ParameterList([nn.Parameter(core.detach().clone(), requires_grad=train) for core in cores])
+        if isinstance(dense.bias, Tensor):
+            layer.bias = nn.Parameter(dense.bias.detach().clone(), requires_grad=dense.bias.requires_grad)
+        return layer.train(dense.training)
+
+    @classmethod
+    def from_dense(
+        cls,
+        dense: nn.Module,
+        tensorization: Tensorization | str | None = None,
+        max_rank: int | Sequence[int] | None = None,
+        eps: float | None = None,
+    ) -> Self:
+        """Decompose a dense layer by TT-SVD; `tensorization` may be just the name of a format.
+
+        Raises:
+            ShapeError: modes, ranks or eps that do not fit the weight (see `tt_svd`).
+            PlanError: a convolution with groups > 1.
+        """
+        if getattr(dense, "groups", 1) != 1:
+            raise PlanError(f"a convolution with groups={dense.groups} cannot take TT form")
+        weight = dense.weight.detach()  # type: ignore[operator]
+        if not isinstance(tensorization, Tensorization):
+            default = "matrix" if weight.dim() == 2 else "chain"
+            tensorization = tensorize_shape(tensorization or default, tuple(weight.shape))
+        return cls.from_cores(dense, tensorization, decompose_weight(weight, tensorization, max_rank, eps).cores)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Random cores whose dense weight has the standard deviation of torch's default, 1 / sqrt(3 fan_in)."""
+        fan_in = prod(self.spec.weight_shape[1:])
+        bound = fan_in**-0.5
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+        paths = prod(self.tt_ranks)
+        std = (bound / 3**0.5 / paths**0.5) ** (1 / len(self.cores))
+        for core in self.cores:
+            nn.init.normal_(core, std=std)
+        if self.cores[0].is_meta:
+            return
+        # A few cores with few entries stray far from their expected norm together: set the realised one.
+        wanted = bound / 3**0.5 * prod(self.tensorization.sizes) ** 0.5
+        drawn = _norm([core.detach() for core in self.cores])
+        for core in self.cores:
+            core.mul_((wanted / drawn) ** (1 / len(self.cores)))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight that the cores stand for, rebuilt at each access: (out, in) or (out, in, kh, kw)."""
+        return dense_weight(list(self.cores), self.spec.weight_shape)
+
+    @property
+    def executions(self) -> tuple[str, ...]:
+        """The ways this layer can run: its factored one is `chain` where the format is a chain of convolutions."""
+        contracts = isinstance(self.spec, LinearSpec) or self.tensorization.format == "matrix"
+        return ("auto", "contract" if contracts else "chain", "dense")
+
+    @property
+    def execution(self) -> str:
+        """How the layer runs: `auto` chooses by cost for each call shape; the others force one way."""
+        return self._execution
+
+    @execution.setter
+    def execution(self, name: str) -> None:
+        if name not in self.executions:
+            raise ShapeError(f"execution must be one of {', '.join(self.executions)}, not {name!r}")
+        self._execution = name
+
+    def _weights_as(self, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """Cores and bias in the input's type: files may store them in a narrower one."""
+        return [core.to(x.dtype) for core in self.cores], None if self.bias is None else self.bias.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Shape, format and TT-ranks."""
+        ranks = ", ".join(map(str, self.tt_ranks))
+        shape = " x ".join(map(str, self.spec.weight_shape))
+        return f"{shape}, {self.tensorization.format}, tt_ranks=({ranks}), bias={self.bias is not None}"
+
+
+class TTLinear(_TTLayer):
+    """A fully-connected layer with its weight in TT form (Novikov et al. 2015, section 4).
+
+    y(i) = sum_j G_1[i_1, j_1] ... G_d[i_d, j_d] x(j) + b(i); input (..., in_features), output (..., out_features).
+    """
+
+    spec: LinearSpec
+
+    in_features: int
+    out_features: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to (..., in_features).
+
+        Raises:
+            ShapeError: another last dimension.
+        """
+        if x.shape[-1] != self.in_features:
+            raise ShapeError(f"the layer takes (..., {self.in_features}), not {tuple(x.shape)}")
+        cores, bias = self._weights_as(x)
+        rows = x.reshape(-1, self.in_features)
+        if self._runs_dense(rows.shape[0]):
+            return functional.linear(x, dense_weight(cores, self.spec.weight_shape), bias)
+        padded = pad_features(rows, prod(self.tensorization.in_modes))
+        y = sweep(cores, padded)[:, : self.out_features]
+        y = y.reshape(*x.shape[:-1], self.out_features)
+        return y if bias is None else y + bias
+
+    def _runs_dense(self, rows: int) -> bool:
+        if self.execution != "auto":
+            return self.execution == "dense"
+        shapes = self.tensorization.core_shapes(self.tt_ranks)
+        rebuilt = merge_cost(shapes)
+        size = self.in_features * self.out_features
+        dense = Cost(rebuilt.multiply_adds + rows * size, rebuilt.elements + size)
+        return dense.total < sweep_cost(shapes, rows).total
+
+
+class TTConv2d(_TTLayer):
+    """A 2-d convolution with its kernel in TT form, in any of the formats (Garipov et al. 2016, section 4).
+
+    Input (batch, in_channels, height, width) or without the batch axis. `chain`, `naive` and `lowrank` run as stock
+    convolutions one after the other, `matrix` contracts the channels of each pixel first and the window after.
+    """
+
+    spec: ConvSpec
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    padding_mode: str
+    groups = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer.
+
+        Raises:
+            ShapeError: another number of channels or of axes.
+        """
+        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
+            raise ShapeError(f"the layer takes ([batch,] {self.in_channels}, height, width), not {tuple(x.shape)}")
+        batch = x if x.dim() == 4 else x[None]
+        cores, bias = self._weights_as(x)
+        if self._runs_dense(batch):
+            y = self._window(batch, dense_weight(cores, self.spec.weight_shape), bias)
+        elif self.tensorization.format == "matrix":
+            y = self._contract(batch, cores)
+            y = y if bias is None else y + bias[:, None, None]
+        else:
+            y = self._chain(batch, cores, bias)
+        return y if x.dim() == 4 else y[0]
+
+    def _chain(self, x: Tensor, cores: list[Tensor], bias: Tensor | None) -> Tensor:
+        """1x1, kh x kw, 1x1; or kh x kw, 1x1 with everything before the output core merged into one kernel."""
+        head, last = cores[:-1], cores[-1]
+        if self.tensorization.format == "chain":
+            first, *head = head
+            x = functional.conv2d(x, first[0, 0, :, 0].T[:, :, None, None])
+            kernel = head[0][:, 0, 0].permute(2, 0, 1)
+        else:
+            kernel = merge_all(head)[0, 0].permute(2, 0, 1)
+        x = self._window(x, kernel.reshape(*kernel.shape[:2], *self.kernel_size))
+        return functional.conv2d(x, last[:, :, 0, 0, 0].T[:, :, None, None], bias)
+
+    def _contract(self, x: Tensor, cores: list[Tensor]) -> Tensor:
+        """Channel cores pixel by pixel, then the window core for all outputs (Garipov et al. 2016, section 4)."""
+        windowed = self.tensorization.window_modes[0] > 1
+        window = cores[0][0, 0, 0].T if windowed else x.new_ones(1, 1)
+        n, _, height, width = x.shape
+        pixels = pad_features(x.permute(0, 2, 3, 1), prod(self.tensorization.in_modes)).flatten(0, 2)
+        mixed = sweep(cores[1:] if windowed else cores, pixels)
+        mixed = mixed.reshape(n, height, width, window.shape[0], -1)[..., : self.out_channels]
+        images = mixed.permute(0, 4, 3, 1, 2).flatten(0, 1)
+        y = self._window(images, window.reshape(1, -1, *self.kernel_size))
+        return y.reshape(n, self.out_channels, *y.shape[2:])
+
+    def _window(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Convolve with this layer's stride, padding and dilation."""
+        spec = self.spec
+        if spec.padding_mode == "zeros":
+            return functional.conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation)
+        padded = functional.pad(x, self._sides(), mode=spec.padding_mode)
+        return functional.conv2d(padded, weight, bias, spec.stride, 0, spec.dilation)
+
+    def _sides(self) -> list[int]:
+        """Padding as (left, right, top, bottom), as torch's own 'same' spreads it."""
+        spec, sides = self.spec, []
+        for axis in (1, 0):
+            total = spec.dilation[axis] * (spec.kernel_size[axis] - 1) if spec.padding == "same" else 0
+            fixed = 0 if isinstance(spec.padding, str) else spec.padding[axis]
+            sides += [total // 2 + fixed, total - total // 2 + fixed]
+        return sides
+
+    def _runs_dense(self, x: Tensor) -> bool:
+        if self.execution != "auto":
+            return self.execution == "dense"
+        pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        out_pixels = pixels // (self.stride[0] * self.stride[1])
+        shapes = self.tensorization.core_shapes(self.tt_ranks)
+        rebuilt = merge_cost(shapes)
+        size = prod(self.spec.weight_shape)
+        moved = pixels * self.in_channels + out_pixels * self.out_channels
+        dense = Cost(rebuilt.multiply_adds + out_pixels * size, rebuilt.elements + moved)
+        return dense.total < self._factored_cost(shapes, pixels, out_pixels).total
+
+    def _factored_cost(self, shapes: list[tuple[int, int, int, int, int]], pixels: int, out_pixels: int) -> Cost:
+        window = prod(self.kernel_size)
+        moved = pixels * self.in_channels + out_pixels * self.out_channels
+        if self.tensorization.format == "matrix":
+            windowed = self.tensorization.window_modes[0] > 1
+            rank = shapes[0][4] if windowed else 1
+            mixed = sweep_cost(shapes[1:] if windowed else shapes, pixels)
+            madds = mixed.multiply_adds + out_pixels * self.out_channels * rank * window
+            return Cost(madds, mixed.elements + 2 * pixels * self.out_channels * rank + moved)
+        rank = shapes[-1][0]
+        madds, elements = out_pixels * rank * self.out_channels, moved + out_pixels * rank
+        if self.tensorization.format == "chain":
+            first = shapes[0][4]
+            return Cost(
+                madds + pixels * self.in_channels * first + out_pixels * first * window * rank,
+                elements + pixels * first,
+            )
+        head = merge_cost(shapes[:-1])
+        madds += head.multiply_adds + out_pixels * self.in_channels * window * rank
+        return Cost(madds, elements + head.elements)
+
+
+def tt_layer(spec: LayerSpec) -> type[TTLinear] | type[TTConv2d]:
+    """The layer class of a kind: a fixed table, since files name kinds and never classes."""
+    return TTLinear if isinstance(spec, LinearSpec) else TTConv2d
+
+
+def _norm(cores: list[Tensor]) -> float:
+    """||A||_F of the tensor the cores stand for, from Gram matrices of partial products, in float64."""
+    gram: Any = torch.ones(1, 1, dtype=torch.float64, device=cores[0].device)
+    for core in cores:
+        flat = core.double().reshape(core.shape[0], -1, core.shape[-1])
+        gram = torch.einsum("ab,asc,bsd->cd", gram, flat, flat)
+    return float(gram.squeeze().clamp(min=0).sqrt())

@@ -1,0 +1,369 @@
+"""From a network and what the user asked for to a plan: which weights, in which tensorization, at which TT-ranks.
+
+Reads a model, never changes it. Hand-given ranks need shapes only, so a model on the meta device will do.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from math import floor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ttcompress.allocate import (
+    Candidate,
+    Choice,
+    LayerOptions,
+    fewest_params,
+    nearest_below,
+    total_params,
+    within_budget,
+)
+from ttcompress.checkpoint import replacing
+from ttcompress.errors import PlanError, ShapeError, shortlist
+from ttcompress.layers import layer_spec
+from ttcompress.recipe import TARGETS, LayerRule, Recipe
+from ttcompress.tt.decompose import squared_spectra, tensorize
+from ttcompress.tt.shapes import FORMATS, Tensorization, feasible_ranks, tensorize_shape
+from ttcompress.types import (
+    PLAN_SCHEMA,
+    CompressionPlan,
+    KeptParameter,
+    LayerPlan,
+    LayerSpec,
+    Progress,
+    format_compression,
+)
+
+WINDOW = 1.02
+"""A budget is met when compression is at least what was asked and at most this much more."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A Linear or Conv2d of the network, and why its weight stays dense, if it does."""
+
+    fqn: str
+    module: nn.Linear | nn.Conv2d
+    kept: str = ""
+
+    @property
+    def spec(self) -> LayerSpec:
+        """Shape and geometry."""
+        return layer_spec(self.module)
+
+    @property
+    def weight_dtype(self) -> str:
+        """As safetensors and users spell it: float32 and so on."""
+        return str(self.module.weight.dtype).removeprefix("torch.")
+
+
+def matches(pattern: str, fqn: str) -> bool:
+    """A glob on the fqn (`*` crosses dots), or `re:` and a regular expression that matches all of it.
+
+    Raises:
+        PlanError: not a regular expression.
+    """
+    if not pattern.startswith("re:"):
+        return fnmatchcase(fqn, pattern)
+    try:
+        return re.fullmatch(pattern[3:], fqn) is not None
+    except re.error as error:
+        raise PlanError(f"{pattern!r} is not a regular expression: {error}") from error
+
+
+def find_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Layer]:
+    """All Linear and Conv2d layers in `named_modules()` order, those that stay dense with the reason.
+
+    By default the candidates are all but the first convolution and the last Linear; `include` replaces them by what it
+    matches, `exclude` is subtracted last.
+
+    Raises:
+        PlanError: a pattern that matches no layer, or names outright one that cannot be decomposed.
+    """
+    layers = list(_dense_layers(model))
+    names = [layer.fqn for layer in layers]
+    for pattern in (*include, *exclude):
+        _require_match(pattern, names)
+    for layer in layers:
+        if layer.kept and layer.fqn in include:
+            raise PlanError(f"{layer.fqn} cannot be compressed ({layer.kept}); leave it out of --include")
+    ends = _ends(layers)
+    return [replace(layer, kept=layer.kept or _left_out(layer.fqn, ends, include, exclude)) for layer in layers]
+
+
+def _require_match(pattern: str, names: Sequence[str]) -> None:
+    if any(matches(pattern, name) for name in names):
+        return
+    near = [name for name in names if pattern.strip("*.") in name] or get_close_matches(pattern, names, 5, 0.3)
+    raise PlanError(f"pattern {pattern!r} matches no Linear or Conv2d layer; near ones: {shortlist(near or names)}")
+
+
+def _dense_layers(model: nn.Module) -> Iterator[Layer]:
+    attention = tuple(name + "." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
+    homes: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            homes.setdefault(id(module.weight), []).append(name)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            others = [home for home in homes[id(module.weight)] if home != name]
+            yield Layer(name, module, _obstacle(module, others, name.startswith(attention)))
+
+
+def _obstacle(module: nn.Linear | nn.Conv2d, others: Sequence[str], in_attention: bool) -> str:
+    """Why a layer can never be replaced, or nothing."""
+    if in_attention:
+        return "nn.MultiheadAttention reads this weight directly"
+    if others:
+        return f"weight shared with {shortlist(others)}"
+    if type(module) not in (nn.Linear, nn.Conv2d):
+        return f"{type(module).__name__} may do more than its base class"
+    if "weight" not in dict(module.named_parameters(recurse=False)):
+        return "weight is computed by a parametrization"
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        return f"groups={module.groups}"
+    return ""
+
+
+def _ends(layers: Sequence[Layer]) -> dict[str, str]:
+    convs = [layer.fqn for layer in layers if isinstance(layer.module, nn.Conv2d)]
+    linears = [layer.fqn for layer in layers if isinstance(layer.module, nn.Linear)]
+    return {**dict.fromkeys(convs[:1], "first convolution"), **dict.fromkeys(linears[-1:], "last Linear")}
+
+
+def _left_out(fqn: str, ends: dict[str, str], include: Sequence[str], exclude: Sequence[str]) -> str:
+    if include and not any(matches(pattern, fqn) for pattern in include):
+        return "not selected"
+    if any(matches(pattern, fqn) for pattern in exclude):
+        return "--exclude"
+    return "" if include or fqn not in ends else f"{ends[fqn]} (--include replaces this default)"
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One layer to compress: the tensorizations to consider, and the TT-ranks where they are given by hand."""
+
+    layer: Layer
+    tensorizations: tuple[Tensorization, ...]
+    ranks: int | tuple[int, ...] | None
+
+    def planned(self, tensorization: Tensorization, tt_ranks: Sequence[int], **known: Any) -> LayerPlan:
+        layer = self.layer
+        return LayerPlan(layer.fqn, layer.spec, tensorization, tuple(tt_ranks), layer.weight_dtype, **known)
+
+
+Outcome = dict[str, LayerPlan | str]
+"""By fqn: the plan of a layer, or the reason why it stays dense after all."""
+
+
+def make_plan(
+    model: nn.Module, recipe: Recipe, device: torch.device | str = "cpu", progress: Progress | None = None
+) -> CompressionPlan:
+    """Plan a network under the one target that the recipe states.
+
+    Raises:
+        PlanError: contradictory options, no match, or a budget out of reach (naming the most that can be reached).
+        ShapeError: modes or TT-ranks that do not fit a layer.
+    """
+    rules_only = recipe.target == "ranks" and recipe.ranks is None and recipe.conv_ranks is None
+    include = recipe.include or tuple(rule.match for rule in recipe.layers if rules_only)
+    layers = find_layers(model, include, recipe.exclude)
+    requests = _requests(layers, recipe)
+    outcome: Outcome = {r.layer.fqn: _by_hand(r, r.ranks) for r in requests if r.ranks is not None}
+    searched = [request for request in requests if request.ranks is None]
+    notes: list[str] = []
+    if recipe.eps is not None:
+        options = _options(searched, device, progress)
+        outcome |= _outcome(searched, [fewest_params(each, recipe.eps) for each in options], "within eps")
+    elif recipe.ratio is not None or recipe.params is not None:
+        choices, notes = _by_budget(model, outcome, _options(searched, device, progress), recipe)
+        outcome |= _outcome(searched, choices, "pays under this budget")
+    else:
+        outcome |= {r.layer.fqn: f"no {_rank_option(r.layer)} given" for r in searched}
+    return _assemble(model, layers, outcome, notes)
+
+
+def _rank_option(layer: Layer) -> str:
+    return "--ranks" if isinstance(layer.module, nn.Linear) else "--conv-ranks"
+
+
+def _requests(layers: Sequence[Layer], recipe: Recipe) -> list[_Request]:
+    chosen = [layer for layer in layers if not layer.kept]
+    names = [layer.fqn for layer in layers]
+    for rule in recipe.layers:
+        _require_match(rule.match, names)
+    if not chosen:
+        raise PlanError("no layer is left to compress; choose some with --include")
+    if recipe.in_modes and len(chosen) != 1:
+        raise PlanError(
+            f"--in-modes and --out-modes fit one layer, {len(chosen)} are selected: "
+            "narrow --include, or give modes in the [[layers]] of a recipe"
+        )
+    return [_request(layer, recipe) for layer in chosen]
+
+
+def _request(layer: Layer, recipe: Recipe) -> _Request:
+    """The last rule that matches wins over the options for all layers."""
+    general = LayerRule("*", recipe.format, recipe.in_modes, recipe.out_modes)
+    rule = next((rule for rule in reversed(recipe.layers) if matches(rule.match, layer.fqn)), general)
+    is_linear = isinstance(layer.module, nn.Linear)
+    ranks = recipe.ranks if is_linear else recipe.conv_ranks
+    ranks = rule.ranks if rule.ranks is not None else ranks
+    weight_format = rule.format or recipe.format or "auto"
+    if rule.in_modes and weight_format == "auto":
+        weight_format = "matrix"
+    if weight_format == "auto" and ranks is not None:
+        weight_format = "matrix" if is_linear else "chain"
+    formats = FORMATS if weight_format == "auto" else (weight_format,)
+    shape = layer.spec.weight_shape
+    try:
+        made = [tensorize_shape(name, shape, rule.out_modes or None, rule.in_modes or None) for name in formats]
+    except ShapeError as error:
+        raise ShapeError(f"{layer.fqn} {tuple(shape)}: {error}") from error
+    return _Request(layer, tuple({each.modes: each for each in made}.values()), ranks)
+
+
+def _by_hand(request: _Request, ranks: int | tuple[int, ...] | None) -> LayerPlan | str:
+    (tensorization,) = request.tensorizations
+    try:
+        asked = tensorization.expand_ranks(ranks or 1)
+    except ShapeError as error:
+        raise ShapeError(f"{request.layer.fqn}: {error}") from error
+    feasible = feasible_ranks(tensorization.sizes, asked)
+    plan = request.planned(tensorization, feasible, note=_clip_note(asked, feasible))
+    if plan.params_after < plan.params_before:
+        return plan
+    return f"{tensorization.format} form with TT-ranks {_inner(feasible)} would not be smaller"
+
+
+def _clip_note(asked: Sequence[int], feasible: Sequence[int]) -> str:
+    return "" if feasible == asked else f"TT-ranks {_inner(asked)} clipped to the feasible {_inner(feasible)}"
+
+
+def _inner(tt_ranks: Sequence[int]) -> str:
+    return ",".join(map(str, tt_ranks[1:-1])) or "(none)"
+
+
+def _options(requests: Sequence[_Request], device: torch.device | str, progress: Progress | None) -> list[LayerOptions]:
+    """The spectra of every layer in every tensorization, one layer in memory at a time."""
+    options = []
+    for done, request in enumerate(requests):
+        if progress:
+            progress(f"spectra of {request.layer.fqn}", done, len(requests))
+        weight = request.layer.module.weight.detach()
+        if weight.is_meta:
+            raise PlanError("--eps, --ratio and --params need the weights: give a checkpoint")
+        weight = weight.to(device)
+        candidates = [Candidate(each, squared_spectra(tensorize(weight, each))) for each in request.tensorizations]
+        options.append(LayerOptions(weight.numel(), tuple(candidates)))
+    return options
+
+
+def _outcome(requests: Sequence[_Request], choices: Sequence[Choice], why: str) -> Outcome:
+    outcome: Outcome = {}
+    for request, choice in zip(requests, choices, strict=True):
+        if choice.candidate is None:
+            outcome[request.layer.fqn] = f"no TT form {why}"
+        else:
+            planned = request.planned(choice.candidate.tensorization, choice.tt_ranks)
+            outcome[request.layer.fqn] = replace(planned, predicted_error=choice.relative_error)
+    return outcome
+
+
+def _by_budget(
+    model: nn.Module, by_hand: Outcome, options: Sequence[LayerOptions], recipe: Recipe
+) -> tuple[list[Choice], list[str]]:
+    """Choices within the budget for all parameters of the network, and a note where they miss its window."""
+    before = sum(parameter.numel() for parameter in model.parameters())
+    asked = f"--ratio {recipe.ratio:g}" if recipe.ratio else f"--params {recipe.params:,}"
+    most = floor(before / recipe.ratio) if recipe.ratio else recipe.params or 0
+    if most >= before:
+        raise PlanError(f"{asked} asks for nothing: the network has {before:,} parameters")
+    plans = [plan for plan in by_hand.values() if isinstance(plan, LayerPlan)]
+    saved_by_hand = sum(plan.params_before - plan.params_after for plan in plans)
+    fixed = before - saved_by_hand - sum(each.dense_params for each in options)
+    least = fixed + sum(each.smallest().params for each in options)
+    if least > most:
+        reach = format_compression(floor(10 * before / least) / 10)
+        raise PlanError(
+            f"{asked} is out of reach: the most that these layers can give is {reach} ({least:,} parameters)"
+        )
+    choices = within_budget(options, most - fixed)
+    if (fixed + total_params(choices)) * WINDOW < most:
+        choices = nearest_below(options, choices, most - fixed)
+    after = fixed + total_params(choices)
+    if after * WINDOW >= most:
+        return choices, []
+    return choices, [f"no rank choice lies within 2 % of {asked}; the nearest above it is taken, {after:,} parameters"]
+
+
+def _assemble(model: nn.Module, layers: Sequence[Layer], outcome: Outcome, notes: Sequence[str]) -> CompressionPlan:
+    """Every parameter of the network, replaced or kept with the reason."""
+    plans = [plan for layer in layers if isinstance(plan := outcome.get(layer.fqn), LayerPlan)]
+    replaced = {f"{plan.fqn}.weight" for plan in plans}
+    weights = {f"{layer.fqn}.weight": (layer.kept or str(outcome.get(layer.fqn)), layer.spec.kind) for layer in layers}
+    kept = []
+    for name, parameter in model.named_parameters():
+        if name not in replaced:
+            reason, kind = weights.get(name) or (_kept_reason(model, name), "")
+            kept.append(KeptParameter(name, parameter.numel(), reason, kind))
+    return CompressionPlan(tuple(plans), tuple(kept), tuple(notes))
+
+
+def _kept_reason(model: nn.Module, name: str) -> str:
+    owner, _, own_name = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if isinstance(module, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weights directly"
+    return "bias" if own_name == "bias" and isinstance(module, nn.Linear | nn.Conv2d) else type(module).__name__
+
+
+def adopt_plan(model: nn.Module, recipe: Recipe, plan: CompressionPlan) -> CompressionPlan:
+    """A plan from a file, which may have been edited: TT-ranks clipped to feasible ones, as a note says.
+
+    Raises:
+        PlanError: another target beside it, a layer that cannot be replaced, or one that would grow.
+    """
+    if any(getattr(recipe, name) is not None for group in TARGETS for name in group) or recipe.layers:
+        raise PlanError("--plan states everything: leave out ranks, --eps, --ratio, --params and [[layers]]")
+    find_layers(model, [layer.fqn for layer in plan.layers])
+    adopted = []
+    for layer in plan.layers:
+        clipped = feasible_ranks(layer.tensorization.sizes, layer.tt_ranks)
+        note = _clip_note(layer.tt_ranks, clipped)
+        layer = replace(layer, tt_ranks=clipped, note=note or layer.note)
+        if layer.params_after >= layer.params_before:
+            raise PlanError(f"{layer.fqn}: {layer.params_after:,} parameters in TT form, {layer.params_before:,} dense")
+        adopted.append(layer)
+    return plan.with_layers(adopted)
+
+
+def write_plan(path: Path, plan: CompressionPlan) -> None:
+    """Write an editable plan; the caller has seen to it that `path` may be written."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({"schema": PLAN_SCHEMA, **plan.to_json()}, indent=2) + "\n")
+
+
+def read_plan(path: Path) -> CompressionPlan:
+    """Read a plan, edited or not: counts are recomputed, TT-ranks clipped to feasible ones, with a note.
+
+    Raises:
+        PlanError: missing file, no JSON, another schema, or keys that are missing.
+        ShapeError: modes or TT-ranks that do not fit a layer.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{path}: not a readable plan: {error}") from error
+    if not isinstance(data, dict) or data.get("schema") != PLAN_SCHEMA:
+        raise PlanError(f"{path}: not a plan of schema {PLAN_SCHEMA!r}; `ttcompress plan -o` writes one")
+    return CompressionPlan.from_json(data)

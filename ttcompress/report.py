@@ -1,0 +1,166 @@
+"""Reports: read from files, and shown as text. No torch, no numpy, so that `ttcompress report` answers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ttcompress.header import read_metadata
+from ttcompress.types import Json, LayerPlan, Report, compression, format_compression
+
+
+def read_report(path: Path) -> Json:
+    """The report of a compressed file, with its name and its size on disk (`file`, `file_bytes`).
+
+    Raises:
+        CheckpointError: not a compressed file, damaged, or of another schema.
+    """
+    report = Report.from_json(read_metadata(path))
+    return with_file(report, path)
+
+
+def with_file(report: Report, path: Path | None) -> Json:
+    """The JSON of a report; `file` and `file_bytes` are null where nothing was written."""
+    written = {"file": path.name, "file_bytes": path.stat().st_size} if path else {"file": None, "file_bytes": None}
+    return {**report.to_json(), **written}
+
+
+def render(data: Json) -> RenderableType:
+    """One report as a table of layers with the totals under it."""
+    report = Report.from_json(data)
+    parts: list[RenderableType] = [_layer_table(report.plan.layers), Text()]
+    parts += [Text(line) for line in _summary(report, data)]
+    return Group(*parts)
+
+
+def render_side_by_side(reports: Sequence[Json]) -> Table:
+    """Several reports as one table, a column each."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for data in reports:
+        table.add_column(str(data["file"]), justify="right")
+    for label, values in _comparison_rows(reports):
+        table.add_row(label, *values)
+    return table
+
+
+def _comparison_rows(reports: Sequence[Json]) -> list[tuple[str, list[str]]]:
+    accuracies = [data["accuracy"] or {} for data in reports]
+    layers = [[layer for layer in data["layers"] if "kept" not in layer] for data in reports]
+    errors = [[layer["relative_error"] for layer in each] for each in layers]
+    return [
+        ("compression", [format_compression(data["compression"]) for data in reports]),
+        ("parameters before", [f"{data['params_before']:,}" for data in reports]),
+        ("parameters after", [f"{data['params_after']:,}" for data in reports]),
+        ("tensors", [format_bytes(data["bytes_after"]) for data in reports]),
+        ("file", [format_bytes(data["file_bytes"]) for data in reports]),
+        ("layers replaced", [str(len(each)) for each in layers]),
+        ("largest relative error", [f"{max(each):.3g}" if each else "-" for each in errors]),
+        ("accuracy dense", [_percent(each.get("dense"), each) for each in accuracies]),
+        ("accuracy compressed", [_percent(each.get("compressed"), each) for each in accuracies]),
+        ("measured on", [_measured_on(each) for each in accuracies]),
+    ]
+
+
+def _percent(value: float | None, accuracy: Json) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if "metric" in accuracy else f"{value:.2f} %"
+
+
+def _measured_on(accuracy: Json) -> str:
+    if not accuracy:
+        return "-"
+    return str(accuracy["metric"]) if "metric" in accuracy else f"{accuracy['data']}, n = {accuracy['n']:,}"
+
+
+def _layer_table(layers: Sequence[LayerPlan]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("layer", "weight", "format", "modes (out x in)", "TT-ranks"):
+        table.add_column(name, overflow="fold")
+    for name in ("params before", "after", "compression", "rel. error"):
+        table.add_column(name, justify="right")
+    for layer in layers:
+        table.add_row(
+            layer.fqn,
+            "x".join(map(str, layer.spec.weight_shape)),
+            layer.tensorization.format,
+            _modes(layer),
+            ",".join(map(str, layer.tt_ranks[1:-1])),
+            f"{layer.params_before:,}",
+            f"{layer.params_after:,}",
+            format_compression(compression(layer.params_before, layer.params_after)),
+            _error(layer),
+        )
+    return table
+
+
+def _modes(layer: LayerPlan) -> str:
+    shown = layer.tensorization
+    windows = [str(size) for size in shown.window_modes if size > 1]
+    pairs = [f"{m}x{n}" for m, n, _ in shown.modes if m * n > 1]
+    window = f" window {','.join(windows)}" if windows else ""
+    return " ".join(pairs) + window
+
+
+def _error(layer: LayerPlan) -> str:
+    if layer.relative_error is not None:
+        return f"{layer.relative_error:.4f}" if layer.relative_error >= 1e-4 else f"{layer.relative_error:.1e}"
+    return "-" if layer.predicted_error is None else f"<= {layer.predicted_error:.4f}"
+
+
+def _summary(report: Report, data: Json) -> list[str]:
+    plan = report.plan
+    before, after = (sum(getattr(layer, side) for layer in plan.layers) for side in ("params_before", "params_after"))
+    lines = [
+        f"replaced weights  {before:,} -> {after:,}  {format_compression(compression(before, after))}",
+        f"all parameters    {plan.params_before:,} -> {plan.params_after:,}  {format_compression(plan.compression)}",
+        f"tensors           {format_bytes(report.bytes_before)} -> {format_bytes(report.bytes_after)}",
+    ]
+    if data["file_bytes"] is not None:
+        lines.append(f"file              {data['file']}, {format_bytes(data['file_bytes'])}")
+    lines += _accuracy_lines(report.accuracy)
+    lines += [f"kept dense        {line}" for line in _kept(report)]
+    lines += [f"note              {layer.fqn}: {layer.note}" for layer in plan.layers if layer.note]
+    return lines + [f"note              {note}" for note in plan.notes]
+
+
+def _accuracy_lines(accuracy: Json | None) -> list[str]:
+    if accuracy is None:
+        return ["accuracy          not measured (--data measures it)"]
+    if "metric" in accuracy:
+        return [f"{accuracy['metric']:<17} {accuracy['dense']:.6g} -> {accuracy['compressed']:.6g}"]
+    low, high = accuracy["interval"]
+    return [
+        f"top-1 accuracy    {accuracy['dense']:.2f} % -> {accuracy['compressed']:.2f} %  "
+        f"(95 % interval {low:.2f} to {high:.2f}, n = {accuracy['n']:,}, {accuracy['data']})",
+        f"top-5 accuracy    {accuracy['dense_top5']:.2f} % -> {accuracy['compressed_top5']:.2f} %",
+        f"agreement         {accuracy['agreement']:.2f} % of images get the same answer from both networks",
+    ]
+
+
+def _kept(report: Report) -> list[str]:
+    """Weights of Linear and Conv2d layers that stay dense, grouped by reason."""
+    groups: dict[str, list[str]] = {}
+    for kept in report.plan.kept:
+        if kept.kind:
+            groups.setdefault(kept.reason, []).append(kept.name.removesuffix(".weight"))
+    return [f"{_some(names)}: {reason}" for reason, names in groups.items()]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
+
+
+def format_bytes(count: int | None) -> str:
+    """Bytes with a decimal unit: 553.4 MB."""
+    if count is None:
+        return "-"
+    for power, unit in ((3, "GB"), (2, "MB"), (1, "kB")):
+        if count >= 1000**power:
+            return f"{count / 1000**power:.1f} {unit}"
+    return f"{count} B"

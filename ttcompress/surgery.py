@@ -1,0 +1,74 @@
+"""Swap TT layers into a network: with weights, from a plan, or empty, to load a file into."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ttcompress.errors import PlanError
+from ttcompress.layers import TTConv2d, TTLinear, layer_spec, tt_layer
+from ttcompress.tt.decompose import decompose_weight
+from ttcompress.types import CompressionPlan, LayerPlan, Progress
+
+
+def check_plan(model: nn.Module, plan: CompressionPlan) -> None:
+    """See that a plan was made for this network.
+
+    Raises:
+        PlanError: layers that it lacks or that have another shape, or parameters that the plan does not list.
+    """
+    dense = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    wrong = []
+    for layer in plan.layers:
+        module = dense.get(layer.fqn)
+        if module is None:
+            wrong.append(f"{layer.fqn} is no Linear or Conv2d of this network")
+        elif layer_spec(module) != layer.spec or getattr(module, "groups", 1) != 1:
+            wrong.append(f"{layer.fqn} has another shape or geometry")
+    if not wrong and plan.params_before != (count := sum(parameter.numel() for parameter in model.parameters())):
+        wrong.append(f"the plan lists {plan.params_before:,} parameters, the network has {count:,}")
+    if wrong:
+        raise PlanError("the plan does not fit this network: " + "; ".join(sorted(wrong)))
+
+
+def apply_plan(
+    model: nn.Module,
+    plan: CompressionPlan,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> CompressionPlan:
+    """Decompose and swap the planned layers in place, one at a time; returns the plan with the measured errors.
+
+    Args:
+        device: where the decomposition runs; the cores come back to the device of the weight.
+        dtype: storage type of the cores, by default that of each weight.
+    """
+    check_plan(model, plan)
+    done = []
+    for index, layer in enumerate(plan.layers):
+        if progress:
+            progress(f"decomposing {layer.fqn}", index, len(plan.layers))
+        dense = model.get_submodule(layer.fqn)
+        weight = dense.weight.detach()  # type: ignore[operator]
+        result = decompose_weight(weight.to(device), layer.tensorization, layer.tt_ranks, dtype=dtype)
+        cores = [core.to(weight.device) for core in result.cores]
+        swap(model, layer.fqn, tt_layer(layer.spec).from_cores(dense, layer.tensorization, cores))
+        done.append(replace(layer, relative_error=result.relative_error))
+    return plan.with_layers(done)
+
+
+def insert_empty(model: nn.Module, layers: Sequence[LayerPlan]) -> None:
+    """Swap in layers on the meta device, for a state dict to be assigned to."""
+    for layer in layers:
+        empty = tt_layer(layer.spec)(layer.spec, layer.tensorization, layer.tt_ranks, device="meta")
+        swap(model, layer.fqn, empty.train(model.training))
+
+
+def swap(model: nn.Module, fqn: str, layer: TTLinear | TTConv2d) -> None:
+    """Put a layer in the place of the one named `fqn`."""
+    parent, _, name = fqn.rpartition(".")
+    setattr(model.get_submodule(parent), name, layer)

@@ -1,0 +1,1 @@
+"""The tensor-train mathematics: integers (`shapes`), decomposition, algebra, contraction."""

@@ -1,0 +1,368 @@
+"""What the stages hand to each other: frozen, JSON round trip, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import prod
+from typing import Any
+
+from ttcompress.errors import CheckpointError, PlanError, ShapeError
+from ttcompress.tt.shapes import Mode, Tensorization
+
+FILE_SCHEMA = "ttcompress/1"
+PLAN_SCHEMA = "ttcompress-plan/1"
+
+Json = dict[str, Any]
+Progress = Callable[[str, int, int], None]
+"""Called as progress(what, done, total) while a long stage runs."""
+
+
+def compression(params_before: int, params_after: int) -> float:
+    """params_before / params_after, the one meaning of compression here."""
+    return params_before / params_after
+
+
+def format_compression(ratio: float) -> str:
+    """`7.4x`: one decimal below 1,000, else rounded, with separators."""
+    return f"{ratio:.1f}x" if round(ratio, 1) < 1000 else f"{ratio:,.0f}x"
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """Shape of a fully-connected layer, attributes as in torch.nn.Linear."""
+
+    in_features: int
+    out_features: int
+    bias: bool
+
+    kind = "linear"
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(out_features, in_features)."""
+        return (self.out_features, self.in_features)
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """Shape and geometry of a 2-d convolution with groups=1, attributes as in torch.nn.Conv2d."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] | str = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    padding_mode: str = "zeros"
+    bias: bool = True
+
+    kind = "conv2d"
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(out_channels, in_channels, kh, kw)."""
+        return (self.out_channels, self.in_channels, *self.kernel_size)
+
+
+LayerSpec = LinearSpec | ConvSpec
+
+
+def _listed(record: Any) -> Json:
+    """A flat dataclass as JSON has it."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(record).items()}
+
+
+def _tupled(data: Json) -> Json:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One weight to be replaced: its layer, tensorization and TT-ranks; errors as far as they are known.
+
+    `predicted_error` bounds the relative Frobenius error from the singular values, `relative_error` is measured.
+    """
+
+    fqn: str
+    spec: LayerSpec
+    tensorization: Tensorization
+    tt_ranks: tuple[int, ...]
+    weight_dtype: str
+    predicted_error: float | None = None
+    relative_error: float | None = None
+    note: str = ""
+
+    @property
+    def params_before(self) -> int:
+        """Entries of the dense weight."""
+        return prod(self.spec.weight_shape)
+
+    @property
+    def params_after(self) -> int:
+        """Entries of the TT-cores."""
+        return self.tensorization.num_params(self.tt_ranks)
+
+    def to_json(self) -> Json:
+        """The `layers` entry of plans, reports and files."""
+        return {
+            "fqn": self.fqn,
+            "kind": self.spec.kind,
+            "format": self.tensorization.format,
+            "out_modes": list(self.tensorization.out_modes),
+            "in_modes": list(self.tensorization.in_modes),
+            "window_modes": list(self.tensorization.window_modes),
+            "tt_ranks": list(self.tt_ranks),
+            "params_before": self.params_before,
+            "params_after": self.params_after,
+            "predicted_error": self.predicted_error,
+            "relative_error": self.relative_error,
+            "weight_dtype": self.weight_dtype,
+            "spec": _listed(self.spec),
+            **({"note": self.note} if self.note else {}),
+        }
+
+    @classmethod
+    def from_json(cls, data: Json) -> LayerPlan:
+        """Read an entry back; parameter counts are recomputed.
+
+        Raises:
+            ShapeError: modes that do not make the weight, or TT-ranks that do not fit them.
+        """
+        spec: LayerSpec = (LinearSpec if data["kind"] == "linear" else ConvSpec)(**_tupled(data["spec"]))
+        modes = [Mode(*mode) for mode in zip(data["out_modes"], data["in_modes"], data["window_modes"], strict=True)]
+        tensorization = Tensorization(data["format"], tuple(modes))
+        _check_modes(data["fqn"], spec, tensorization)
+        ranks = tensorization.expand_ranks([int(rank) for rank in data["tt_ranks"]])
+        errors = {key: data.get(key) for key in ("predicted_error", "relative_error")}
+        return cls(data["fqn"], spec, tensorization, ranks, data["weight_dtype"], **errors, note=data.get("note", ""))
+
+
+def _check_modes(fqn: str, spec: LayerSpec, tensorization: Tensorization) -> None:
+    out_dim, in_dim, *kernel = spec.weight_shape
+    have = prod(tensorization.out_modes), prod(tensorization.in_modes), prod(tensorization.window_modes)
+    if have[0] < out_dim or have[1] < in_dim or have[2] != prod(kernel):
+        raise ShapeError(f"{fqn}: modes multiply to {have}, the weight needs {(out_dim, in_dim, prod(kernel))}")
+
+
+@dataclass(frozen=True)
+class KeptParameter:
+    """A parameter that stays as it is, and why; `kind` is that of its layer where it is a Linear or Conv2d weight."""
+
+    name: str
+    params: int
+    reason: str
+    kind: str = ""
+
+    def to_json(self) -> Json:
+        """A `layers` entry where this is the weight of a layer, else a `kept_parameters` entry."""
+        if not self.kind:
+            return asdict(self)
+        counts = {"params_before": self.params, "params_after": self.params}
+        return {"fqn": self.name.removesuffix(".weight"), "kind": self.kind, "kept": self.reason, **counts}
+
+    @classmethod
+    def from_json(cls, data: Json) -> KeptParameter:
+        """Read either entry back."""
+        if "fqn" in data:
+            return cls(data["fqn"] + ".weight", int(data["params_before"]), data["kept"], data["kind"])
+        return cls(data["name"], int(data["params"]), data["reason"])
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """What is to be done to a network, and every parameter of it, so that the totals add up."""
+
+    layers: tuple[LayerPlan, ...]
+    kept: tuple[KeptParameter, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def params_before(self) -> int:
+        """Parameters of the dense network, buffers not counted."""
+        return sum(layer.params_before for layer in self.layers) + sum(kept.params for kept in self.kept)
+
+    @property
+    def params_after(self) -> int:
+        """Parameters of the compressed network."""
+        return sum(layer.params_after for layer in self.layers) + sum(kept.params for kept in self.kept)
+
+    @property
+    def compression(self) -> float:
+        """Over all parameters of the network."""
+        return compression(self.params_before, self.params_after)
+
+    def with_layers(self, layers: Sequence[LayerPlan]) -> CompressionPlan:
+        """The same plan with its layers replaced, as after decomposition."""
+        return replace(self, layers=tuple(layers))
+
+    def to_json(self) -> Json:
+        """The keys that plans and reports share."""
+        weights = [kept for kept in self.kept if kept.kind]
+        return {
+            "compression": self.compression,
+            "params_before": self.params_before,
+            "params_after": self.params_after,
+            "layers": [layer.to_json() for layer in self.layers] + [kept.to_json() for kept in weights],
+            "kept_parameters": [kept.to_json() for kept in self.kept if not kept.kind],
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_json(cls, data: Json) -> CompressionPlan:
+        """Read a plan, edited or not.
+
+        Raises:
+            PlanError: keys are missing or hold values of the wrong kind.
+            ShapeError: modes and TT-ranks that do not fit the layer.
+        """
+        try:
+            entries = data["layers"]
+            layers = [LayerPlan.from_json(entry) for entry in entries if "kept" not in entry]
+            kept = [KeptParameter.from_json(entry) for entry in entries if "kept" in entry]
+            kept += [KeptParameter.from_json(entry) for entry in data["kept_parameters"]]
+            return cls(tuple(layers), tuple(kept), tuple(data.get("notes", ())))
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"not a readable plan: {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A reference to a constructor: `kind` is zoo, torchvision or factory; `arguments` go to the constructor.
+
+    For a factory only the base name (`net.py:build`) and the sha256 of its source are kept, never a path.
+    """
+
+    kind: str
+    name: str
+    arguments: Mapping[str, int] = field(default_factory=dict)
+    sha256: str = ""
+
+    def to_json(self) -> Json:
+        """As the file records it."""
+        return {"kind": self.kind, "name": self.name, "arguments": dict(self.arguments), "sha256": self.sha256}
+
+    @classmethod
+    def from_json(cls, data: Json) -> Architecture:
+        """Read it back."""
+        return cls(data["kind"], data["name"], data["arguments"], data["sha256"])
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images become network input: channels-first pixels in [0, 1], minus mean, over std (one value a channel).
+
+    `input_size` is (channels, height, width); `resize` the shorter side before the centre crop, image folders only.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    input_size: tuple[int, int, int] | None = None
+    resize: int | None = None
+
+    def to_json(self) -> Json:
+        """As the file records it."""
+        return _listed(self)
+
+    @classmethod
+    def from_json(cls, data: Json) -> Preprocessing:
+        """Read it back."""
+        return cls(**_tupled(data))
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 and top-5 accuracy in percent over n images, with the 95 % Wilson interval of the first."""
+
+    top1: float
+    top5: float
+    n: int
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Accuracy before and after on the same n images, and how often both networks say the same, in percent."""
+
+    dense: Accuracy
+    compressed: Accuracy
+    agreement: float
+    data: str
+
+    def to_json(self) -> Json:
+        """The `accuracy` object of reports; `dense`, `compressed` are top-1, `interval` belongs to `compressed`."""
+        return {
+            "dense": self.dense.top1,
+            "compressed": self.compressed.top1,
+            "n": self.compressed.n,
+            "interval": list(self.compressed.interval),
+            "dense_interval": list(self.dense.interval),
+            "dense_top5": self.dense.top5,
+            "compressed_top5": self.compressed.top5,
+            "agreement": self.agreement,
+            "data": self.data,
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is known about a compressed network; the `ttcompress` metadata of its file."""
+
+    plan: CompressionPlan
+    bytes_before: int
+    bytes_after: int
+    version: str
+    seed: int = 0
+    source: Json = field(default_factory=dict)
+    architecture: Architecture | None = None
+    preprocessing: Preprocessing | None = None
+    recipe: Json = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+    accuracy: Json | None = None
+
+    def to_json(self) -> Json:
+        """Canonical content of the file's metadata and of `report --json`."""
+        return {
+            "schema": FILE_SCHEMA,
+            "version": self.version,
+            "seed": self.seed,
+            "source": self.source,
+            "architecture": self.architecture.to_json() if self.architecture else None,
+            "preprocessing": self.preprocessing.to_json() if self.preprocessing else None,
+            "recipe": self.recipe,
+            "tied": dict(self.tied),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "accuracy": self.accuracy,
+            **self.plan.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, data: Json) -> Report:
+        """Read metadata back.
+
+        Raises:
+            CheckpointError: another major schema, naming the one it needs, or missing keys.
+        """
+        if str(data.get("schema")).split(".")[0] != FILE_SCHEMA:
+            raise CheckpointError(
+                f"written in schema {data.get('schema')!r}, this version reads {FILE_SCHEMA!r}: "
+                "use the ttcompress version that matches it"
+            )
+        architecture, preprocessing = data.get("architecture"), data.get("preprocessing")
+        try:
+            return cls(
+                plan=CompressionPlan.from_json(data),
+                bytes_before=data["bytes_before"],
+                bytes_after=data["bytes_after"],
+                version=data["version"],
+                seed=data["seed"],
+                source=data["source"],
+                architecture=Architecture.from_json(architecture) if architecture else None,
+                preprocessing=Preprocessing.from_json(preprocessing) if preprocessing else None,
+                recipe=data["recipe"],
+                tied=data["tied"],
+                accuracy=data["accuracy"],
+            )
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"damaged metadata: {type(error).__name__}: {error}") from error
