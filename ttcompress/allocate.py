@@ -133,7 +133,10 @@ class LayerOptions:
 
 
 def fewest_params(options: LayerOptions, eps: float) -> Choice:
-    """The smallest choice over all candidates whose bound is at most `eps`; dense where none is smaller."""
+    """A small choice whose bound is at most `eps`, dense where none is smaller.
+
+    The least over the formats of what the price finds, with single ranks lowered while the bound allows it.
+    """
     choices = [_fewest_params(candidate, eps**2) for candidate in options.candidates]
     return min([options.dense, *choices], key=lambda choice: choice.params)
 
@@ -155,9 +158,23 @@ def _fewest_params(candidate: Candidate, allowed: float) -> Choice:
 def within_budget(layers: Sequence[LayerOptions], budget: int) -> list[Choice]:
     """One choice a layer: least total squared error with at most `budget` parameters for all of them.
 
+    A price finds choices on the lower convex hull only; between two of them each layer tries every format at the size
+    that it got, and what is left over is spent rank by rank.
+
     Raises:
         PlanError: even all TT-ranks 1 need more.
     """
+    choices = [_best_format(*pair) for pair in zip(layers, _near_budget(layers, budget), strict=True)]
+    return _spend(layers, choices, budget - total_params(choices))
+
+
+def _best_format(layer: LayerOptions, now: Choice) -> Choice:
+    singles = [LayerOptions(layer.dense_params, (candidate,)) for candidate in layer.candidates]
+    others = [_near_budget([single], now.params)[0] for single in singles if single.smallest().params <= now.params]
+    return min([now, *others], key=lambda choice: (choice.error, choice.params))
+
+
+def _near_budget(layers: Sequence[LayerOptions], budget: int) -> list[Choice]:
     least = [layer.smallest() for layer in layers]
     if total_params(least) > budget:
         raise PlanError(f"needs {total_params(least):,} parameters at TT-rank 1, {budget:,} are left")

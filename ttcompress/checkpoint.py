@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
+import secrets
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -117,9 +117,13 @@ def _state_dict(path: Path, key: str) -> dict[str, Tensor]:
     if others or not state:
         what = f"entries that are no tensors: {shortlist(others)}" if others else "nothing"
         raise CheckpointError(f"{path}: no state dict found; it holds {what}")
-    if odd := [name for name, tensor in state.items() if tensor.layout != torch.strided or tensor.is_quantized]:
-        raise CheckpointError(f"{path}: sparse or quantized tensors are not supported: {shortlist(odd)}")
+    if odd := [name for name, tensor in state.items() if _is_odd(tensor)]:
+        raise CheckpointError(f"{path}: sparse, quantized and meta tensors are not supported: {shortlist(odd)}")
     return {str(name): tensor.detach() for name, tensor in state.items()}
+
+
+def _is_odd(tensor: Tensor) -> bool:
+    return tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta
 
 
 def _load_pickle(path: Path) -> Any:
@@ -163,16 +167,27 @@ def check_output(path: Path, force: bool) -> None:
     """See, before any work, that a file can be written.
 
     Raises:
-        CheckpointError: it exists and `force` is not set, or its folder does not exist.
+        CheckpointError: it exists and `force` is not set, is no ordinary file, or its folder does not exist.
     """
+    try:
+        problem = _output_problem(path, force)
+    except OSError as error:
+        problem = f"cannot be written: {error.strerror}"
+    if problem:
+        raise CheckpointError(f"{path}: {problem}")
+
+
+def _output_problem(path: Path, force: bool) -> str:
     if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder; name a file")
+        return "is a folder; name a file"
     if not path.parent.is_dir():
-        raise CheckpointError(f"{path}: {path.parent} is not an existing folder")
+        return f"{path.parent} is not an existing folder"
+    if path.exists() and not path.is_file():
+        # Renaming over a device such as /dev/null would take it from the whole machine.
+        return "is not an ordinary file"
     if path.exists() and not force:
-        raise CheckpointError(f"{path}: exists; choose another --output, or --force to replace it")
-    if not os.access(path.parent, os.W_OK):
-        raise CheckpointError(f"{path}: no permission to write in {path.parent}")
+        return "exists; choose another --output, or --force to replace it"
+    return "" if os.access(path.parent, os.W_OK) else f"no permission to write in {path.parent}"
 
 
 @contextmanager
@@ -182,23 +197,15 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the file system refuses (full, read-only).
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".ttcompress-{secrets.token_hex(8)}")
     try:
+        temporary.touch(exist_ok=False)
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Json | None = None) -> None:
@@ -209,7 +216,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Json 
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(start)
         for name in order:
-            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+            tensor = tensors[name].detach().cpu().contiguous()
+            # Where there is at most one entry a contiguous tensor may have any stride, which view() does not take.
+            flat = tensor.as_strided((tensor.numel(),), (1,))
             file.write(flat.view(torch.uint8).numpy().data)
 
 
@@ -222,8 +231,9 @@ def write_dense(path: Path, tensors: Mapping[str, Tensor]) -> None:
     if path.suffix == ".safetensors":
         write_safetensors(path, tensors)
     elif path.suffix in (".pt", ".pth"):
-        with replacing(path) as temporary:
-            torch.save(dict(tensors), temporary)
+        # Given a name, torch.save would write it, random as it is, into the file.
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            torch.save(dict(tensors), file)
     else:
         raise CheckpointError(f"{path}: end the name in .pt, .pth or .safetensors")
 

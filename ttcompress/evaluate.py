@@ -35,7 +35,8 @@ def wilson_interval(right: int, n: int, z: float = 1.959963984540054) -> tuple[f
     centre = p + z * z / (2 * n)
     half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 100 / (1 + z * z / n)
-    return max(0.0, (centre - half) * scale), min(100.0, (centre + half) * scale)
+    # The interval holds p itself, also where it is 0 or 1 and round-off would have it outside.
+    return max(0.0, min((centre - half) * scale, 100 * p)), min(100.0, max((centre + half) * scale, 100 * p))
 
 
 def predict(
@@ -44,9 +45,9 @@ def predict(
     """Run a classifier over labelled batches of (images, labels), in eval mode; its own mode is put back after.
 
     Raises:
-        DataError: no image, no labels, labels beyond the classes, images the network does not take, NaN logits.
+        DataError: no image, no labels, labels that are no classes, images the network does not take, NaN logits.
     """
-    was_training = model.training
+    was_training, dtype = model.training, input_dtype(model)
     model.eval()
     classes: list[Tensor] = []
     labels: list[Tensor] = []
@@ -54,18 +55,32 @@ def predict(
         for images, target in batches:
             if target is None:
                 raise DataError("accuracy needs labels; this data has none")
-            logits = _logits(model, images.to(device))
-            if int(target.max()) >= logits.shape[1]:
-                raise DataError(f"the data has label {int(target.max())}, the network {logits.shape[1]} classes")
+            logits = _logits(model, images.to(device, dtype if images.is_floating_point() else images.dtype))
+            _check_labels(target, logits)
             classes.append(logits.topk(min(5, logits.shape[1])).indices.cpu())
             labels.append(target.cpu())
             if progress:
                 progress("evaluating", sum(map(len, labels)), 0)
     finally:
         model.train(was_training)
-    if not labels:
+    if not sum(map(len, labels)):
         raise DataError("the data holds no image")
     return Predictions(torch.cat(classes), torch.cat(labels))
+
+
+def input_dtype(model: nn.Module) -> torch.dtype:
+    """The widest type among the parameters, TT-cores aside: those run in the type of their input."""
+    dense = [parameter for name, parameter in model.named_parameters() if "cores." not in name]
+    types = [parameter.dtype for parameter in dense if parameter.is_floating_point()]
+    return max(types, key=lambda dtype: dtype.itemsize, default=torch.get_default_dtype())
+
+
+def _check_labels(labels: Tensor, logits: Tensor) -> None:
+    if labels.shape != logits.shape[:1]:
+        raise DataError(f"labels {tuple(labels.shape)} for logits {tuple(logits.shape)}: one class number an image")
+    for label in set(labels.tolist()):
+        if not 0 <= label < logits.shape[1]:
+            raise DataError(f"the data has label {label}, the network {logits.shape[1]} classes")
 
 
 @torch.inference_mode()

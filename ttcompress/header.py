@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from ttcompress.errors import CheckpointError
+from ttcompress.errors import CheckpointError, TTCompressError
 
 ITEM_SIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -104,15 +105,34 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: a safetensors file, but not one that ttcompress wrote")
     try:
         value = json.loads(metadata[METADATA_KEY])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged ttcompress metadata ({_brief(error)})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: damaged ttcompress metadata (not an object)")
     return value
 
 
+@contextmanager
+def blaming(path: Path) -> Iterator[None]:
+    """Whatever goes wrong inside is the fault of this file, and said in one line that begins with its name.
+
+    Metadata that parse may still lie about the tensors beside them in any way, so that any error may come of it.
+
+    Raises:
+        TTCompressError: the same error with the name, or a CheckpointError in place of one that is none of ours.
+    """
+    try:
+        yield
+    except TTCompressError as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error
+    except Exception as error:
+        raise CheckpointError(f"{path}: damaged ({_brief(error)})") from error
+
+
 def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error)[:100]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
 
 
 def _entry(entry: Mapping[str, Any]) -> tuple[TensorInfo, int, int]:

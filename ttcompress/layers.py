@@ -66,7 +66,8 @@ class _TTLayer(nn.Module):
         spec = layer_spec(dense)  # type: ignore[arg-type]
         layer = cls(spec, tensorization, [core.shape[-1] for core in cores[:-1]], device="meta")
         train = bool(dense.weight.requires_grad)
-        layer.cores = nn.ParameterList([nn.Parameter(core.detach().clone(), requires_grad=train) for core in cores])
+        copies = [core.detach().clone(memory_format=torch.contiguous_format) for core in cores]
+        layer.cores = nn.ParameterList([nn.Parameter(core, requires_grad=train) for core in copies])
         if isinstance(dense.bias, Tensor):
             layer.bias = nn.Parameter(dense.bias.detach().clone(), requires_grad=dense.bias.requires_grad)
         return layer.train(dense.training)
@@ -85,9 +86,9 @@ class _TTLayer(nn.Module):
             ShapeError: modes, ranks or eps that do not fit the weight (see `tt_svd`).
             PlanError: a convolution with groups > 1.
         """
-        if getattr(dense, "groups", 1) != 1:
-            raise PlanError(f"a convolution with groups={dense.groups} cannot take TT form")
-        weight = dense.weight.detach()  # type: ignore[operator]
+        if not isinstance(dense, nn.Linear | nn.Conv2d) or getattr(dense, "groups", 1) != 1:
+            raise PlanError(f"only nn.Linear and nn.Conv2d with groups=1 take TT form, not {dense}")
+        weight = dense.weight.detach()
         if not isinstance(tensorization, Tensorization):
             default = "matrix" if weight.dim() == 2 else "chain"
             tensorization = tensorize_shape(tensorization or default, tuple(weight.shape))
@@ -134,8 +135,14 @@ class _TTLayer(nn.Module):
             raise ShapeError(f"execution must be one of {', '.join(self.executions)}, not {name!r}")
         self._execution = name
 
+    def _is_decided(self) -> bool:
+        """No choice by cost: one is forced, or `torch.export` asks for one graph for all call shapes, the factored."""
+        return self.execution != "auto" or torch.compiler.is_exporting()
+
     def _weights_as(self, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """Cores and bias in the input's type: files may store them in a narrower one."""
+        if not x.is_floating_point():
+            raise ShapeError(f"the layer takes floating-point input, not {x.dtype}")
         return [core.to(x.dtype) for core in self.cores], None if self.bias is None else self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -171,10 +178,10 @@ class TTLinear(_TTLayer):
         padded = pad_features(rows, prod(self.tensorization.in_modes))
         y = sweep(cores, padded)[:, : self.out_features]
         y = y.reshape(*x.shape[:-1], self.out_features)
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)
 
     def _runs_dense(self, rows: int) -> bool:
-        if self.execution != "auto":
+        if self._is_decided():
             return self.execution == "dense"
         shapes = self.tensorization.core_shapes(self.tt_ranks)
         rebuilt = merge_cost(shapes)
@@ -215,7 +222,7 @@ class TTConv2d(_TTLayer):
             y = self._window(batch, dense_weight(cores, self.spec.weight_shape), bias)
         elif self.tensorization.format == "matrix":
             y = self._contract(batch, cores)
-            y = y if bias is None else y + bias[:, None, None]
+            y = y if bias is None else y + bias[:, None, None].to(y.dtype)
         else:
             y = self._chain(batch, cores, bias)
         return y if x.dim() == 4 else y[0]
@@ -239,7 +246,8 @@ class TTConv2d(_TTLayer):
         n, _, height, width = x.shape
         pixels = pad_features(x.permute(0, 2, 3, 1), prod(self.tensorization.in_modes)).flatten(0, 2)
         mixed = sweep(cores[1:] if windowed else cores, pixels)
-        mixed = mixed.reshape(n, height, width, window.shape[0], -1)[..., : self.out_channels]
+        padded_out = prod(self.tensorization.out_modes)
+        mixed = mixed.reshape(n, height, width, window.shape[0], padded_out)[..., : self.out_channels]
         images = mixed.permute(0, 4, 3, 1, 2).flatten(0, 1)
         y = self._window(images, window.reshape(1, -1, *self.kernel_size))
         return y.reshape(n, self.out_channels, *y.shape[2:])
@@ -262,7 +270,7 @@ class TTConv2d(_TTLayer):
         return sides
 
     def _runs_dense(self, x: Tensor) -> bool:
-        if self.execution != "auto":
+        if self._is_decided():
             return self.execution == "dense"
         pixels = x.shape[0] * x.shape[2] * x.shape[3]
         out_pixels = pixels // (self.stride[0] * self.stride[1])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ttcompress.checkpoint import (
 from ttcompress.data import Images, open_data
 from ttcompress.errors import ArchitectureError, CheckpointError, DataError, PlanError, shortlist
 from ttcompress.evaluate import Batches, Predictions, compare, predict
-from ttcompress.header import read_metadata
+from ttcompress.header import blaming, read_metadata
 from ttcompress.plan import adopt_plan, make_plan
 from ttcompress.recipe import Recipe
 from ttcompress.surgery import apply_plan, check_plan, insert_empty
@@ -38,6 +39,7 @@ from ttcompress.types import (
     Architecture,
     CompressionPlan,
     Json,
+    LayerPlan,
     Preprocessing,
     Progress,
     Report,
@@ -130,9 +132,14 @@ def load(path: str | os.PathLike[str], factory: Factory | None = None, device: s
 def open_compressed(path: Path, factory: Factory | None = None) -> tuple[nn.Module, Report]:
     """A compressed file as a module, and its report."""
     tensors = load_compressed(path)
-    report = Report.from_json(read_metadata(path))
+    with blaming(path):
+        report = Report.from_json(read_metadata(path))
+        return _rebuilt(report, tensors, factory), report
+
+
+def _rebuilt(report: Report, tensors: Mapping[str, Tensor], factory: Factory | None) -> nn.Module:
     if factory is None and report.architecture is None:
-        raise ArchitectureError(f"{path}: records no architecture; pass factory= (or --arch net.py:build)")
+        raise ArchitectureError("records no architecture; pass factory= (or --arch net.py:build)")
     state = {**tensors, **{alias: tensors[name] for alias, name in report.tied.items()}}
     architecture = report.architecture or Architecture("factory", "factory")
     if factory is not None:
@@ -145,9 +152,9 @@ def open_compressed(path: Path, factory: Factory | None = None) -> tuple[nn.Modu
         return model
 
     try:
-        return _filled(build, state), report
+        return _filled(build, state)
     except PlanError as error:
-        raise ArchitectureError(f"{path}: {architecture.name} builds another network: {error}") from error
+        raise ArchitectureError(f"{architecture.name} builds another network: {error}") from error
 
 
 def expand_file(source: Path, output: Path, force: bool = False) -> Report:
@@ -157,17 +164,29 @@ def expand_file(source: Path, output: Path, force: bool = False) -> Report:
         CheckpointError: not a compressed file, or an output that cannot be written.
     """
     check_output(output, force)
-    report = Report.from_json(read_metadata(source))
-    tensors = load_compressed(source)
-    for layer in report.plan.layers:
-        names = [f"{layer.fqn}.cores.{k}" for k in range(len(layer.tensorization.modes))]
-        if missing := [name for name in names if name not in tensors]:
-            raise CheckpointError(f"{source}: lacks {shortlist(missing)}")
-        weight = dense_weight([tensors.pop(name).double() for name in names], layer.spec.weight_shape)
-        tensors[f"{layer.fqn}.weight"] = weight.to(getattr(torch, layer.weight_dtype)).contiguous()
-    tensors |= {alias: tensors[name].clone() for alias, name in report.tied.items()}
-    write_dense(output, tensors)
+    metadata, tensors = read_metadata(source), load_compressed(source)
+    with blaming(source):
+        report = Report.from_json(metadata)
+        dense = _expanded(report, tensors)
+    write_dense(output, dense)
     return report
+
+
+def _expanded(report: Report, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    dense = dict(tensors)
+    for layer in report.plan.layers:
+        shapes = dict(_core_shapes(layer))
+        wrong = [name for name, shape in shapes.items() if name not in dense or tuple(dense[name].shape) != shape]
+        if wrong:
+            raise CheckpointError(f"lacks {shortlist(wrong)}, or they have another shape")
+        weight = dense_weight([dense.pop(name).double() for name in shapes], layer.spec.weight_shape)
+        dense[f"{layer.fqn}.weight"] = weight.to(getattr(torch, layer.weight_dtype)).contiguous()
+    return dense | {alias: dense[name].clone() for alias, name in report.tied.items()}
+
+
+def _core_shapes(layer: LayerPlan) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for k, shape in enumerate(layer.tensorization.core_shapes(layer.tt_ranks)):
+        yield f"{layer.fqn}.cores.{k}", shape
 
 
 def evaluate_file(
@@ -176,9 +195,9 @@ def evaluate_file(
     """Accuracy of a dense checkpoint or a compressed file on `recipe.data`, and the name of that data."""
     images = _labelled(recipe)
     if is_compressed(path):
-        report = Report.from_json(read_metadata(path))
-        factory = models.load_factory(recipe.arch) if recipe.arch and _needs_factory(report) else None
-        model, known = open_compressed(path, factory)[0], report.preprocessing
+        factory = models.load_factory(recipe.arch) if recipe.arch and _needs_factory(path) else None
+        model, report = open_compressed(path, factory)
+        known = report.preprocessing
     else:
         network = open_dense(path, recipe.arch, key)
         model, known = network.model, network.preprocessing
@@ -187,8 +206,10 @@ def evaluate_file(
     return predictions.accuracy(), images.name
 
 
-def _needs_factory(report: Report) -> bool:
-    return report.architecture is None or report.architecture.kind == "factory"
+def _needs_factory(path: Path) -> bool:
+    with blaming(path):
+        architecture = Report.from_json(read_metadata(path)).architecture
+    return architecture is None or architecture.kind == "factory"
 
 
 # ------------------------------------------------------------------------------------------------------------- networks
@@ -297,18 +318,29 @@ def compress(
     recipe = Recipe(**options)
     if recipe.data is not None or recipe.arch is not None:
         raise PlanError("the module is its own architecture, and data takes batches, not a reference")
+    if data is not None and metric is not None:
+        raise PlanError("give data or metric, not both")
+    if data is not None and iter(data) is data:
+        raise DataError("data is read twice, before and after: give a list or a DataLoader, not an iterator")
     model = module if inplace else copy.deepcopy(module)
     meter = None
     if data is not None:
         meter = _classification(lambda: data, "data", device_of(recipe), progress)
     elif metric is not None:
         name = getattr(metric, "__name__", "metric")
-        meter = Meter(metric, lambda dense, compressed: _metric_json(name, dense, compressed))
+        meter = Meter(partial(_finite, metric, name), partial(_metric_json, name))
     return model, compress_network(Network(model, model.state_dict()), recipe, None, meter, progress)
 
 
+def _finite(metric: Callable[[nn.Module], float], name: str, module: nn.Module) -> float:
+    value = float(metric(module))
+    if not isfinite(value):
+        raise DataError(f"{name} returned {value}, which no report can hold")
+    return value
+
+
 def _metric_json(name: str, dense: float, compressed: float) -> Json:
-    return {"metric": name, "dense": float(dense), "compressed": float(compressed), "n": None, "interval": None}
+    return {"metric": name, "dense": dense, "compressed": compressed, "n": None, "interval": None}
 
 
 def save(module: nn.Module, report: Report, path: str | os.PathLike[str], force: bool = False) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from math import floor
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from ttcompress.checkpoint import replacing
 from ttcompress.errors import PlanError, ShapeError, shortlist
 from ttcompress.layers import layer_spec
 from ttcompress.recipe import TARGETS, LayerRule, Recipe
-from ttcompress.tt.decompose import squared_spectra, tensorize
+from ttcompress.tt.decompose import smallest_eps, squared_spectra, tensorize
 from ttcompress.tt.shapes import FORMATS, Tensorization, feasible_ranks, tensorize_shape
 from ttcompress.types import (
     PLAN_SCHEMA,
@@ -110,13 +111,14 @@ def _require_match(pattern: str, names: Sequence[str]) -> None:
 def _dense_layers(model: nn.Module) -> Iterator[Layer]:
     attention = tuple(name + "." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
     homes: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            homes.setdefault(id(module.weight), []).append(name)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        homes.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            others = [home for home in homes[id(module.weight)] if home != name]
-            yield Layer(name, module, _obstacle(module, others, name.startswith(attention)))
+            own = dict(module.named_parameters(recurse=False)).get("weight")
+            others = [home for home in homes.get(id(own), []) if home != name]
+            obstacle = _obstacle(module, others, name.startswith(attention))
+            yield Layer(name, module, obstacle if name else "it is the whole network")
 
 
 def _obstacle(module: nn.Linear | nn.Conv2d, others: Sequence[str], in_attention: bool) -> str:
@@ -125,10 +127,10 @@ def _obstacle(module: nn.Linear | nn.Conv2d, others: Sequence[str], in_attention
         return "nn.MultiheadAttention reads this weight directly"
     if others:
         return f"weight shared with {shortlist(others)}"
-    if type(module) not in (nn.Linear, nn.Conv2d):
-        return f"{type(module).__name__} may do more than its base class"
     if "weight" not in dict(module.named_parameters(recurse=False)):
         return "weight is computed by a parametrization"
+    if type(module) not in (nn.Linear, nn.Conv2d):
+        return f"{type(module).__name__} may do more than its base class"
     if isinstance(module, nn.Conv2d) and module.groups != 1:
         return f"groups={module.groups}"
     return ""
@@ -182,6 +184,7 @@ def make_plan(
     searched = [request for request in requests if request.ranks is None]
     notes: list[str] = []
     if recipe.eps is not None:
+        _check_eps(recipe.eps, searched)
         options = _options(searched, device, progress)
         outcome |= _outcome(searched, [fewest_params(each, recipe.eps) for each in options], "within eps")
     elif recipe.ratio is not None or recipe.params is not None:
@@ -190,6 +193,15 @@ def make_plan(
     else:
         outcome |= {r.layer.fqn: f"no {_rank_option(r.layer)} given" for r in searched}
     return _assemble(model, layers, outcome, notes)
+
+
+def _check_eps(eps: float, requests: Sequence[_Request]) -> None:
+    for request in requests:
+        least = smallest_eps(request.layer.module.weight.dtype)
+        if eps < least:
+            raise PlanError(
+                f"--eps must be at least {least:g} for the {request.layer.weight_dtype} weights, not {eps:g}"
+            )
 
 
 def _rank_option(layer: Layer) -> str:
@@ -201,6 +213,10 @@ def _requests(layers: Sequence[Layer], recipe: Recipe) -> list[_Request]:
     names = [layer.fqn for layer in layers]
     for rule in recipe.layers:
         _require_match(rule.match, names)
+        matched = [layer for layer in layers if matches(rule.match, layer.fqn)]
+        if all(layer.kept for layer in matched):
+            reasons = shortlist(dict.fromkeys(f"{layer.fqn}: {layer.kept}" for layer in matched))
+            raise PlanError(f"[[layers]] {rule.match!r} matches only layers that stay dense ({reasons})")
     if not chosen:
         raise PlanError("no layer is left to compress; choose some with --include")
     if recipe.in_modes and len(chosen) != 1:
@@ -263,7 +279,10 @@ def _options(requests: Sequence[_Request], device: torch.device | str, progress:
         if weight.is_meta:
             raise PlanError("--eps, --ratio and --params need the weights: give a checkpoint")
         weight = weight.to(device)
-        candidates = [Candidate(each, squared_spectra(tensorize(weight, each))) for each in request.tensorizations]
+        try:
+            candidates = [Candidate(each, squared_spectra(tensorize(weight, each))) for each in request.tensorizations]
+        except ShapeError as error:
+            raise ShapeError(f"{request.layer.fqn}: {error}") from error
         options.append(LayerOptions(weight.numel(), tuple(candidates)))
     return options
 
@@ -285,7 +304,7 @@ def _by_budget(
     """Choices within the budget for all parameters of the network, and a note where they miss its window."""
     before = sum(parameter.numel() for parameter in model.parameters())
     asked = f"--ratio {recipe.ratio:g}" if recipe.ratio else f"--params {recipe.params:,}"
-    most = floor(before / recipe.ratio) if recipe.ratio else recipe.params or 0
+    most = floor(before / Fraction(str(recipe.ratio))) if recipe.ratio else recipe.params or 0
     if most >= before:
         raise PlanError(f"{asked} asks for nothing: the network has {before:,} parameters")
     plans = [plan for plan in by_hand.values() if isinstance(plan, LayerPlan)]
@@ -293,7 +312,7 @@ def _by_budget(
     fixed = before - saved_by_hand - sum(each.dense_params for each in options)
     least = fixed + sum(each.smallest().params for each in options)
     if least > most:
-        reach = format_compression(floor(10 * before / least) / 10)
+        reach = format_compression(before // least if before >= 1000 * least else 10 * before // least / 10)
         raise PlanError(
             f"{asked} is out of reach: the most that these layers can give is {reach} ({least:,} parameters)"
         )
@@ -328,7 +347,7 @@ def _kept_reason(model: nn.Module, name: str) -> str:
 
 
 def adopt_plan(model: nn.Module, recipe: Recipe, plan: CompressionPlan) -> CompressionPlan:
-    """A plan from a file, which may have been edited: TT-ranks clipped to feasible ones, as a note says.
+    """A plan from a file, which may have been edited: TT-ranks clipped to feasible ones, errors forgotten.
 
     Raises:
         PlanError: another target beside it, a layer that cannot be replaced, or one that would grow.
@@ -340,7 +359,7 @@ def adopt_plan(model: nn.Module, recipe: Recipe, plan: CompressionPlan) -> Compr
     for layer in plan.layers:
         clipped = feasible_ranks(layer.tensorization.sizes, layer.tt_ranks)
         note = _clip_note(layer.tt_ranks, clipped)
-        layer = replace(layer, tt_ranks=clipped, note=note or layer.note)
+        layer = replace(layer, tt_ranks=clipped, note=note or layer.note, predicted_error=None, relative_error=None)
         if layer.params_after >= layer.params_before:
             raise PlanError(f"{layer.fqn}: {layer.params_after:,} parameters in TT form, {layer.params_before:,} dense")
         adopted.append(layer)

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ttcompress.header import read_metadata
+from ttcompress.header import blaming, read_metadata
 from ttcompress.types import Json, LayerPlan, Report, compression, format_compression
 
 
@@ -19,8 +19,8 @@ def read_report(path: Path) -> Json:
     Raises:
         CheckpointError: not a compressed file, damaged, or of another schema.
     """
-    report = Report.from_json(read_metadata(path))
-    return with_file(report, path)
+    with blaming(path):
+        return with_file(Report.from_json(read_metadata(path)), path)
 
 
 def with_file(report: Report, path: Path | None) -> Json:
@@ -42,7 +42,7 @@ def render_side_by_side(reports: Sequence[Json]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for data in reports:
-        table.add_column(str(data["file"]), justify="right")
+        table.add_column(Text(str(data["file"])), justify="right", overflow="fold")
     for label, values in _comparison_rows(reports):
         table.add_row(label, *values)
     return table
@@ -83,10 +83,10 @@ def _layer_table(layers: Sequence[LayerPlan]) -> Table:
     for name in ("layer", "weight", "format", "modes (out x in)", "TT-ranks"):
         table.add_column(name, overflow="fold")
     for name in ("params before", "after", "compression", "rel. error"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for layer in layers:
         table.add_row(
-            layer.fqn,
+            Text(layer.fqn),  # A plain string would be searched for markup.
             "x".join(map(str, layer.spec.weight_shape)),
             layer.tensorization.format,
             _modes(layer),
@@ -123,7 +123,7 @@ def _summary(report: Report, data: Json) -> list[str]:
     ]
     if data["file_bytes"] is not None:
         lines.append(f"file              {data['file']}, {format_bytes(data['file_bytes'])}")
-    lines += _accuracy_lines(report.accuracy)
+        lines += _accuracy_lines(report.accuracy)
     lines += [f"kept dense        {line}" for line in _kept(report)]
     lines += [f"note              {layer.fqn}: {layer.note}" for layer in plan.layers if layer.note]
     return lines + [f"note              {note}" for note in plan.notes]
@@ -160,7 +160,10 @@ def format_bytes(count: int | None) -> str:
     """Bytes with a decimal unit: 553.4 MB."""
     if count is None:
         return "-"
-    for power, unit in ((3, "GB"), (2, "MB"), (1, "kB")):
-        if count >= 1000**power:
-            return f"{count / 1000**power:.1f} {unit}"
-    return f"{count} B"
+    if count < 1000:
+        return f"{count} B"
+    value, unit = count / 1000, "kB"
+    for larger in ("MB", "GB"):
+        if round(value, 1) >= 1000:
+            value, unit = value / 1000, larger
+    return f"{value:.1f} {unit}"

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ttcompress.errors import PlanError
+from ttcompress.errors import PlanError, ShapeError
 from ttcompress.layers import TTConv2d, TTLinear, layer_spec, tt_layer
 from ttcompress.tt.decompose import decompose_weight
 from ttcompress.types import CompressionPlan, LayerPlan, Progress
@@ -54,7 +54,10 @@ def apply_plan(
             progress(f"decomposing {layer.fqn}", index, len(plan.layers))
         dense = model.get_submodule(layer.fqn)
         weight = dense.weight.detach()  # type: ignore[operator]
-        result = decompose_weight(weight.to(device), layer.tensorization, layer.tt_ranks, dtype=dtype)
+        try:
+            result = decompose_weight(weight.to(device), layer.tensorization, layer.tt_ranks, dtype=dtype)
+        except ShapeError as error:
+            raise ShapeError(f"{layer.fqn}: {error}") from error
         cores = [core.to(weight.device) for core in result.cores]
         swap(model, layer.fqn, tt_layer(layer.spec).from_cores(dense, layer.tensorization, cores))
         done.append(replace(layer, relative_error=result.relative_error))

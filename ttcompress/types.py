@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
+from operator import index
 from typing import Any
 
 from ttcompress.errors import CheckpointError, PlanError, ShapeError
-from ttcompress.tt.shapes import Mode, Tensorization
+from ttcompress.tt.shapes import Mode, Tensorization, tensorize_shape
 
 FILE_SCHEMA = "ttcompress/1"
 PLAN_SCHEMA = "ttcompress-plan/1"
@@ -133,16 +134,22 @@ class LayerPlan:
         modes = [Mode(*mode) for mode in zip(data["out_modes"], data["in_modes"], data["window_modes"], strict=True)]
         tensorization = Tensorization(data["format"], tuple(modes))
         _check_modes(data["fqn"], spec, tensorization)
-        ranks = tensorization.expand_ranks([int(rank) for rank in data["tt_ranks"]])
+        ranks = tensorization.expand_ranks([index(rank) for rank in data["tt_ranks"]])
         errors = {key: data.get(key) for key in ("predicted_error", "relative_error")}
         return cls(data["fqn"], spec, tensorization, ranks, data["weight_dtype"], **errors, note=data.get("note", ""))
 
 
-def _check_modes(fqn: str, spec: LayerSpec, tensorization: Tensorization) -> None:
-    out_dim, in_dim, *kernel = spec.weight_shape
-    have = prod(tensorization.out_modes), prod(tensorization.in_modes), prod(tensorization.window_modes)
-    if have[0] < out_dim or have[1] < in_dim or have[2] != prod(kernel):
-        raise ShapeError(f"{fqn}: modes multiply to {have}, the weight needs {(out_dim, in_dim, prod(kernel))}")
+def _check_modes(fqn: str, spec: LayerSpec, stated: Tensorization) -> None:
+    """A format has one tensorization of a weight, but for the factors of `matrix`."""
+    pairs = [mode for mode in stated.modes if mode.window == 1] if stated.format == "matrix" else []
+    out_modes, in_modes = [mode.out for mode in pairs] or None, [mode.inp for mode in pairs] or None
+    try:
+        proper = tensorize_shape(stated.format, spec.weight_shape, out_modes, in_modes)
+    except ShapeError as error:
+        raise ShapeError(f"{fqn}: {error}") from error
+    if proper != stated:
+        modes = [tuple(mode) for mode in stated.modes]
+        raise ShapeError(f"{fqn}: format {stated.format} of this weight has no (out, in, window) modes {modes}")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ttcompress.errors import ShapeError
+from ttcompress.tt.contract import sweep
 
 # Where the largest entry of a normalised core lies: products of two stay finite, and tiny entries beside it survive.
 EXPONENT = 400
@@ -94,7 +95,7 @@ def left_orthogonalize(a: Sequence[Tensor]) -> list[Tensor]:
 def right_orthogonalize(a: Sequence[Tensor]) -> list[Tensor]:
     """The same tensor with Q Q^T = I for every core but the first, as r_{k-1} x (n_k r_k); never raises a TT-rank."""
     (first, *rest), exponent = _right_sweep(a)
-    cores = _restored([_times_two_to(first, exponent), *rest], a)
+    cores = _restored([times_two_to(first, exponent), *rest], a)
     if not cores[0].isfinite().all():
         raise ShapeError(f"the core that carries the norm is not finite, or beyond the range of {a[0].dtype}")
     return cores
@@ -123,7 +124,7 @@ def round_tt(a: Sequence[Tensor], eps: float = 0.0, max_rank: int | None = None)
     delta = _relative_delta(cores, a[0].dtype, eps) * size / sqrt(max(1, len(a) - 1))
     for k in range(len(cores) - 1):
         left, values, right = torch.linalg.svd(cores[k].flatten(0, 1), full_matrices=False)
-        rank = _rank_for(values, delta, max_rank)
+        rank = rank_for(values.square(), delta, max_rank)
         cores[k] = left[:, :rank].reshape(*cores[k].shape[:-1], rank)
         cores[k + 1] = torch.tensordot(values[:rank, None] * right[:rank], cores[k + 1], 1)
     rounded = _restored(_spread(cores, exponent), a)
@@ -135,20 +136,13 @@ def round_tt(a: Sequence[Tensor], eps: float = 0.0, max_rank: int | None = None)
 
 
 def matvec(a: Sequence[Tensor], x: Tensor) -> Tensor:
-    """TT-matrix times vectors: x (..., N) to (..., M), in O(d r^2 m max(M, N)) each (Novikov et al. 2015, section 4).
-
-    The sweep goes right to left, where every step is one matrix product and no axis has to move.
-    """
+    """TT-matrix times vectors: x (..., N) to (..., M), O(d r^2 m max(M, N)) each (Novikov et al. 2015, section 4)."""
     _check_matrix(a)
     columns = prod(core.shape[2] for core in a)
     if x.dim() == 0 or x.shape[-1] != columns:
         raise ShapeError(f"the TT-matrix takes vectors of length {columns}, not a tensor of shape {tuple(x.shape)}")
-    state, groups, done = x, x.numel(), 1
-    for core in reversed(a):
-        groups //= core.shape[2]
-        state = core.flatten(2).flatten(0, 1) @ state.reshape(groups, core.shape[2] * core.shape[3], done)
-        done *= core.shape[1]
-    return state.reshape(*x.shape[:-1], done)
+    y = sweep([core[:, :, :, None] for core in a], x.reshape(-1, columns))
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def matvec_tt(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
@@ -251,10 +245,10 @@ def _normalized(tensor: Tensor) -> tuple[Tensor, int]:
     if largest == 0 or not isfinite(largest):
         return exact, 0
     exponent = frexp(largest)[1] - EXPONENT
-    return _times_two_to(exact, -exponent), exponent
+    return times_two_to(exact, -exponent), exponent
 
 
-def _times_two_to(tensor: Tensor, exponent: int) -> Tensor:
+def times_two_to(tensor: Tensor, exponent: int) -> Tensor:
     """tensor * 2^exponent in two steps, since 2^exponent itself may not be representable."""
     half = exponent // 2
     return tensor * _ldexp(1.0, half) * _ldexp(1.0, exponent - half)
@@ -274,10 +268,9 @@ def _relative_delta(cores: Sequence[Tensor], dtype: torch.dtype, eps: float) -> 
     return max(eps - cast, unit, NOISE)
 
 
-def _rank_for(values: Tensor, delta: float, max_rank: int | None) -> int:
-    """The least rank >= 1 whose tail of singular values has norm at most `delta`, but no more than `max_rank`."""
-    tails = values.flip(0).square().cumsum(0)
-    rank = max(1, int((tails > delta**2).sum()))
+def rank_for(squared_values: Tensor, delta: float, max_rank: int | None) -> int:
+    """The least rank >= 1 whose tail of squared singular values is at most delta^2, but no more than `max_rank`."""
+    rank = max(1, int((squared_values.flip(0).cumsum(0) > delta**2).sum()))
     return rank if max_rank is None else min(rank, max_rank)
 
 
@@ -286,7 +279,7 @@ def _spread(cores: Sequence[Tensor], exponent: int) -> list[Tensor]:
     last, shift = _normalized(cores[-1])
     share, left_over = divmod(exponent + shift + EXPONENT, len(cores))
     shares = [share] * (len(cores) - 1) + [share + left_over - EXPONENT]
-    return [_times_two_to(core, power) for core, power in zip([*cores[:-1], last], shares, strict=True)]
+    return [times_two_to(core, power) for core, power in zip([*cores[:-1], last], shares, strict=True)]
 
 
 def _restored(cores: Sequence[Tensor], a: Sequence[Tensor]) -> list[Tensor]:

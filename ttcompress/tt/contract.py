@@ -45,9 +45,7 @@ def merge_all(cores: Sequence[Tensor]) -> Tensor:
 
 
 def chain_product(cores: Sequence[Tensor]) -> Tensor:
-    """Cores (r_{k-1}, s_k, r_k) multiplied out: (r_0, s_1 ... s_d, r_d); no cores give a 1 x 1 x 1 one."""
-    if not cores:
-        return torch.ones(1, 1, 1, dtype=torch.float64)
+    """Cores (r_{k-1}, s_k, r_k) multiplied out: (r_0, s_1 ... s_d, r_d)."""
     flat = [core.reshape(core.shape[0], 1, -1, 1, core.shape[-1]) for core in cores]
     return merge_all(flat)[:, 0, :, 0]
 
@@ -59,23 +57,45 @@ def dense_weight(cores: Sequence[Tensor], weight_shape: Shape) -> Tensor:
 
 
 def sweep(cores: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Contract the input with window-less cores, right to left: (B, N) to (B, r_0 M), both row-major.
+    """Contract the input with window-less cores, from the cheaper end: (B, N) to (B, r_0 M), both row-major.
 
-    z = G_k z keeps (remaining input modes, r_k, output modes so far) in order, so that no permutation is needed
-    (Novikov et al. 2015, equation 5, summed from the last core).
+    Both orders keep the axes where they are, so that no permutation is needed (Novikov et al. 2015, equation 5).
     """
+    shapes = [core.shape for core in cores]
+    from_last = _sweep_cost(shapes, 1).total <= _sweep_cost(_mirrored(shapes), 1).total
+    y = _sweep_from_last(cores, x) if from_last else _sweep_from_first(cores, x)
+    return y.reshape(x.shape[0], shapes[0][0] * prod([shape[1] for shape in shapes]))
+
+
+def _sweep_from_last(cores: Sequence[Tensor], x: Tensor) -> Tensor:
+    """z = G_k z keeps (remaining input modes, r_k, output modes so far) in order."""
     z, tail = x, 1
     for core in reversed(cores):
         r, m, n, _, s = core.shape
         matrix = core.reshape(r * m, n * s)
         z = functional.linear(z.reshape(-1, n * s), matrix) if tail == 1 else matrix @ z.reshape(-1, n * s, tail)
         tail *= m
-    return z.reshape(x.shape[0], -1)
+    return z
+
+
+def _sweep_from_first(cores: Sequence[Tensor], x: Tensor) -> Tensor:
+    """z = z G_k keeps (output modes so far, r_k, remaining input modes) in order; r_0 counts as an output mode."""
+    z, tail = x, x.shape[1]
+    for core in (cores[0].flatten(0, 1)[None], *cores[1:]):
+        r, m, n, _, s = core.shape
+        tail //= n
+        matrix = core[:, :, :, 0].permute(1, 3, 0, 2).reshape(m * s, r * n)
+        z = functional.linear(z.reshape(-1, r * n), matrix) if tail == 1 else matrix @ z.reshape(-1, r * n, tail)
+    return z
 
 
 def sweep_cost(shapes: Sequence[Shape], rows: int) -> Cost:
     """Cost of `sweep` on `rows` inputs."""
-    remaining, tail = prod(shape[2] for shape in shapes), 1
+    return min(_sweep_cost(shapes, rows), _sweep_cost(_mirrored(shapes), rows), key=lambda cost: cost.total)
+
+
+def _sweep_cost(shapes: Sequence[Shape], rows: int) -> Cost:
+    remaining, tail = prod([shape[2] for shape in shapes]), 1
     madds, elements = 0, rows * remaining
     for r, m, n, _, s in reversed(shapes):
         remaining //= n
@@ -83,6 +103,12 @@ def sweep_cost(shapes: Sequence[Shape], rows: int) -> Cost:
         tail *= m
         elements += rows * remaining * r * tail
     return Cost(madds, elements)
+
+
+def _mirrored(shapes: Sequence[Shape]) -> list[Shape]:
+    """The shapes that a sweep from the last core would have if it were the sweep from the first."""
+    (r_0, m_1, *rest), *others = shapes
+    return [(s, m, n, w, r) for r, m, n, w, s in reversed([(1, r_0 * m_1, *rest), *others])]
 
 
 def merge_cost(shapes: Sequence[Shape]) -> Cost:

@@ -14,11 +14,16 @@ import torch
 from torch import Tensor
 
 from ttcompress.errors import ShapeError
+from ttcompress.tt.arithmetic import rank_for, right_orthogonalize, times_two_to
 from ttcompress.tt.contract import chain_product, dense_weight
 from ttcompress.tt.shapes import Mode, Tensorization, feasible_ranks
 
 BLOCK = 1 << 22
-SMALLEST_EPS = {torch.float64: 1e-12, torch.float32: 1e-6}
+
+
+def smallest_eps(dtype: torch.dtype) -> float:
+    """The relative accuracy down to which TT-SVD of a tensor of this type keeps its word."""
+    return 1e-12 if dtype == torch.float64 else 1e-6
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def tt_svd(
         dtype: storage type of the cores, by default that of `tensor`. The reported error is the one after the cast.
 
     Raises:
-        ShapeError: an empty or non-finite tensor, an eps that the type cannot carry, ranks that do not fit.
+        ShapeError: an empty or non-finite tensor, an eps or values that the type cannot carry, ranks that do not fit.
     """
     work_dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     _check_input(tensor, eps, work_dtype)
@@ -63,10 +68,12 @@ def tt_svd(
     clipped_caps = feasible_ranks(tensor.shape, caps)
     clipped = not isinstance(max_rank, int | None) and clipped_caps != caps
     exponent = _exponent(tensor)
-    scaled = _times_two_to(tensor.to(work_dtype), -exponent)
+    scaled = times_two_to(tensor.to(work_dtype), -exponent)
     cores, error = _accurate_cores(scaled, clipped_caps, eps, exponent, capped=max_rank is not None)
     if (dtype or tensor.dtype) != work_dtype:
         cores = [core.to(dtype or tensor.dtype) for core in cores]
+        if not all(bool(core.isfinite().all()) for core in cores):
+            raise ShapeError(f"TT-cores of these values leave the range of {cores[0].dtype}: choose a wider dtype")
         error = _relative_error(scaled, cores, exponent)
     return TTSVD(tuple(cores), error, clipped)
 
@@ -88,8 +95,9 @@ def decompose_weight(
     cores = tuple(core.reshape(shape) for core, shape in zip(result.cores, shapes, strict=True))
     error = result.relative_error
     if prod(tensorization.sizes) != weight.numel():
-        dense = dense_weight([core.double() for core in cores], tuple(weight.shape))
-        exact = weight.double()
+        exponent = _exponent(weight)
+        exact = times_two_to(weight.double(), -exponent)
+        dense = dense_weight(_scaled_cores(cores, -exponent), tuple(weight.shape))
         error = _ratio(float((exact - dense).norm()), float(exact.norm()))
     return TTSVD(cores, error, result.clipped)
 
@@ -112,7 +120,9 @@ def squared_spectra(tensor: Tensor) -> list[Tensor]:
 
     Their tails bound the error of every choice of TT-ranks: err^2 <= sum_k tail_k(r_k) (Oseledets 2011, theorem 2.2).
     """
-    scaled = _times_two_to(tensor.float() if tensor.dtype != torch.float64 else tensor, -_exponent(tensor))
+    work_dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    _check_input(tensor, None, work_dtype)
+    scaled = times_two_to(tensor.to(work_dtype), -_exponent(tensor))
     spectra = []
     for k in range(1, tensor.dim()):
         gram = _gram(scaled.reshape(prod(tensor.shape[:k]), -1))
@@ -126,8 +136,8 @@ def _check_input(tensor: Tensor, eps: float | None, work_dtype: torch.dtype) -> 
         raise ShapeError(f"TT-SVD takes a non-empty floating-point tensor, not {tensor.dtype} {tuple(tensor.shape)}")
     if not all(bool(bound.isfinite()) for bound in torch.aminmax(tensor)):
         raise ShapeError("TT-SVD takes finite values: the tensor holds NaN or Inf")
-    if eps is not None and not SMALLEST_EPS[work_dtype] <= eps < 1:
-        raise ShapeError(f"eps must lie in [{SMALLEST_EPS[work_dtype]:g}, 1) for {tensor.dtype}, not {eps:g}")
+    if eps is not None and not smallest_eps(work_dtype) <= eps < 1:
+        raise ShapeError(f"eps must lie in [{smallest_eps(work_dtype):g}, 1) for {tensor.dtype}, not {eps:g}")
 
 
 def _caps(shape: Sequence[int], max_rank: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -142,23 +152,17 @@ def _exponent(tensor: Tensor) -> int:
     return exponent if abs(exponent) > 60 else 0
 
 
-def _times_two_to(tensor: Tensor, exponent: int) -> Tensor:
-    """tensor * 2^exponent in two steps, since 2^exponent itself may not be representable."""
-    if exponent == 0:
-        return tensor
-    half = exponent // 2
-    return tensor.mul(2.0**half).mul_(2.0 ** (exponent - half))
-
-
 def _accurate_cores(
     scaled: Tensor, caps: Sequence[int], eps: float | None, exponent: int, capped: bool
 ) -> tuple[list[Tensor], float]:
     """Sweep, measure, and sweep again with less truncation where round-off used up the margin left for it."""
     norm = sqrt(sum(float(block.double().square().sum()) for block in _row_blocks(scaled.reshape(-1, 1))))
-    share = sqrt(1 - (0.4 * SMALLEST_EPS[scaled.dtype] / eps) ** 2) if eps else 0.0
+    share = sqrt(1 - (0.4 * smallest_eps(scaled.dtype) / eps) ** 2) if eps else 0.0
     while True:
-        delta = share * eps * norm / sqrt(max(1, scaled.dim() - 1)) if eps else 0.0
+        delta = share * eps * norm / sqrt(max(1, scaled.dim() - 1)) if eps else None
         cores = _sweep(scaled, caps, delta)
+        if not _is_feasible(cores):
+            cores = right_orthogonalize(cores)
         cores = [core.to(scaled.dtype) for core in _spread_norm(cores, exponent)]
         error = _relative_error(scaled, cores, exponent)
         at_cap = capped and any(core.shape[-1] == cap for core, cap in zip(cores[:-1], caps[1:-1], strict=True))
@@ -167,7 +171,12 @@ def _accurate_cores(
         share /= 2
 
 
-def _sweep(scaled: Tensor, caps: Sequence[int], delta: float) -> list[Tensor]:
+def _is_feasible(cores: Sequence[Tensor]) -> bool:
+    """A left-to-right sweep by accuracy may keep a rank that the cores to its right cannot carry."""
+    return all(core.shape[0] <= core.shape[1] * core.shape[2] for core in cores)
+
+
+def _sweep(scaled: Tensor, caps: Sequence[int], delta: float | None) -> list[Tensor]:
     """Left to right: an orthonormal basis of each unfolding is the core, the projection goes on. Cores in float64."""
     cores: list[Tensor] = []
     rank, rest = 1, scaled
@@ -180,13 +189,13 @@ def _sweep(scaled: Tensor, caps: Sequence[int], delta: float) -> list[Tensor]:
     return [*cores, rest.reshape(rank, scaled.shape[-1], 1).double()]
 
 
-def _basis(unfolding: Tensor, cap: int, delta: float) -> Tensor:
+def _basis(unfolding: Tensor, cap: int, delta: float | None) -> Tensor:
     """Leading left singular vectors: at most `cap`, and as few as leave out no more than `delta` in norm."""
     if unfolding.dtype == torch.float64:
         return _basis_by_qr(unfolding, cap, delta)
     values, vectors = torch.linalg.eigh(_gram(unfolding))
     values, vectors = values.flip(0).clamp_(min=0), vectors.flip(1)
-    kept: Tensor = vectors[:, : _rank_for(values, cap, delta)]
+    kept: Tensor = vectors[:, : _kept(values, cap, delta)]
     if unfolding.shape[0] <= unfolding.shape[1]:
         return kept
     # Dividing by small singular values would lose orthogonality; QR does not.
@@ -195,7 +204,11 @@ def _basis(unfolding: Tensor, cap: int, delta: float) -> Tensor:
     return orthonormal
 
 
-def _basis_by_qr(unfolding: Tensor, cap: int, delta: float) -> Tensor:
+def _kept(squared_values: Tensor, cap: int, delta: float | None) -> int:
+    return min(cap, len(squared_values)) if delta is None else rank_for(squared_values, delta, cap)
+
+
+def _basis_by_qr(unfolding: Tensor, cap: int, delta: float | None) -> Tensor:
     rows, columns = unfolding.shape
     if rows <= columns:
         vectors, values, _ = torch.linalg.svd(torch.linalg.qr(unfolding.T, mode="r").R.T)
@@ -203,15 +216,8 @@ def _basis_by_qr(unfolding: Tensor, cap: int, delta: float) -> Tensor:
         outer, inner = torch.linalg.qr(unfolding)
         vectors, values, _ = torch.linalg.svd(inner)
         vectors = outer @ vectors
-    kept: Tensor = vectors[:, : _rank_for(values**2, cap, delta)]
+    kept: Tensor = vectors[:, : _kept(values**2, cap, delta)]
     return kept
-
-
-def _rank_for(squared_values: Tensor, cap: int, delta: float) -> int:
-    """The least rank >= 1 whose tail of squared singular values is at most delta^2, but no more than `cap`."""
-    tails = squared_values.flip(0).cumsum(0)
-    dropped = int((tails <= delta**2).sum()) if delta > 0 else 0
-    return min(cap, max(1, len(squared_values) - dropped))
 
 
 def _gram(matrix: Tensor) -> Tensor:
@@ -243,19 +249,19 @@ def _spread_norm(cores: list[Tensor], exponent: int) -> list[Tensor]:
     if min(norms) == 0:
         return [torch.zeros_like(core) for core in cores]
     if len(cores) == 1:
-        return [_times_two_to(cores[0], exponent)]
+        return [times_two_to(cores[0].clone(), exponent)]
     each = 2.0 ** ((exponent + sum(map(log2, norms))) / len(cores))
     return [core * (each / norm) for core, norm in zip(cores, norms, strict=True)]
 
 
 def _relative_error(scaled: Tensor, cores: Sequence[Tensor], exponent: int) -> float:
     """||A - B||_F / ||A||_F, measured block by block in float64; `scaled` is A 2^-exponent."""
-    exact = [core.double() for core in cores]
-    exact[0] = _times_two_to(exact[0], -exponent)
+    exact = _scaled_cores(cores, -exponent)
     shape = scaled.shape
     cost = [core.shape[0] * (prod(shape[:k]) + prod(shape[k:])) for k, core in enumerate(cores)]
     cut = cost.index(min(cost[1:], default=cost[0]))
-    left, right = chain_product(exact[:cut])[0], chain_product(exact[cut:])[:, :, 0]
+    one = exact[0].new_ones(1, 1, 1)
+    left, right = chain_product([one, *exact[:cut]])[0], chain_product(exact[cut:])[:, :, 0]
     unfolding = scaled.reshape(left.shape[0], -1)
     missed = squared = 0.0
     for block, part in zip(_row_blocks(unfolding), _row_blocks(left, unfolding.shape[1]), strict=True):
@@ -263,6 +269,12 @@ def _relative_error(scaled: Tensor, cores: Sequence[Tensor], exponent: int) -> f
         squared += float(wide.square().sum())
         missed += float((wide - part @ right).square().sum())
     return _ratio(sqrt(missed), sqrt(squared))
+
+
+def _scaled_cores(cores: Sequence[Tensor], exponent: int) -> list[Tensor]:
+    """Cores in float64 of the tensor times 2^exponent."""
+    first, *rest = (core.double() for core in cores)
+    return [times_two_to(first, exponent), *rest]
 
 
 def _ratio(missed: float, norm: float) -> float:

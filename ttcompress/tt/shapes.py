@@ -43,7 +43,7 @@ class Tensorization:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ShapeError(f"unknown format {self.format!r}: choose one of {', '.join(FORMATS)}")
-        if not self.modes or any(factor < 1 for mode in self.modes for factor in mode):
+        if not self.modes or any(not isinstance(f, int) or f < 1 for mode in self.modes for f in mode):
             raise ShapeError(f"modes must be positive whole numbers, not {[tuple(mode) for mode in self.modes]}")
 
     @property
@@ -93,7 +93,7 @@ class Tensorization:
             full = tuple(ranks)
         if len(full) != inner + 2 or full[0] != 1 or full[-1] != 1:
             raise ShapeError(f"{len(self.modes)} modes take {inner} inner TT-ranks, not {list(full)}")
-        if min(full) < 1:
+        if (ranks if isinstance(ranks, int) else min(full)) < 1:
             raise ShapeError(f"TT-ranks must be at least 1, not {list(full)}")
         return full
 
@@ -120,8 +120,10 @@ def tensorize_shape(
     `in_modes` are the channel (feature) factors of `matrix`; without them balanced ones are chosen.
 
     Raises:
-        ShapeError: modes given for another format than `matrix`, or too small for the weight.
+        ShapeError: another kind of weight, modes given for another format than `matrix`, or too small for the weight.
     """
+    if len(weight_shape) not in (2, 4) or min(weight_shape) < 1:
+        raise ShapeError(f"a weight is (out, in) or (out, in, kh, kw), all at least 1, not {tuple(weight_shape)}")
     out_dim, in_dim, kh, kw = (*weight_shape, 1, 1)[:4]
     window = kh * kw
     if weight_format == "matrix":

@@ -1,0 +1,97 @@
+"""What the documents say: README blocks run, their output has the shown form, every option is documented."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+import torch
+
+from ttcompress.cli import commands
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def _console() -> Iterator[tuple[str, str]]:
+    """Each `$ command` of the README's console blocks, in order, with the output shown under it."""
+    for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = part.partition("\n")
+            yield command, output
+
+
+def _form(text: str) -> list[str]:
+    """Output without its numbers and column widths: these may differ in the last digit from machine to machine."""
+    return [" ".join(re.sub(r"[\d,.]+", "#", line).split()) for line in text.strip().splitlines()]
+
+
+def test_readme_commands_print_what_it_shows(
+    checkpoints: Path, cifar10_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar10").symlink_to(cifar10_root)
+    (tmp_path / "resnet20-12fca82f.th").symlink_to(checkpoints / "resnet20-12fca82f.th")
+    ran = 0
+    for command, shown in _console():
+        name, *rest = shlex.split(command.replace("> ", ">"))
+        arguments = [word for word in rest if not word.startswith(">")]
+        assert name == "ttcompress"
+        result = subprocess.run([sys.executable, "-m", "ttcompress", *arguments], capture_output=True, text=True)
+        assert (result.returncode, result.stderr) == (0, ""), command
+        if arguments == rest:
+            assert _form(result.stdout) == _form(shown), command
+        ran += 1
+    assert ran >= 7
+
+
+def test_readme_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(compile(block, "README", "exec"), names)
+    assert isinstance(names["layer"], torch.nn.Module)
+    assert (tmp_path / "net-tt.safetensors").stat().st_size < 784 * 512
+
+
+def test_readme_is_short_and_names_the_exports() -> None:
+    import ttcompress
+
+    assert len(README.splitlines()) < 150
+    assert all(f"`{name}`" in README for name in ttcompress.__all__)
+
+
+def test_every_option_is_documented() -> None:
+    documented = set(re.findall(r"`(-[\w-]+)", (ROOT / "docs" / "cli.md").read_text()))
+    options = {
+        name
+        for command in [commands, *commands.commands.values()]
+        for parameter in command.params
+        if isinstance(parameter, click.Option)
+        for name in parameter.opts
+    }
+    assert options - documented == set()
+    assert documented - options - {"-h", "--help"} == set()
+
+
+def test_format_page_is_enough_to_write_a_reader() -> None:
+    """The NumPy reader of docs/format.md gives the weight that the layer computes with."""
+    page = (ROOT / "docs" / "format.md").read_text()
+    (code,) = re.findall(r"(    def dense_weight.*?)\n\n", page, re.DOTALL)
+    names: dict[str, object] = {"np": np}
+    exec(compile(re.sub("^    ", "", code, flags=re.MULTILINE), "format.md", "exec"), names)
+    from ttcompress import TTConv2d
+
+    conv = torch.nn.Conv2d(5, 7, (3, 2))
+    for name in ("matrix", "naive", "chain", "lowrank"):
+        layer = TTConv2d.from_dense(conv, name)
+        cores = [core.detach().numpy().astype(np.float64) for core in layer.cores]
+        rebuilt = names["dense_weight"](cores, (7, 5, 3, 2))  # type: ignore[operator]
+        np.testing.assert_allclose(rebuilt, conv.weight.detach().numpy(), atol=1e-6)
