@@ -109,6 +109,7 @@ def test_the_error_is_at_most_eps(case: tuple[Tensor, float]) -> None:
     tensor, eps = case
     result = tt_svd(tensor, eps=eps)
     assert true_error(tensor, result.cores) <= eps
+    assert feasible_ranks(tensor.shape, result.tt_ranks) == result.tt_ranks
 
 
 @settings(max_examples=100, deadline=None)

@@ -14,7 +14,7 @@ import ttcompress
 PACKAGE = Path(ttcompress.__file__).parent
 EVERYWHERE = {"errors", "types"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "__init__": {"layers", "pipeline", "report", "tt.decompose", "tt.shapes"},
+    "__init__": {"layers", "network", "pipeline", "report", "tt.decompose", "tt.shapes"},
     "__main__": {"cli"},
     "errors": set(),
     "types": {"tt.shapes"},
@@ -28,15 +28,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": {"tt.shapes"},
     "allocate": {"tt.shapes"},
     "plan": {"allocate", "checkpoint", "layers", "recipe", "tt.decompose", "tt.shapes"},
-    "surgery": {"layers", "plan", "tt.decompose"},
+    "surgery": {"layers", "tt.decompose"},
     "checkpoint": {"header"},
     "zoo": set(),
     "models": {"zoo"},
     "data": set(),
-    "evaluate": {"layers"},
+    "evaluate": set(),
     "report": {"header"},
+    "network": {"checkpoint", "header", "models", "surgery"},
     "pipeline": {
-        "__init__", "checkpoint", "data", "evaluate", "header", "models", "plan", "recipe", "surgery", "tt.contract",
+        "__init__", "checkpoint", "data", "evaluate", "header", "network", "plan", "recipe", "surgery", "tt.contract",
     },
     "demo": {"checkpoint", "data", "models"},
     "cli": {"__init__", "checkpoint", "demo", "pipeline", "plan", "recipe", "report"},

@@ -28,6 +28,7 @@ from ttcompress.errors import ArchitectureError, CheckpointError, DataError, Pla
 from ttcompress.header import METADATA_KEY, TensorInfo, canonical_json, read_header, read_metadata
 from ttcompress.layers import TTLinear
 from ttcompress.models import load_factory
+from ttcompress.network import open_dense
 from ttcompress.plan import read_plan, write_plan
 from ttcompress.recipe import Recipe
 from ttcompress.types import Report
@@ -166,7 +167,7 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
 
 @every_network
 def test_a_fresh_process_with_only_the_file_gives_the_same_logits(folder: Path, tmp_path: Path, name: str) -> None:
-    network = pipeline.open_dense(folder / f"{name}.pt")
+    network = open_dense(folder / f"{name}.pt")
     pipeline.compress_network(network, RECIPES[name])
     x, alone = images(name), tmp_path / "alone"
     alone.mkdir()
@@ -195,7 +196,7 @@ def test_expanded_has_the_original_keys_types_and_the_compressed_logits(
     assert {key for key in original if not torch.equal(original[key], expanded[key])} == replaced
     model = random_network(name)
     model.load_state_dict(expanded, strict=True)
-    wanted = logits_of(pipeline.load(compressed), images(name))
+    wanted = logits_of(ttcompress.load(compressed), images(name))
     assert (logits_of(model, images(name)) - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
@@ -205,7 +206,7 @@ def test_expanded_loads_strictly_in_a_fresh_process(folder: Path, tmp_path: Path
     torch.save(images("resnet20"), tmp_path / "x")
     reference = json.dumps(read_metadata(compressed)["architecture"])
     python(EXPANDED, "dense.pt", "x", "y", reference, cwd=tmp_path)
-    wanted = logits_of(pipeline.load(compressed), images("resnet20"))
+    wanted = logits_of(ttcompress.load(compressed), images("resnet20"))
     assert (torch.load(tmp_path / "y") - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
@@ -294,7 +295,7 @@ def test_narrow_cores_run_and_their_error_counts_the_cast(tmp_path: Path, dtype:
 def test_measured_errors_are_those_of_the_file(folder: Path) -> None:
     for name in NETWORKS:
         path = folder / f"{name}-tt.safetensors"
-        compressed, dense = pipeline.load(path), random_network(name)
+        compressed, dense = ttcompress.load(path), random_network(name)
         for layer in Report.from_json(read_metadata(path)).plan.layers:
             weight = dense.get_submodule(layer.fqn).weight.detach()
             error = (compressed.get_submodule(layer.fqn).weight.detach() - weight).norm() / weight.norm()
@@ -353,12 +354,12 @@ def test_factory_records_base_name_and_hash_only_and_is_asked_for_again(
     }
     assert str(tmp_path).encode() not in output.read_bytes()
     with pytest.raises(ArchitectureError, match=r"--arch .*factory="):
-        pipeline.load(output)
+        ttcompress.load(output)
     assert {layer.fqn for layer in report.plan.layers} == {"fc1", "fc2"}
-    loaded = pipeline.load(output, factory=load_factory(f"{net_file}:build"))
+    loaded = ttcompress.load(output, factory=load_factory(f"{net_file}:build"))
     torch.testing.assert_close(logits_of(loaded, images("mlp")).std(), logits_of(loaded, images("mlp")).std())
     with pytest.raises(ArchitectureError, match="builds another network"):
-        pipeline.load(output, factory=load_factory(f"{net_file}:other"))
+        ttcompress.load(output, factory=load_factory(f"{net_file}:other"))
 
 
 def test_a_file_never_imports_what_it_names(net: nn.Module, net_file: Path, tmp_path: Path) -> None:
@@ -398,13 +399,13 @@ def test_tied_weights_hidden_buffers_and_absent_counters(
     script = LOAD.replace("load(sys.argv[1])", "load(sys.argv[1], factory=__import__('net').build)")
     torch.save(images("mlp"), tmp_path / "x")
     python(script, output, tmp_path / "x", tmp_path / "y", torch.get_num_threads(), cwd=net_file.parent)
-    network = pipeline.open_dense(checkpoint, arch)
+    network = open_dense(checkpoint, arch)
     pipeline.compress_network(network, Recipe(ranks=3))
     assert torch.equal(torch.load(tmp_path / "y"), logits_of(network.model, images("mlp")))
-    loaded = pipeline.load(output, factory=load_factory(arch))
+    loaded = ttcompress.load(output, factory=load_factory(arch))
     assert loaded.get_parameter("decode.weight") is loaded.get_parameter("encode.weight")
     pipeline.expand_file(output, tmp_path / f"dense{suffix}")
-    expanded = pipeline.open_dense(tmp_path / f"dense{suffix}", arch)
+    expanded = open_dense(tmp_path / f"dense{suffix}", arch)
     assert expanded.tensors.keys() == state.keys()
     torch.testing.assert_close(
         logits_of(expanded.model, images("mlp")), logits_of(network.model, images("mlp")), rtol=1e-4, atol=1e-5
@@ -577,8 +578,8 @@ def test_checkpoints_of_other_precision(tmp_path: Path, name: str, dtype: torch.
     floating = {key: tensor for key, tensor in tensors_of(output).items() if tensor.is_floating_point()}
     assert {tensor.dtype for tensor in floating.values()} == {dtype}
     assert all(layer.relative_error is not None and layer.relative_error < 1 for layer in report.plan.layers)
-    logits = logits_of(pipeline.load(output), images(name).to(dtype))
-    wanted = logits_of(pipeline.load(output).double(), images(name).double())
+    logits = logits_of(ttcompress.load(output), images(name).to(dtype))
+    wanted = logits_of(ttcompress.load(output).double(), images(name).double())
     tolerance = {torch.float16: 0.02, torch.bfloat16: 0.2, torch.float64: 1e-12}[dtype]
     assert (logits.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
     pipeline.expand_file(output, tmp_path / "dense.pt")

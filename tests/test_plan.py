@@ -432,6 +432,17 @@ def test_a_rule_that_matches_nothing() -> None:
         make_plan(net(), Recipe(layers=(LayerRule("bod", ranks=2),)))
 
 
+def test_a_rule_for_a_layer_that_stays_dense_is_not_passed_over_in_silence() -> None:
+    with pytest.raises(PlanError, match=r"'head' matches only layers that stay dense \(head: last Linear"):
+        make_plan(net(), Recipe(ratio=1.5, layers=(LayerRule("head", ranks=2),)))
+
+
+def test_eps_below_what_the_weights_can_carry() -> None:
+    with pytest.raises(PlanError, match="at least 1e-06 for the float32 weights"):
+        make_plan(net(), Recipe(eps=1e-7))
+    assert make_plan(decaying(net().double()), Recipe(eps=1e-7)).params_after > 0
+
+
 def test_modes_by_hand_fit_one_layer() -> None:
     modes: dict[str, Any] = {"in_modes": (6, 8), "out_modes": (6, 8)}
     (layer,) = make_plan(net(), Recipe(ranks=2, include=("body.1",), **modes)).layers

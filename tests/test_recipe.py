@@ -30,6 +30,7 @@ NOVIKOV_ROWS = {
 }
 FULL = """
 arch = "vgg16"
+key = "ema"
 ranks = [2, 3]
 conv-ranks = 8
 format = "auto"
@@ -120,6 +121,7 @@ def test_resnet_recipes_state_the_ratio_of_their_name(net: str, ratio: int) -> N
 def test_all_options_are_read_with_hyphens_or_underscores(tmp_path: Path) -> None:
     assert read(tmp_path, FULL) == Recipe(
         arch="vgg16",
+        key="ema",
         ranks=(2, 3),
         conv_ranks=8,
         format="auto",

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision
 
+import ttcompress
 from ttcompress import pipeline
 from ttcompress.header import read_header
 from ttcompress.recipe import Recipe
@@ -70,7 +71,7 @@ def test_vgg16_by_ranks_alone(folder: Path) -> None:
     assert sum(info.params for info in infos.values()) == promised.plan.params_after == report["params_after"]
     assert sum(info.num_bytes for info in infos.values()) == promised.bytes_after == report["bytes_after"]
 
-    model = pipeline.load(folder / "vgg16-tt.safetensors")
+    model = ttcompress.load(folder / "vgg16-tt.safetensors")
     source = torch.load(folder / "vgg16.pth", weights_only=True, mmap=True)
     state = model.state_dict()
     assert all(torch.equal(state[name], source[name]) for name in state.keys() & source.keys())

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from ttcompress.errors import TTCompressError as TTCompressError
     from ttcompress.layers import TTConv2d as TTConv2d
     from ttcompress.layers import TTLinear as TTLinear
+    from ttcompress.network import load as load
     from ttcompress.pipeline import compress as compress
-    from ttcompress.pipeline import load as load
     from ttcompress.pipeline import save as save
     from ttcompress.report import read_report as read_report
     from ttcompress.tt.decompose import tt_svd as tt_svd
@@ -26,7 +26,7 @@ _HOMES = {
     "TTConv2d": "layers",
     "TTLinear": "layers",
     "compress": "pipeline",
-    "load": "pipeline",
+    "load": "network",
     "read_report": "report",
     "save": "pipeline",
     "tensorize_shape": "tt.shapes",

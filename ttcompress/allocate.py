@@ -262,19 +262,16 @@ def nearest_below(layers: Sequence[LayerOptions], choices: Sequence[Choice], bud
 
 def _menu(layer: LayerOptions, now: Choice) -> dict[int, Choice]:
     """The choice of least error for every parameter count the layer can have."""
-    menu = {now.params: now}
-    for candidate in layer.candidates:
-        tops = candidate.tensorization.max_ranks()[1:-1]
-        if prod(tops) > LISTABLE:
-            continue
+    choices = [choice for candidate in layer.candidates for choice in _all_choices(candidate)]
+    smaller = [choice for choice in choices if choice.params < layer.dense_params]
+    ordered = sorted([now, *smaller, layer.dense], key=lambda choice: choice.error, reverse=True)
+    return {choice.params: choice for choice in ordered}
+
+
+def _all_choices(candidate: Candidate) -> Iterator[Choice]:
+    tops = candidate.tensorization.max_ranks()[1:-1]
+    if prod(tops) <= LISTABLE:
         for ranks in product(*(range(1, top + 1) for top in tops)):
             full = (1, *ranks, 1)
             if feasible_ranks(candidate.tensorization.sizes, full) == full:
-                choice = candidate.choice(full)
-                if choice.params < layer.dense_params and _beats(choice, menu.get(choice.params)):
-                    menu[choice.params] = choice
-    return {**menu, layer.dense_params: layer.dense}
-
-
-def _beats(choice: Choice, other: Choice | None) -> bool:
-    return other is None or choice.error < other.error
+                yield candidate.choice(full)

@@ -66,7 +66,7 @@ PATH = click.Path(path_type=Path)
 
 network_options = _options(
     click.option("--arch", metavar="REF", help="Architecture: NAME, torchvision:NAME or path/to/net.py:factory."),
-    click.option("--key", default="", metavar="NAME", help="Which state dict of a checkpoint that holds several."),
+    click.option("--key", metavar="NAME", help="Which state dict of a checkpoint that holds several."),
     click.option("--device", metavar="D", help="auto (default), cpu, cuda or cuda:N."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables."),
 )
@@ -130,9 +130,7 @@ def compress(checkpoint: Path, output: Path | None, force: bool, dry_run: bool, 
     recipe, plan = _recipe_and_plan(options)
     target = output or Path(f"{checkpoint.stem}-tt.safetensors")
     with _progress() as progress:
-        done = pipeline.compress_file(
-            checkpoint, target, recipe, plan, key=options["key"], force=force, progress=progress
-        )
+        done = pipeline.compress_file(checkpoint, target, recipe, plan, force=force, progress=progress)
     _show(report.with_file(done, target), options["as_json"])
 
 
@@ -159,7 +157,7 @@ def _plan(checkpoint: Path | None, output: Path | None, force: bool, **options: 
     if output:
         check_output(output, force)
     with _progress() as progress:
-        planned = pipeline.plan_file(checkpoint, recipe, plan, key=options["key"], progress=progress)
+        planned = pipeline.plan_file(checkpoint, recipe, plan, progress=progress)
     if output:
         write_plan(output, planned.plan)
     _show(report.with_file(planned, None), options["as_json"])
@@ -170,14 +168,14 @@ def _plan(checkpoint: Path | None, output: Path | None, force: bool, **options: 
 @data_options
 @network_options
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images.")
-def evaluate(model: Path, limit: int | None, key: str, as_json: bool, **options: Any) -> None:
+def evaluate(model: Path, limit: int | None, as_json: bool, **options: Any) -> None:
     """Accuracy of MODEL, a dense checkpoint or a compressed file, on --data."""
     from ttcompress import pipeline
     from ttcompress.recipe import Recipe
 
     recipe = Recipe().override(**options)
     with _progress() as progress:
-        accuracy, data = pipeline.evaluate_file(model, recipe, key=key, limit=limit, progress=progress)
+        accuracy, data = pipeline.evaluate_file(model, recipe, limit=limit, progress=progress)
     if as_json:
         result = {"accuracy": accuracy.top1, "top5": accuracy.top5, "n": accuracy.n, "interval": accuracy.interval}
         _print_json({**result, "data": data})

@@ -15,28 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttcompress import __version__, models
+from ttcompress import __version__
 from ttcompress.checkpoint import (
-    Checkpoint,
     check_output,
-    is_compressed,
-    load_checkpoint,
     load_compressed,
     tensor_bytes,
     write_dense,
     write_safetensors,
 )
 from ttcompress.data import Images, open_data
-from ttcompress.errors import ArchitectureError, CheckpointError, DataError, PlanError, shortlist
+from ttcompress.errors import CheckpointError, DataError, PlanError, shortlist
 from ttcompress.evaluate import Batches, Predictions, compare, predict
 from ttcompress.header import blaming, read_metadata
+from ttcompress.network import Network, open_any, open_dense, open_empty, stored_tensors, tied_parameters
 from ttcompress.plan import adopt_plan, make_plan
 from ttcompress.recipe import Recipe
-from ttcompress.surgery import apply_plan, check_plan, insert_empty
+from ttcompress.surgery import apply_plan
 from ttcompress.tt.contract import dense_weight
 from ttcompress.types import (
     Accuracy,
-    Architecture,
     CompressionPlan,
     Json,
     LayerPlan,
@@ -46,20 +43,6 @@ from ttcompress.types import (
 )
 
 BATCH_SIZE = 128
-Factory = Callable[[], nn.Module]
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network with its weights, and what is known about where it came from."""
-
-    model: nn.Module
-    tensors: Mapping[str, Tensor]
-    architecture: Architecture | None = None
-    preprocessing: Preprocessing | None = None
-    source: Json | None = None
-
-
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
@@ -69,7 +52,6 @@ def compress_file(
     recipe: Recipe,
     plan: CompressionPlan | None = None,
     *,
-    key: str = "",
     force: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -82,7 +64,7 @@ def compress_file(
     """
     check_output(output, force)
     images = _labelled(recipe) if recipe.data else None
-    network = open_dense(source, recipe.arch, key)
+    network = open_dense(source, recipe.arch, recipe.key or "")
     network = replace(network, preprocessing=_preprocessing(recipe, network.preprocessing, images))
     meter = _images_meter(images, network.preprocessing, recipe, progress) if images else None
     report = compress_network(network, recipe, plan, meter, progress)
@@ -95,7 +77,6 @@ def plan_file(
     recipe: Recipe,
     plan: CompressionPlan | None = None,
     *,
-    key: str = "",
     progress: Progress | None = None,
 ) -> Report:
     """What `compress_file` would do: the report without measured errors and accuracy.
@@ -103,58 +84,15 @@ def plan_file(
     Without a checkpoint the network comes from `recipe.arch` alone, which is enough for TT-ranks given by hand.
     """
     if source is not None:
-        network = open_dense(source, recipe.arch, key)
+        network = open_dense(source, recipe.arch, recipe.key or "")
     elif recipe.arch:
-        architecture, factory = _resolve(recipe.arch, None)
-        model = models.build(architecture, factory)
-        network = Network(model, model.state_dict(), architecture, models.preprocessing(architecture))
+        network = open_empty(recipe.arch)
     else:
         raise PlanError("give a checkpoint, or an architecture with --arch")
     network = replace(network, preprocessing=_preprocessing(recipe, network.preprocessing, None))
     plan = plan_network(network.model, recipe, plan, progress)
     before = tensor_bytes(stored_tensors(network.model, network.tensors))
     return _report(network, plan, recipe, (before, promised_bytes(before, plan, dtype_of(recipe))))
-
-
-def load(path: str | os.PathLike[str], factory: Factory | None = None, device: str = "cpu") -> nn.Module:
-    """Load a compressed file into a module, in eval mode; no checkpoint is needed.
-
-    Args:
-        factory: builds the original network, for files whose architecture is neither in the zoo nor in torchvision.
-
-    Raises:
-        CheckpointError: not a compressed file, damaged, or of another schema.
-        ArchitectureError: a factory is needed, or the one given builds another network.
-    """
-    return open_compressed(Path(path), factory)[0].to(device)
-
-
-def open_compressed(path: Path, factory: Factory | None = None) -> tuple[nn.Module, Report]:
-    """A compressed file as a module, and its report."""
-    tensors = load_compressed(path)
-    with blaming(path):
-        report = Report.from_json(read_metadata(path))
-        return _rebuilt(report, tensors, factory), report
-
-
-def _rebuilt(report: Report, tensors: Mapping[str, Tensor], factory: Factory | None) -> nn.Module:
-    if factory is None and report.architecture is None:
-        raise ArchitectureError("records no architecture; pass factory= (or --arch net.py:build)")
-    state = {**tensors, **{alias: tensors[name] for alias, name in report.tied.items()}}
-    architecture = report.architecture or Architecture("factory", "factory")
-    if factory is not None:
-        architecture = replace(architecture, kind="factory")
-
-    def build(device: str) -> nn.Module:
-        model = models.build(architecture, factory, device)
-        check_plan(model, report.plan)
-        insert_empty(model, report.plan.layers)
-        return model
-
-    try:
-        return _filled(build, state)
-    except PlanError as error:
-        raise ArchitectureError(f"{architecture.name} builds another network: {error}") from error
 
 
 def expand_file(source: Path, output: Path, force: bool = False) -> Report:
@@ -190,98 +128,14 @@ def _core_shapes(layer: LayerPlan) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def evaluate_file(
-    path: Path, recipe: Recipe, *, key: str = "", limit: int | None = None, progress: Progress | None = None
+    path: Path, recipe: Recipe, *, limit: int | None = None, progress: Progress | None = None
 ) -> tuple[Accuracy, str]:
     """Accuracy of a dense checkpoint or a compressed file on `recipe.data`, and the name of that data."""
     images = _labelled(recipe)
-    if is_compressed(path):
-        factory = models.load_factory(recipe.arch) if recipe.arch and _needs_factory(path) else None
-        model, report = open_compressed(path, factory)
-        known = report.preprocessing
-    else:
-        network = open_dense(path, recipe.arch, key)
-        model, known = network.model, network.preprocessing
-    meter = _images_meter(images, _preprocessing(recipe, known, images), recipe, progress, limit)
-    predictions: Predictions = meter.run(model)
+    network = open_any(path, recipe.arch, recipe.key or "")
+    meter = _images_meter(images, _preprocessing(recipe, network.preprocessing, images), recipe, progress, limit)
+    predictions: Predictions = meter.run(network.model)
     return predictions.accuracy(), images.name
-
-
-def _needs_factory(path: Path) -> bool:
-    with blaming(path):
-        architecture = Report.from_json(read_metadata(path)).architecture
-    return architecture is None or architecture.kind == "factory"
-
-
-# ------------------------------------------------------------------------------------------------------------- networks
-
-
-def open_dense(path: Path, arch: str | None = None, key: str = "") -> Network:
-    """A dense checkpoint in its architecture, given by `arch` or inferred from keys and shapes.
-
-    Raises:
-        CheckpointError: see `load_checkpoint`.
-        ArchitectureError: none fits, or several.
-    """
-    if is_compressed(path):
-        raise CheckpointError(f"{path}: is compressed already; `ttcompress expand` makes it dense again")
-    checkpoint = load_checkpoint(path, key)
-    architecture, factory = _resolve(arch, checkpoint)
-    model = _filled(lambda device: models.build(architecture, factory, device), checkpoint.tensors)
-    return Network(model, checkpoint.tensors, architecture, models.preprocessing(architecture), checkpoint.source)
-
-
-def _resolve(arch: str | None, checkpoint: Checkpoint | None) -> tuple[Architecture, Factory | None]:
-    shapes = checkpoint.shapes if checkpoint else None
-    architecture = models.resolve(arch, shapes) if arch else models.infer(shapes or {})
-    return architecture, models.load_factory(arch) if arch and architecture.kind == "factory" else None
-
-
-def _filled(build: Callable[[str], nn.Module], state: Mapping[str, Tensor]) -> nn.Module:
-    """The built network with these tensors in it, tied parameters still tied, nothing left without a value."""
-    model = build("meta")
-    _assign(model, state)
-    if _is_unfinished(model):
-        # Buffers outside the state dict have their values from the constructor alone.
-        model = build("cpu")
-        _assign(model, state)
-    return model.eval()
-
-
-def _assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    tied = tied_parameters(model)
-    problem = models.mismatch({name: tuple(tensor.shape) for name, tensor in state.items()}, model)
-    if problem:
-        raise CheckpointError(f"the file does not fit its architecture: {problem}")
-    model.load_state_dict(dict(state), strict=False, assign=True)
-    for alias, name in tied.items():
-        owner, _, own_name = alias.rpartition(".")
-        setattr(model.get_submodule(owner), own_name, model.get_parameter(name))
-
-
-def _is_unfinished(model: nn.Module) -> bool:
-    values = [value for module in model.modules() for value in vars(module).values()]
-    held = [*model.parameters(), *model.buffers(), *(value for value in values if isinstance(value, Tensor))]
-    return any(tensor.is_meta for tensor in held)
-
-
-def tied_parameters(model: nn.Module) -> dict[str, str]:
-    """Names that stand for a parameter which has another name before, and that name."""
-    first: dict[int, str] = {}
-    tied = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(parameter), name) != name:
-            tied[name] = first[id(parameter)]
-    return tied
-
-
-def stored_tensors(model: nn.Module, original: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a file holds: the state dict without tied copies, and without counters that the original lacked."""
-    tied = tied_parameters(model)
-    return {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if name not in tied and (name in original or not name.endswith("num_batches_tracked"))
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------- compression
@@ -395,7 +249,7 @@ def plan_network(
 def _report(
     network: Network, plan: CompressionPlan, recipe: Recipe, num_bytes: tuple[int, int], accuracy: Json | None = None
 ) -> Report:
-    elsewhere = ("arch", "data", "mean", "std", "device", "batch_size", "workers", "seed")
+    elsewhere = ("arch", "key", "data", "mean", "std", "device", "batch_size", "workers", "seed")
     options = {key: value for key, value in recipe.to_json().items() if key not in elsewhere}
     return Report(
         plan=plan,

@@ -63,6 +63,7 @@ _LAYER_CHECKS = {"match": _Check("a pattern", _is_text), **_SHARED}
 _CHECKS = {
     **_SHARED,
     "arch": _TEXT,
+    "key": _TEXT,
     "conv_ranks": _RANKS,
     "eps": _Check("above 0 and below 1", lambda value: _is_number(value) and 0 < value < 1),
     "ratio": _Check("above 1", lambda value: _is_number(value) and value > 1),
@@ -109,6 +110,7 @@ class Recipe:
     """
 
     arch: str | None = None
+    key: str | None = None
     ranks: Ranks | None = None
     conv_ranks: Ranks | None = None
     eps: float | None = None

@@ -1,0 +1,158 @@
+"""Networks with their weights: from a dense checkpoint, from a compressed file, and what a file stores of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ttcompress import models
+from ttcompress.checkpoint import Checkpoint, is_compressed, load_checkpoint, load_compressed
+from ttcompress.errors import ArchitectureError, CheckpointError, PlanError
+from ttcompress.header import blaming, read_metadata
+from ttcompress.surgery import check_plan, insert_empty
+from ttcompress.types import Architecture, Json, Preprocessing, Report
+
+Factory = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with its weights, and what is known about where it came from."""
+
+    model: nn.Module
+    tensors: Mapping[str, Tensor]
+    architecture: Architecture | None = None
+    preprocessing: Preprocessing | None = None
+    source: Json | None = None
+
+
+def load(path: str | os.PathLike[str], factory: Factory | None = None, device: str = "cpu") -> nn.Module:
+    """Load a compressed file into a module, in eval mode; no checkpoint is needed.
+
+    Args:
+        factory: builds the original network, for files whose architecture is neither in the zoo nor in torchvision.
+
+    Raises:
+        CheckpointError: not a compressed file, damaged, or of another schema.
+        ArchitectureError: a factory is needed, or the one given builds another network.
+    """
+    return open_compressed(Path(path), factory)[0].to(device)
+
+
+def open_compressed(path: Path, factory: Factory | None = None) -> tuple[nn.Module, Report]:
+    """A compressed file as a module, and its report."""
+    tensors = load_compressed(path)
+    with blaming(path):
+        report = Report.from_json(read_metadata(path))
+        return _rebuilt(report, tensors, factory), report
+
+
+def _rebuilt(report: Report, tensors: Mapping[str, Tensor], factory: Factory | None) -> nn.Module:
+    if factory is None and report.architecture is None:
+        raise ArchitectureError("records no architecture; pass factory= (or --arch net.py:build)")
+    state = {**tensors, **{alias: tensors[name] for alias, name in report.tied.items()}}
+    architecture = report.architecture or Architecture("factory", "factory")
+    if factory is not None:
+        architecture = replace(architecture, kind="factory")
+
+    def build(device: str) -> nn.Module:
+        model = models.build(architecture, factory, device)
+        check_plan(model, report.plan)
+        insert_empty(model, report.plan.layers)
+        return model
+
+    try:
+        return _filled(build, state)
+    except PlanError as error:
+        raise ArchitectureError(f"{architecture.name} builds another network: {error}") from error
+
+
+def open_any(path: Path, arch: str | None = None, key: str = "") -> Network:
+    """A dense checkpoint or a compressed file; `arch` also names the factory that a compressed file may need."""
+    if not is_compressed(path):
+        return open_dense(path, arch, key)
+    with blaming(path):
+        known = Report.from_json(read_metadata(path)).architecture
+    needs_factory = known is None or known.kind == "factory"
+    model, report = open_compressed(path, models.load_factory(arch) if arch and needs_factory else None)
+    return Network(model, model.state_dict(), report.architecture, report.preprocessing, report.source)
+
+
+def open_empty(arch: str) -> Network:
+    """An architecture without weights, on the meta device: enough for TT-ranks given by hand."""
+    architecture, factory = _resolve(arch, None)
+    model = models.build(architecture, factory)
+    return Network(model, model.state_dict(), architecture, models.preprocessing(architecture))
+
+
+def open_dense(path: Path, arch: str | None = None, key: str = "") -> Network:
+    """A dense checkpoint in its architecture, given by `arch` or inferred from keys and shapes.
+
+    Raises:
+        CheckpointError: see `load_checkpoint`.
+        ArchitectureError: none fits, or several.
+    """
+    if is_compressed(path):
+        raise CheckpointError(f"{path}: is compressed already; `ttcompress expand` makes it dense again")
+    checkpoint = load_checkpoint(path, key)
+    architecture, factory = _resolve(arch, checkpoint)
+    model = _filled(lambda device: models.build(architecture, factory, device), checkpoint.tensors)
+    return Network(model, checkpoint.tensors, architecture, models.preprocessing(architecture), checkpoint.source)
+
+
+def _resolve(arch: str | None, checkpoint: Checkpoint | None) -> tuple[Architecture, Factory | None]:
+    shapes = checkpoint.shapes if checkpoint else None
+    architecture = models.resolve(arch, shapes) if arch else models.infer(shapes or {})
+    return architecture, models.load_factory(arch) if arch and architecture.kind == "factory" else None
+
+
+def _filled(build: Callable[[str], nn.Module], state: Mapping[str, Tensor]) -> nn.Module:
+    """The built network with these tensors in it, tied parameters still tied, nothing left without a value."""
+    model = build("meta")
+    _assign(model, state)
+    if _is_unfinished(model):
+        # Buffers outside the state dict have their values from the constructor alone.
+        model = build("cpu")
+        _assign(model, state)
+    return model.eval()
+
+
+def _assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    tied = tied_parameters(model)
+    problem = models.mismatch({name: tuple(tensor.shape) for name, tensor in state.items()}, model)
+    if problem:
+        raise CheckpointError(f"the file does not fit its architecture: {problem}")
+    model.load_state_dict(dict(state), strict=False, assign=True)
+    for alias, name in tied.items():
+        owner, _, own_name = alias.rpartition(".")
+        setattr(model.get_submodule(owner), own_name, model.get_parameter(name))
+
+
+def _is_unfinished(model: nn.Module) -> bool:
+    values = [value for module in model.modules() for value in vars(module).values()]
+    held = [*model.parameters(), *model.buffers(), *(value for value in values if isinstance(value, Tensor))]
+    return any(tensor.is_meta for tensor in held)
+
+
+def tied_parameters(model: nn.Module) -> dict[str, str]:
+    """Names that stand for a parameter which has another name before, and that name."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            tied[name] = first[id(parameter)]
+    return tied
+
+
+def stored_tensors(model: nn.Module, original: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a file holds: the state dict without tied copies, and without counters that the original lacked."""
+    tied = tied_parameters(model)
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name not in tied and (name in original or not name.endswith("num_batches_tracked"))
+    }
