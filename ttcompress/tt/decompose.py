@@ -68,7 +68,7 @@ def tt_svd(
     clipped_caps = feasible_ranks(tensor.shape, caps)
     clipped = not isinstance(max_rank, int | None) and clipped_caps != caps
     exponent = _exponent(tensor)
-    scaled = times_two_to(tensor.to(work_dtype), -exponent)
+    scaled = _rescaled(tensor.to(work_dtype), -exponent)
     cores, error = _accurate_cores(scaled, clipped_caps, eps, exponent, capped=max_rank is not None)
     if (dtype or tensor.dtype) != work_dtype:
         cores = [core.to(dtype or tensor.dtype) for core in cores]
@@ -96,7 +96,7 @@ def decompose_weight(
     error = result.relative_error
     if prod(tensorization.sizes) != weight.numel():
         exponent = _exponent(weight)
-        exact = times_two_to(weight.double(), -exponent)
+        exact = _rescaled(weight.double(), -exponent)
         dense = dense_weight(_scaled_cores(cores, -exponent), tuple(weight.shape))
         error = _ratio(float((exact - dense).norm()), float(exact.norm()))
     return TTSVD(cores, error, result.clipped)
@@ -122,7 +122,7 @@ def squared_spectra(tensor: Tensor) -> list[Tensor]:
     """
     work_dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     _check_input(tensor, None, work_dtype)
-    scaled = times_two_to(tensor.to(work_dtype), -_exponent(tensor))
+    scaled = _rescaled(tensor.to(work_dtype), -_exponent(tensor))
     spectra = []
     for k in range(1, tensor.dim()):
         gram = _gram(scaled.reshape(prod(tensor.shape[:k]), -1))
@@ -150,6 +150,11 @@ def _exponent(tensor: Tensor) -> int:
     least, most = (float(bound) for bound in torch.aminmax(tensor))
     exponent = frexp(max(-least, most))[1]
     return exponent if abs(exponent) > 60 else 0
+
+
+def _rescaled(tensor: Tensor, exponent: int) -> Tensor:
+    """tensor * 2^exponent, without a copy in the ordinary case that nothing needs scaling."""
+    return times_two_to(tensor, exponent) if exponent else tensor
 
 
 def _accurate_cores(
@@ -184,7 +189,7 @@ def _sweep(scaled: Tensor, caps: Sequence[int], delta: float | None) -> list[Ten
         unfolding = rest.reshape(rank * size, -1)
         basis = _basis(unfolding, caps[k + 1], delta)
         cores.append(basis.reshape(rank, size, -1))
-        rest = torch.cat([basis.T @ block.double() for block in _column_blocks(unfolding)], dim=1).to(scaled.dtype)
+        rest = torch.cat([(basis.T @ block.double()).to(scaled.dtype) for block in _column_blocks(unfolding)], dim=1)
         rank = basis.shape[1]
     return [*cores, rest.reshape(rank, scaled.shape[-1], 1).double()]
 
@@ -249,7 +254,7 @@ def _spread_norm(cores: list[Tensor], exponent: int) -> list[Tensor]:
     if min(norms) == 0:
         return [torch.zeros_like(core) for core in cores]
     if len(cores) == 1:
-        return [times_two_to(cores[0].clone(), exponent)]
+        return [_rescaled(cores[0].clone(), exponent)]
     each = 2.0 ** ((exponent + sum(map(log2, norms))) / len(cores))
     return [core * (each / norm) for core, norm in zip(cores, norms, strict=True)]
 
@@ -274,7 +279,7 @@ def _relative_error(scaled: Tensor, cores: Sequence[Tensor], exponent: int) -> f
 def _scaled_cores(cores: Sequence[Tensor], exponent: int) -> list[Tensor]:
     """Cores in float64 of the tensor times 2^exponent."""
     first, *rest = (core.double() for core in cores)
-    return [times_two_to(first, exponent), *rest]
+    return [_rescaled(first, exponent), *rest]
 
 
 def _ratio(missed: float, norm: float) -> float:
