@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ttcompress.errors import PlanError
+from ttcompress.errors import PlanError, ShapeError
 from ttcompress.layers import TTConv2d, TTLinear
 from ttcompress.plan import make_plan
 from ttcompress.recipe import Recipe
@@ -174,6 +174,17 @@ def test_all_that_is_wrong_is_named_at_once() -> None:
     no_linear(model)
     with pytest.raises(PlanError, match=r"1\.0 has another shape or geometry; 5 is no Linear"):
         check_plan(model, plan)
+
+
+def test_a_decomposition_that_fails_leaves_the_model_as_it_was() -> None:
+    model = net()
+    before = [id(module) for module in model.modules()]
+    plan = make_plan(model, Recipe(ranks=1, conv_ranks=1))
+    with torch.no_grad():
+        model[5].weight[0, 0] = float("nan")
+    with pytest.raises(ShapeError, match="5: .*NaN"):
+        apply_plan(model, plan)
+    assert [id(module) for module in model.modules()] == before
 
 
 def test_infeasible_ranks_are_no_trap() -> None:

@@ -215,14 +215,15 @@ def compress_network(
     progress: Progress | None = None,
 ) -> Report:
     """Plan (unless a plan is given), decompose and swap in place, and measure before and after."""
-    torch.manual_seed(recipe.seed or 0)
     device = device_of(recipe)
     bytes_before = tensor_bytes(stored_tensors(network.model, network.tensors))
-    plan = plan_network(network.model, recipe, plan, progress)
-    dense = meter.run(network.model) if meter else None
-    with fixed_threads():
-        plan = apply_plan(network.model, plan, device, dtype_of(recipe), progress)
-    accuracy = meter.summary(dense, meter.run(network.model)) if meter else None
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed or 0)
+        plan = plan_network(network.model, recipe, plan, progress)
+        dense = meter.run(network.model) if meter else None
+        with fixed_threads():
+            plan = apply_plan(network.model, plan, device, dtype_of(recipe), progress)
+        accuracy = meter.summary(dense, meter.run(network.model)) if meter else None
     bytes_after = tensor_bytes(stored_tensors(network.model, network.tensors))
     return _report(network, plan, recipe, (bytes_before, bytes_after), accuracy)
 

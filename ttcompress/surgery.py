@@ -41,14 +41,16 @@ def apply_plan(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> CompressionPlan:
-    """Decompose and swap the planned layers in place, one at a time; returns the plan with the measured errors.
+    """Decompose the planned layers one at a time and swap them in; returns the plan with the measured errors.
+
+    The model is changed only once every decomposition has gone well.
 
     Args:
         device: where the decomposition runs; the cores come back to the device of the weight.
         dtype: storage type of the cores, by default that of each weight.
     """
     check_plan(model, plan)
-    done = []
+    done, layers = [], []
     for index, layer in enumerate(plan.layers):
         if progress:
             progress(f"decomposing {layer.fqn}", index, len(plan.layers))
@@ -59,8 +61,10 @@ def apply_plan(
         except ShapeError as error:
             raise ShapeError(f"{layer.fqn}: {error}") from error
         cores = [core.to(weight.device) for core in result.cores]
-        swap(model, layer.fqn, tt_layer(layer.spec).from_cores(dense, layer.tensorization, cores))
+        layers.append(tt_layer(layer.spec).from_cores(dense, layer.tensorization, cores))
         done.append(replace(layer, relative_error=result.relative_error))
+    for layer, compressed in zip(done, layers, strict=True):
+        swap(model, layer.fqn, compressed)
     return plan.with_layers(done)
 
 
