@@ -182,7 +182,7 @@ def test_a_decomposition_that_fails_leaves_the_model_as_it_was() -> None:
     plan = make_plan(model, Recipe(ranks=1, conv_ranks=1))
     with torch.no_grad():
         model[5].weight[0, 0] = float("nan")
-    with pytest.raises(ShapeError, match="5: .*NaN"):
+    with pytest.raises(ShapeError, match=r"5: .*NaN"):
         apply_plan(model, plan)
     assert [id(module) for module in model.modules()] == before
 
