@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tt.contract": set(),
     "tt.arithmetic": {"tt.contract"},
     "tt.decompose": {"tt.arithmetic", "tt.contract", "tt.shapes"},
-    "layers": {"tt.contract", "tt.decompose", "tt.shapes"},
+    "layers": {"tt.arithmetic", "tt.contract", "tt.decompose", "tt.shapes"},
     "recipe": {"tt.shapes"},
     "allocate": {"tt.shapes"},
     "plan": {"allocate", "checkpoint", "layers", "recipe", "tt.decompose", "tt.shapes"},

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ttcompress.errors import PlanError, ShapeError
+from ttcompress.tt.arithmetic import norm
 from ttcompress.tt.contract import Cost, dense_weight, merge_all, merge_cost, pad_features, sweep, sweep_cost
 from ttcompress.tt.decompose import decompose_weight
 from ttcompress.tt.shapes import Tensorization, tensorize_shape
@@ -109,7 +110,7 @@ class _TTLayer(nn.Module):
             return
         # A few cores with few entries stray far from their expected norm together: set the realised one.
         wanted = bound / 3**0.5 * prod(self.tensorization.sizes) ** 0.5
-        drawn = _norm([core.detach() for core in self.cores])
+        drawn = norm(list(self.cores))
         for core in self.cores:
             core.mul_((wanted / drawn) ** (1 / len(self.cores)))
 
@@ -306,12 +307,3 @@ class TTConv2d(_TTLayer):
 def tt_layer(spec: LayerSpec) -> type[TTLinear] | type[TTConv2d]:
     """The layer class of a kind: a fixed table, since files name kinds and never classes."""
     return TTLinear if isinstance(spec, LinearSpec) else TTConv2d
-
-
-def _norm(cores: list[Tensor]) -> float:
-    """||A||_F of the tensor the cores stand for, from Gram matrices of partial products, in float64."""
-    gram: Any = torch.ones(1, 1, dtype=torch.float64, device=cores[0].device)
-    for core in cores:
-        flat = core.double().reshape(core.shape[0], -1, core.shape[-1])
-        gram = torch.einsum("ab,asc,bsd->cd", gram, flat, flat)
-    return float(gram.squeeze().clamp(min=0).sqrt())
