@@ -38,16 +38,21 @@ class Choice:
     @property
     def relative_error(self) -> float:
         """Bound of the relative Frobenius error."""
-        return sqrt(self.error)
+        norm = self.candidate.squared_norm if self.candidate else 0.0
+        return sqrt(self.error / norm) if norm else 0.0
 
 
 class Candidate:
     """A tensorization of one weight with the tails of its spectra: what each choice of TT-ranks costs and loses."""
 
-    def __init__(self, tensorization: Tensorization, spectra: Sequence[Tensor]) -> None:
-        """`spectra`: squared singular values of the d - 1 unfoldings over ||A||^2, descending."""
+    def __init__(self, tensorization: Tensorization, spectra: Sequence[Tensor], squared_norm: float = 1.0) -> None:
+        """`spectra`: squared singular values of the d - 1 unfoldings over ||A||^2, descending.
+
+        `squared_norm` is ||A||^2 in whatever unit all layers that are weighed against each other share.
+        """
         self.tensorization = tensorization
-        self.tails = [_tails(spectrum) for spectrum in spectra]
+        self.squared_norm = squared_norm
+        self.tails = [squared_norm * _tails(spectrum) for spectrum in spectra]
         self.grids = [_grid(tail) for tail in self.tails]
         self._tails_on_grid = [tail[grid] for tail, grid in zip(self.tails, self.grids, strict=True)]
         self._volumes = [
@@ -94,7 +99,7 @@ def _tails(spectrum: Tensor) -> Tensor:
 
 def _grid(tail: Tensor) -> Tensor:
     """All small ranks, then a geometric ladder, up to the numerical rank."""
-    top = max(1, int((tail > NUMERICALLY_ZERO).sum()))
+    top = max(1, int((tail > NUMERICALLY_ZERO * tail[0]).sum()))
     ranks = list(range(1, min(top, EVERY_RANK_UP_TO) + 1))
     while ranks[-1] < top:
         ranks.append(min(top, int(ranks[-1] * GRID_STEP) + 1))
@@ -137,7 +142,7 @@ def fewest_params(options: LayerOptions, eps: float) -> Choice:
 
     The least over the formats of what the price finds, with single ranks lowered while the bound allows it.
     """
-    choices = [_fewest_params(candidate, eps**2) for candidate in options.candidates]
+    choices = [_fewest_params(candidate, eps**2 * candidate.squared_norm) for candidate in options.candidates]
     return min([options.dense, *choices], key=lambda choice: choice.params)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ttcompress.allocate import (
     Candidate,
@@ -32,7 +32,7 @@ from ttcompress.checkpoint import replacing
 from ttcompress.errors import PlanError, ShapeError, shortlist
 from ttcompress.layers import layer_spec
 from ttcompress.recipe import TARGETS, LayerRule, Recipe
-from ttcompress.tt.decompose import smallest_eps, squared_spectra, tensorize
+from ttcompress.tt.decompose import frobenius_norm, smallest_eps, squared_spectra, tensorize
 from ttcompress.tt.shapes import FORMATS, Tensorization, feasible_ranks, tensorize_shape
 from ttcompress.types import (
     PLAN_SCHEMA,
@@ -270,21 +270,33 @@ def _inner(tt_ranks: Sequence[int]) -> str:
 
 
 def _options(requests: Sequence[_Request], device: torch.device | str, progress: Progress | None) -> list[LayerOptions]:
-    """The spectra of every layer in every tensorization, one layer in memory at a time."""
+    """The spectra of every layer in every tensorization, one layer in memory at a time.
+
+    Errors are weighed against each other as they are, not relative to each weight: under weight decay a weight is large
+    where it matters (docs/cli.md has the measurement).
+    """
     options = []
+    squared_norms = _squared_norms([request.layer.module.weight.detach() for request in requests])
     for done, request in enumerate(requests):
         if progress:
             progress(f"spectra of {request.layer.fqn}", done, len(requests))
-        weight = request.layer.module.weight.detach()
-        if weight.is_meta:
-            raise PlanError("--eps, --ratio and --params need the weights: give a checkpoint")
-        weight = weight.to(device)
+        weight = request.layer.module.weight.detach().to(device)
         try:
-            candidates = [Candidate(each, squared_spectra(tensorize(weight, each))) for each in request.tensorizations]
+            spectra = [squared_spectra(tensorize(weight, each)) for each in request.tensorizations]
         except ShapeError as error:
             raise ShapeError(f"{request.layer.fqn}: {error}") from error
-        options.append(LayerOptions(weight.numel(), tuple(candidates)))
+        pairs = zip(request.tensorizations, spectra, strict=True)
+        options.append(LayerOptions(weight.numel(), tuple(Candidate(*pair, squared_norms[done]) for pair in pairs)))
     return options
+
+
+def _squared_norms(weights: Sequence[Tensor]) -> list[float]:
+    """Squared Frobenius norms in units of the largest, so that no network is out of range."""
+    if any(weight.is_meta for weight in weights):
+        raise PlanError("--eps, --ratio and --params need the weights: give a checkpoint")
+    norms = [frobenius_norm(weight) for weight in weights]
+    largest = max(norms, default=0.0) or 1.0
+    return [(norm / largest) ** 2 for norm in norms]
 
 
 def _outcome(requests: Sequence[_Request], choices: Sequence[Choice], why: str) -> Outcome:

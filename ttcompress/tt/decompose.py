@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import frexp, log2, prod, sqrt
+from math import frexp, ldexp, log2, prod, sqrt
 
 import torch
 from torch import Tensor
@@ -131,6 +131,17 @@ def squared_spectra(tensor: Tensor) -> list[Tensor]:
     return spectra
 
 
+@torch.no_grad()
+def frobenius_norm(tensor: Tensor) -> float:
+    """||A||_F, accumulated in float64 without a float64 copy of the tensor."""
+    exponent = _exponent(tensor)
+    return ldexp(_norm(_rescaled(tensor, -exponent)), exponent)
+
+
+def _norm(tensor: Tensor) -> float:
+    return sqrt(sum(float(block.double().square().sum()) for block in _row_blocks(tensor.reshape(-1, 1))))
+
+
 def _check_input(tensor: Tensor, eps: float | None, work_dtype: torch.dtype) -> None:
     if tensor.dim() == 0 or tensor.numel() == 0 or not tensor.is_floating_point():
         raise ShapeError(f"TT-SVD takes a non-empty floating-point tensor, not {tensor.dtype} {tuple(tensor.shape)}")
@@ -161,7 +172,7 @@ def _accurate_cores(
     scaled: Tensor, caps: Sequence[int], eps: float | None, exponent: int, capped: bool
 ) -> tuple[list[Tensor], float]:
     """Sweep, measure, and sweep again with less truncation where round-off used up the margin left for it."""
-    norm = sqrt(sum(float(block.double().square().sum()) for block in _row_blocks(scaled.reshape(-1, 1))))
+    norm = _norm(scaled)
     share = sqrt(1 - (0.4 * smallest_eps(scaled.dtype) / eps) ** 2) if eps else 0.0
     while True:
         delta = share * eps * norm / sqrt(max(1, scaled.dim() - 1)) if eps else None
