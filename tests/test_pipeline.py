@@ -527,7 +527,7 @@ BATCH = (torch.randn(4, 64), torch.zeros(4, dtype=torch.long))
         ({"ranks": 4, "ratio": 2.0}, PlanError, "exactly one"),
         ({"ranks": 0}, PlanError, "--ranks"),
         ({"ranks": 4, "data": [BATCH], "metric": lambda module: 1.0}, PlanError, "not both"),
-        ({"ranks": 4, "data": iter([BATCH])}, DataError, "read twice"),
+        ({"ranks": 4, "data": iter([BATCH])}, DataError, "read more than once"),
         ({"ranks": 4, "metric": lambda module: float("nan")}, DataError, "returned nan"),
         ({"ranks": 4, "metric": lambda module: float("inf")}, DataError, "returned inf"),
         ({"ranks": 4, "data": []}, DataError, "no image"),

@@ -39,6 +39,11 @@ out_modes = [3, 2]
 include = ["features.*"]
 exclude = ["re:^classifier"]
 data = "cifar10:data@test"
+val = "npz:val.npz"
+calib = "images:photos"
+calib-images = 512
+effort = "max"
+max-drop = 1
 mean = [0, 0.5]
 std = [1, 0.25]
 dtype = "float16"
@@ -127,6 +132,11 @@ def test_all_options_are_read_with_hyphens_or_underscores(tmp_path: Path) -> Non
         format="auto",
         in_modes=(2, 3),
         out_modes=(3, 2),
+        max_drop=1.0,
+        val="npz:val.npz",
+        calib="images:photos",
+        calib_images=512,
+        effort="max",
         include=("features.*",),
         exclude=("re:^classifier",),
         data="cifar10:data@test",
@@ -297,7 +307,7 @@ def test_one_target_is_what_the_run_aims_at(stated: dict[str, Any], target: str)
     ],
 )
 def test_no_target_or_several_are_refused(stated: dict[str, Any], got: str) -> None:
-    expected = f"state exactly one of --ranks/--conv-ranks, --eps, --ratio, --params, --plan: got {got}"
+    expected = f"state exactly one of --ranks/--conv-ranks, --eps, --ratio, --params, --max-drop, --plan: got {got}"
     with pytest.raises(PlanError) as caught:
         _ = Recipe(**stated).target
     assert str(caught.value) == expected

@@ -83,6 +83,13 @@ plan_options = _options(
     click.option("--eps", type=float, help="Largest relative error of each weight, fewest parameters for it."),
     click.option("--ratio", type=float, help="Compression over all parameters, least error for it."),
     click.option("--params", type=int, help="The same as a number of parameters."),
+    click.option(
+        "--max-drop", type=float, metavar="P", help="Alone: smallest network within P points on --val; else a gate."
+    ),
+    click.option("--val", metavar="DATA", help="Labelled images that --max-drop searches by (default split train)."),
+    click.option("--calib", metavar="DATA", help="Unlabelled images: output error counts, not weight error."),
+    click.option("--calib-images", type=int, metavar="N", help="How many of them, drawn by the seed (default 1024)."),
+    click.option("--effort", type=click.Choice(["fast", "default", "max"]), help="How long --calib may take."),
     click.option("--plan", "plan_path", type=PATH, metavar="FILE", help="A plan written by `plan -o`, edited or not."),
     click.option(
         "--format",
@@ -98,7 +105,7 @@ plan_options = _options(
         type=click.Choice(["float16", "bfloat16", "float32", "float64"]),
         help="Storage type of the cores (default: that of the weight).",
     ),
-    click.option("--seed", type=int, help="Seed, recorded in the file (default 0)."),
+    click.option("--seed", type=int, help="Seed, recorded in the file (default 0); draws the calibration images."),
     click.option("--recipe", "recipe_path", type=PATH, metavar="FILE", help="TOML file of options; these here win."),
 )
 output_options = _options(
@@ -132,6 +139,9 @@ def compress(checkpoint: Path, output: Path | None, force: bool, dry_run: bool, 
     with _progress() as progress:
         done = pipeline.compress_file(checkpoint, target, recipe, plan, force=force, progress=progress)
     _show(report.with_file(done, target), options["as_json"])
+    drop = pipeline.drop_beyond_gate(done, recipe)
+    if drop is not None:
+        _fail(f"accuracy falls by {drop:.2f} points, --max-drop allows {recipe.max_drop:g}; {target} is written", 1)
 
 
 @commands.command("plan")

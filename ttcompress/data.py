@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -81,6 +82,10 @@ class Images(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
+    def chosen(self, indices: Sequence[int]) -> Images:
+        """The images at these places, in this order."""
+
+    @abstractmethod
     def statistics(self) -> Preprocessing:
         """Mean and standard deviation of each channel over the training split, where there is one, as normalisation.
 
@@ -113,6 +118,13 @@ class _ArrayImages(Images):
 
     def __len__(self) -> int:
         return len(self._images)
+
+    def chosen(self, indices: Sequence[int]) -> Images:
+        at = np.asarray(indices, dtype=np.int64)
+        part = copy.copy(self)
+        part._images, part._labels = self._images[at], None if self._labels is None else self._labels[at]
+        part._train = self._train or (lambda: (self._images, self._labels))
+        return part
 
     def statistics(self) -> Preprocessing:
         images = self._train()[0] if self._train else self._images
@@ -158,6 +170,11 @@ class _FolderImages(Images):
 
     def __len__(self) -> int:
         return len(self._samples)
+
+    def chosen(self, indices: Sequence[int]) -> Images:
+        part = copy.copy(self)
+        part._samples = [self._samples[index] for index in indices]
+        return part
 
     def statistics(self) -> Preprocessing:
         raise DataError(f"{self.name} is a folder, whose statistics are not computed: give --mean and --std")

@@ -85,19 +85,30 @@ def _check_labels(labels: Tensor, logits: Tensor) -> None:
 
 @torch.inference_mode()
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    logits = forward(model, images)
+    if logits.dim() != 2:
+        raise DataError(f"accuracy needs logits (images, classes); the network returns {tuple(logits.shape)}")
+    return logits
+
+
+def forward(model: nn.Module, images: Tensor) -> Tensor:
+    """What the network returns for a batch.
+
+    Raises:
+        DataError: images that it does not take, an output that is no tensor, or one that is not finite.
+    """
     try:
-        logits = model(images)
+        output = model(images)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"the network does not take images of shape {tuple(images.shape[1:])}: {reason}") from error
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise DataError(f"accuracy needs logits (images, classes); the network returns {what}")
-    if not bool(logits.isfinite().all()):
+    if not isinstance(output, Tensor):
+        raise DataError(f"accuracy and calibration need a tensor; the network returns {type(output).__name__}")
+    if not bool(output.isfinite().all()):
         raise DataError("the network returns NaN or Inf on this data")
-    return logits
+    return output
 
 
 def compare(dense: Predictions, compressed: Predictions, data: str) -> Comparison:

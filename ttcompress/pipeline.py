@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress import __version__
+from ttcompress.calibrate import Calibration, draw
 from ttcompress.checkpoint import (
     check_output,
     load_compressed,
@@ -23,14 +24,14 @@ from ttcompress.checkpoint import (
     write_dense,
     write_safetensors,
 )
+from ttcompress.compression import Compressed, Compressor
 from ttcompress.data import Images, open_data
 from ttcompress.errors import CheckpointError, DataError, PlanError, shortlist
 from ttcompress.evaluate import Batches, Predictions, compare, predict
 from ttcompress.header import blaming, read_metadata
 from ttcompress.network import Network, open_any, open_dense, open_empty, stored_tensors, tied_parameters
-from ttcompress.plan import adopt_plan, make_plan
 from ttcompress.recipe import Recipe
-from ttcompress.surgery import apply_plan
+from ttcompress.stages import adopt
 from ttcompress.tt.contract import dense_weight
 from ttcompress.types import (
     Accuracy,
@@ -57,17 +58,21 @@ def compress_file(
 ) -> Report:
     """Compress a checkpoint into one file (docs/format.md) and return its report.
 
-    With `recipe.data`, accuracy is measured before and after. Nothing is written unless all went well.
+    With `recipe.data`, accuracy is measured before and after. With `recipe.calib`, output error counts, not weight
+    error. Nothing is written unless all went well.
 
     Raises:
         TTCompressError: whatever does not fit, in one line; `output` is then untouched.
     """
     check_output(output, force)
-    images = _labelled(recipe) if recipe.data else None
+    if recipe.max_drop is not None and not _is_search(recipe, plan) and recipe.data is None:
+        raise DataError("--max-drop beside another target is a gate on accuracy: name labelled images with --data")
+    for option, value in (("--calib-images", recipe.calib_images), ("--effort", recipe.effort)):
+        if value is not None and recipe.calib is None:
+            raise DataError(f"{option} needs --calib, the images to calibrate on")
     network = open_dense(source, recipe.arch, recipe.key or "")
-    network = replace(network, preprocessing=_preprocessing(recipe, network.preprocessing, images))
-    meter = _images_meter(images, network.preprocessing, recipe, progress) if images else None
-    report = compress_network(network, recipe, plan, meter, progress)
+    network, sources = _with_sources(network, recipe, progress)
+    report = compress_network(network, recipe, plan, sources, progress)
     write_safetensors(output, stored_tensors(network.model, network.tensors), report.to_json())
     return report
 
@@ -89,10 +94,16 @@ def plan_file(
         network = open_empty(recipe.arch)
     else:
         raise PlanError("give a checkpoint, or an architecture with --arch")
-    network = replace(network, preprocessing=_preprocessing(recipe, network.preprocessing, None))
-    plan = plan_network(network.model, recipe, plan, progress)
+    network, sources = _with_sources(network, replace(recipe, data=None), progress)
     before = tensor_bytes(stored_tensors(network.model, network.tensors))
-    return _report(network, plan, recipe, (before, promised_bytes(before, plan, dtype_of(recipe))))
+    with _seeded(recipe):
+        compressor = _compressor(network.model, recipe, sources.calibration, progress)
+        with fixed_threads():
+            if _is_search(recipe, plan):
+                done = compressor.search(sources.judge)
+            else:
+                done = Compressed(network.model, compressor.plan(recipe, plan), compressor.calibrated_on())
+    return _report(network, done, recipe, (before, promised_bytes(before, done.plan, dtype_of(recipe))))
 
 
 def expand_file(source: Path, output: Path, force: bool = False) -> Report:
@@ -131,7 +142,9 @@ def evaluate_file(
     path: Path, recipe: Recipe, *, limit: int | None = None, progress: Progress | None = None
 ) -> tuple[Accuracy, str]:
     """Accuracy of a dense checkpoint or a compressed file on `recipe.data`, and the name of that data."""
-    images = _labelled(recipe)
+    if recipe.data is None:
+        raise DataError("name the labelled images with --data")
+    images = _labelled(recipe.data)
     network = open_any(path, recipe.arch, recipe.key or "")
     meter = _images_meter(images, _preprocessing(recipe, network.preprocessing, images), recipe, progress, limit)
     predictions: Predictions = meter.run(network.model)
@@ -149,11 +162,22 @@ class Meter:
     summary: Callable[[Any, Any], Json]
 
 
+@dataclass(frozen=True)
+class Sources:
+    """What a compression learns from and is measured by: the report's `meter`, the search's `judge`, calibration."""
+
+    meter: Meter | None = None
+    judge: Callable[[nn.Module], float] | None = None
+    calibration: Calibration | None = None
+
+
 def compress(
     module: nn.Module,
     *,
+    calib: Tensor | Iterable[Any] | None = None,
     data: Iterable[tuple[Tensor, Tensor]] | None = None,
     metric: Callable[[nn.Module], float] | None = None,
+    val: Iterable[tuple[Tensor, Tensor]] | None = None,
     inplace: bool = False,
     progress: Progress | None = None,
     **options: Any,
@@ -161,8 +185,11 @@ def compress(
     """Compress any module in memory; returns the compressed module and the report.
 
     Args:
+        calib: inputs (N, ...) without labels, as one tensor or as batches (inputs, or tuples that begin with
+            them); output error then counts instead of weight error.
         data: labelled batches (inputs, labels) to measure accuracy on, such as a DataLoader; read twice.
         metric: instead of `data`, any function of the module; its values before and after go into the report.
+        val: labelled batches to search by, with `max_drop` and no other target; read once a point.
         inplace: change `module` itself instead of a copy.
         options: those of the command line (`ranks`, `eps`, `ratio`, `include`, `format`, `device` ...; see `Recipe`).
 
@@ -170,12 +197,15 @@ def compress(
         TTCompressError: options that contradict each other or do not fit the module.
     """
     recipe = Recipe(**options)
-    if recipe.data is not None or recipe.arch is not None:
-        raise PlanError("the module is its own architecture, and data takes batches, not a reference")
+    if recipe.arch is not None:
+        raise PlanError("the module is its own architecture: leave out arch")
     if data is not None and metric is not None:
         raise PlanError("give data or metric, not both")
-    if data is not None and iter(data) is data:
-        raise DataError("data is read twice, before and after: give a list or a DataLoader, not an iterator")
+    if recipe.max_drop is not None and recipe.target != "max_drop":
+        raise PlanError("max_drop beside another target is a gate of the command line: look at the report instead")
+    for name, batches in (("data", data), ("val", val)):
+        if batches is not None and iter(batches) is batches:
+            raise DataError(f"{name} is read more than once: give a list or a DataLoader, not an iterator")
     model = module if inplace else copy.deepcopy(module)
     meter = None
     if data is not None:
@@ -183,7 +213,33 @@ def compress(
     elif metric is not None:
         name = getattr(metric, "__name__", "metric")
         meter = Meter(partial(_finite, metric, name), partial(_metric_json, name))
-    return model, compress_network(Network(model, model.state_dict()), recipe, None, meter, progress)
+    judge = None if val is None else _judge(_classification(lambda: val, "val", device_of(recipe), progress))
+    calibration = None if calib is None else _tensor_calibration(calib, recipe)
+    sources = Sources(meter, judge, calibration)
+    return model, compress_network(Network(model, model.state_dict()), recipe, None, sources, progress)
+
+
+def _tensor_calibration(calib: Tensor | Iterable[Any], recipe: Recipe) -> Calibration:
+    batches = (
+        [calib] if isinstance(calib, Tensor) else [each if isinstance(each, Tensor) else each[0] for each in calib]
+    )
+    if not batches:
+        raise DataError("calib holds no inputs")
+    inputs = torch.cat(batches).detach().cpu()
+    if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
+        raise DataError("calib holds NaN or Inf")
+    size = recipe.batch_size or BATCH_SIZE
+    return draw(
+        "calib",
+        len(inputs),
+        recipe.calib_images,
+        recipe.seed or 0,
+        lambda indices: (inputs[torch.tensor(part)] for part in _parts(indices, size)),
+    )
+
+
+def _parts(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (indices[start : start + size] for start in range(0, len(indices), size))
 
 
 def _finite(metric: Callable[[nn.Module], float], name: str, module: nn.Module) -> float:
@@ -211,49 +267,59 @@ def compress_network(
     network: Network,
     recipe: Recipe,
     plan: CompressionPlan | None = None,
-    meter: Meter | None = None,
+    sources: Sources = Sources(),
     progress: Progress | None = None,
 ) -> Report:
     """Plan (unless a plan is given), decompose and swap in place, and measure before and after."""
-    device = device_of(recipe)
+    meter = sources.meter
     bytes_before = tensor_bytes(stored_tensors(network.model, network.tensors))
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed or 0)
-        plan = plan_network(network.model, recipe, plan, progress)
+    with _seeded(recipe):
+        compressor = _compressor(network.model, recipe, sources.calibration, progress)
         dense = meter.run(network.model) if meter else None
         with fixed_threads():
-            plan = apply_plan(network.model, plan, device, dtype_of(recipe), progress)
+            if _is_search(recipe, plan):
+                done = compressor.search(sources.judge)
+                adopt(network.model, done.model, done.plan, compressor.dtype)
+            else:
+                done = compressor.apply(compressor.plan(recipe, plan), inplace=True)
         accuracy = meter.summary(dense, meter.run(network.model)) if meter else None
     bytes_after = tensor_bytes(stored_tensors(network.model, network.tensors))
-    return _report(network, plan, recipe, (bytes_before, bytes_after), accuracy)
+    return _report(network, done, recipe, (bytes_before, bytes_after), accuracy)
 
 
-def plan_network(
-    model: nn.Module, recipe: Recipe, plan: CompressionPlan | None = None, progress: Progress | None = None
-) -> CompressionPlan:
-    """The plan that the recipe asks for, or the one given, checked against the network.
+def drop_beyond_gate(report: Report, recipe: Recipe) -> float | None:
+    """The fall of accuracy in points, where `--max-drop` beside another target allows less."""
+    if recipe.max_drop is None or report.accuracy is None or report.search:
+        return None
+    drop = float(report.accuracy["dense"] - report.accuracy["compressed"])
+    return drop if drop > recipe.max_drop else None
 
-    Raises:
-        PlanError: a plan beside another target, one that does not fit, or one that would replace nothing.
-    """
-    if plan is None:
-        with fixed_threads():
-            plan = make_plan(model, recipe, device_of(recipe), progress)
-    else:
-        plan = adopt_plan(model, recipe, plan)
-    if not plan.layers:
-        reasons = sorted({kept.reason for kept in plan.kept if kept.kind})
-        raise PlanError(f"nothing would be compressed, every layer stays dense: {shortlist(reasons)}")
-    return plan
+
+def _is_search(recipe: Recipe, plan: CompressionPlan | None) -> bool:
+    return plan is None and recipe.target == "max_drop"
+
+
+def _compressor(
+    model: nn.Module, recipe: Recipe, calibration: Calibration | None, progress: Progress | None
+) -> Compressor:
+    return Compressor(model, recipe, device_of(recipe), dtype_of(recipe), calibration, progress)
+
+
+@contextmanager
+def _seeded(recipe: Recipe) -> Iterator[None]:
+    """Random numbers from the recipe's seed; the caller's own state is put back."""
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed or 0)
+        yield
 
 
 def _report(
-    network: Network, plan: CompressionPlan, recipe: Recipe, num_bytes: tuple[int, int], accuracy: Json | None = None
+    network: Network, done: Compressed, recipe: Recipe, num_bytes: tuple[int, int], accuracy: Json | None = None
 ) -> Report:
-    elsewhere = ("arch", "key", "data", "mean", "std", "device", "batch_size", "workers", "seed")
+    elsewhere = ("arch", "key", "data", "val", "calib", "mean", "std", "device", "batch_size", "workers", "seed")
     options = {key: value for key, value in recipe.to_json().items() if key not in elsewhere}
     return Report(
-        plan=plan,
+        plan=done.plan,
         bytes_before=num_bytes[0],
         bytes_after=num_bytes[1],
         version=__version__,
@@ -264,6 +330,8 @@ def _report(
         recipe=options,
         tied=tied_parameters(network.model),
         accuracy=accuracy,
+        calibration=done.calibration,
+        search=done.search,
     )
 
 
@@ -278,9 +346,10 @@ def promised_bytes(bytes_before: int, plan: CompressionPlan, dtype: torch.dtype 
 
 @contextmanager
 def fixed_threads() -> Iterator[None]:
-    """The machine's own number of threads, whatever the environment says: sums then come out the same each time."""
+    """As many threads as this process may use processors, whatever the environment says: sums then come out alike."""
     before = torch.get_num_threads()
-    torch.set_num_threads(min(16, os.cpu_count() or 1))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(min(16, usable))
     try:
         yield
     finally:
@@ -312,12 +381,40 @@ def dtype_of(recipe: Recipe) -> torch.dtype | None:
 # ----------------------------------------------------------------------------------------------------------------- data
 
 
-def _labelled(recipe: Recipe) -> Images:
-    if recipe.data is None:
-        raise DataError("name the labelled images with --data")
-    images = open_data(recipe.data)
+def _with_sources(network: Network, recipe: Recipe, progress: Progress | None) -> tuple[Network, Sources]:
+    """The network with its normalisation, and the data that the recipe names, in that normalisation."""
+    images = _labelled(recipe.data) if recipe.data else None
+    val = _labelled(recipe.val, "train") if recipe.val else None
+    calib = open_data(recipe.calib, "train") if recipe.calib else None
+    preprocessing = _preprocessing(recipe, network.preprocessing, images or calib or val)
+    meter = _images_meter(images, preprocessing, recipe, progress) if images else None
+    judge = _judge(_images_meter(val, preprocessing, recipe, progress)) if val else None
+    calibration = _calibration(calib, preprocessing, recipe) if calib else None
+    return replace(network, preprocessing=preprocessing), Sources(meter, judge, calibration)
+
+
+def _labelled(reference: str, split: str = "test") -> Images:
+    images = open_data(reference, split)
     images.require_labels()
     return images
+
+
+def _calibration(images: Images, preprocessing: Preprocessing | None, recipe: Recipe) -> Calibration:
+    known = preprocessing or images.statistics()
+    size, workers = recipe.batch_size or BATCH_SIZE, recipe.workers or 0
+
+    def batches(indices: Sequence[int]) -> Iterator[Tensor]:
+        return (batch for batch, _ in images.chosen(indices).batches(known, size, workers=workers))
+
+    return draw(images.name, len(images), recipe.calib_images, recipe.seed or 0, batches)
+
+
+def _judge(meter: Meter) -> Callable[[nn.Module], float]:
+    def accuracy(model: nn.Module) -> float:
+        predictions: Predictions = meter.run(model)
+        return predictions.accuracy().top1
+
+    return accuracy
 
 
 def _images_meter(

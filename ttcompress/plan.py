@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from fractions import Fraction
+from functools import cached_property
 from math import floor
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from ttcompress.layers import layer_spec
 from ttcompress.recipe import TARGETS, LayerRule, Recipe
 from ttcompress.tt.decompose import frobenius_norm, smallest_eps, squared_spectra, tensorize
 from ttcompress.tt.shapes import FORMATS, Tensorization, feasible_ranks, tensorize_shape
+from ttcompress.tt.whiten import ModeMetric, whitened
 from ttcompress.types import (
     PLAN_SCHEMA,
     CompressionPlan,
@@ -163,36 +165,88 @@ class _Request:
         return LayerPlan(layer.fqn, layer.spec, tensorization, tuple(tt_ranks), layer.weight_dtype, **known)
 
 
+Metrics = Callable[[str, Tensorization], Sequence[ModeMetric]]
+"""By fqn and tensorization: the metric of each mode in which errors count."""
 Outcome = dict[str, LayerPlan | str]
 """By fqn: the plan of a layer, or the reason why it stays dense after all."""
+
+
+class Planner:
+    """Plans of one network; the spectra are computed once, however many targets are planned.
+
+    `metrics` says by fqn and tensorization what errors cost; without it, weights count as they are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        device: torch.device | str = "cpu",
+        progress: Progress | None = None,
+    ) -> None:
+        """Find the layers and check what the recipe says about them.
+
+        Raises:
+            PlanError, ShapeError: see `make_plan`.
+        """
+        self.metrics: Metrics | None = None
+        self._model, self._device, self._progress = model, device, progress
+        rules_only = recipe.target == "ranks" and recipe.ranks is None and recipe.conv_ranks is None
+        include = recipe.include or tuple(rule.match for rule in recipe.layers if rules_only)
+        self._layers = find_layers(model, include, recipe.exclude)
+        requests = _requests(self._layers, recipe)
+        self._by_hand: Outcome = {r.layer.fqn: _by_hand(r, r.ranks) for r in requests if r.ranks is not None}
+        self._searched = [request for request in requests if request.ranks is None]
+
+    @property
+    def names(self) -> list[str]:
+        """The layers that a plan may replace."""
+        return [layer.fqn for layer in self._layers if not layer.kept]
+
+    @cached_property
+    def _options(self) -> list[LayerOptions]:
+        return _options(self._searched, self._device, self._progress, self.metrics)
+
+    def plan(self, recipe: Recipe) -> CompressionPlan:
+        """The plan for the target of a recipe that differs from the first one in nothing else.
+
+        Raises:
+            PlanError: a budget out of reach (naming the most that can be reached), or an eps that is.
+        """
+        outcome, notes = dict(self._by_hand), list[str]()
+        if recipe.eps is not None:
+            _check_eps(recipe.eps, self._searched)
+            choices = [fewest_params(each, recipe.eps) for each in self._options]
+            outcome |= _outcome(self._searched, choices, "within eps")
+        elif recipe.ratio is not None or recipe.params is not None:
+            choices, notes = _by_budget(self._model, outcome, self._options, recipe)
+            outcome |= _outcome(self._searched, choices, "pays under this budget")
+        else:
+            outcome |= {r.layer.fqn: f"no {_rank_option(r.layer)} given" for r in self._searched}
+        return _assemble(self._model, self._layers, outcome, notes)
+
+    def most(self) -> float:
+        """The largest compression that a budget can reach."""
+        before = sum(parameter.numel() for parameter in self._model.parameters())
+        saved = _saved(self._by_hand) + sum(each.dense_params - each.smallest().params for each in self._options)
+        return before / (before - saved)
 
 
 def make_plan(
     model: nn.Module, recipe: Recipe, device: torch.device | str = "cpu", progress: Progress | None = None
 ) -> CompressionPlan:
-    """Plan a network under the one target that the recipe states.
+    """Plan a network under the one target that the recipe states, by the error of its weights.
 
     Raises:
         PlanError: contradictory options, no match, or a budget out of reach (naming the most that can be reached).
         ShapeError: modes or TT-ranks that do not fit a layer.
     """
-    rules_only = recipe.target == "ranks" and recipe.ranks is None and recipe.conv_ranks is None
-    include = recipe.include or tuple(rule.match for rule in recipe.layers if rules_only)
-    layers = find_layers(model, include, recipe.exclude)
-    requests = _requests(layers, recipe)
-    outcome: Outcome = {r.layer.fqn: _by_hand(r, r.ranks) for r in requests if r.ranks is not None}
-    searched = [request for request in requests if request.ranks is None]
-    notes: list[str] = []
-    if recipe.eps is not None:
-        _check_eps(recipe.eps, searched)
-        options = _options(searched, device, progress)
-        outcome |= _outcome(searched, [fewest_params(each, recipe.eps) for each in options], "within eps")
-    elif recipe.ratio is not None or recipe.params is not None:
-        choices, notes = _by_budget(model, outcome, _options(searched, device, progress), recipe)
-        outcome |= _outcome(searched, choices, "pays under this budget")
-    else:
-        outcome |= {r.layer.fqn: f"no {_rank_option(r.layer)} given" for r in searched}
-    return _assemble(model, layers, outcome, notes)
+    return Planner(model, recipe, device, progress).plan(recipe)
+
+
+def _saved(by_hand: Outcome) -> int:
+    plans = [plan for plan in by_hand.values() if isinstance(plan, LayerPlan)]
+    return sum(plan.params_before - plan.params_after for plan in plans)
 
 
 def _check_eps(eps: float, requests: Sequence[_Request]) -> None:
@@ -269,34 +323,42 @@ def _inner(tt_ranks: Sequence[int]) -> str:
     return ",".join(map(str, tt_ranks[1:-1])) or "(none)"
 
 
-def _options(requests: Sequence[_Request], device: torch.device | str, progress: Progress | None) -> list[LayerOptions]:
+def _options(
+    requests: Sequence[_Request], device: torch.device | str, progress: Progress | None, metrics: Metrics | None
+) -> list[LayerOptions]:
     """The spectra of every layer in every tensorization, one layer in memory at a time.
 
-    Errors are weighed against each other as they are, not relative to each weight: under weight decay a weight is large
-    where it matters (docs/cli.md has the measurement).
+    Without metrics, errors are weighed against each other as they are, not relative to each weight: under weight decay
+    a weight is large where it matters (docs/cli.md has the measurement).
     """
-    options = []
-    squared_norms = _squared_norms([request.layer.module.weight.detach() for request in requests])
+    if any(request.layer.module.weight.is_meta for request in requests):
+        raise PlanError("--eps, --ratio and --params need the weights: give a checkpoint")
+    found: list[list[tuple[Tensorization, list[Tensor], float]]] = []
     for done, request in enumerate(requests):
+        fqn, weight = request.layer.fqn, request.layer.module.weight.detach().to(device)
         if progress:
-            progress(f"spectra of {request.layer.fqn}", done, len(requests))
-        weight = request.layer.module.weight.detach().to(device)
+            progress(f"spectra of {fqn}", done, len(requests))
         try:
-            spectra = [squared_spectra(tensorize(weight, each)) for each in request.tensorizations]
+            found.append([(each, *_spectra(weight, each, fqn, metrics)) for each in request.tensorizations])
         except ShapeError as error:
-            raise ShapeError(f"{request.layer.fqn}: {error}") from error
-        pairs = zip(request.tensorizations, spectra, strict=True)
-        options.append(LayerOptions(weight.numel(), tuple(Candidate(*pair, squared_norms[done]) for pair in pairs)))
+            raise ShapeError(f"{fqn}: {error}") from error
+    # In units of the largest, so that no network is out of range.
+    largest = max((norm for layer in found for *_, norm in layer), default=0.0) or 1.0
+    options = []
+    for request, layer in zip(requests, found, strict=True):
+        candidates = [Candidate(each, spectra, (norm / largest) ** 2) for each, spectra, norm in layer]
+        options.append(LayerOptions(request.layer.module.weight.numel(), tuple(candidates)))
     return options
 
 
-def _squared_norms(weights: Sequence[Tensor]) -> list[float]:
-    """Squared Frobenius norms in units of the largest, so that no network is out of range."""
-    if any(weight.is_meta for weight in weights):
-        raise PlanError("--eps, --ratio and --params need the weights: give a checkpoint")
-    norms = [frobenius_norm(weight) for weight in weights]
-    largest = max(norms, default=0.0) or 1.0
-    return [(norm / largest) ** 2 for norm in norms]
+def _spectra(
+    weight: Tensor, tensorization: Tensorization, fqn: str, metrics: Metrics | None
+) -> tuple[list[Tensor], float]:
+    """Squared spectra over the squared norm, and the norm, of the weight or of the weight in its metric."""
+    if metrics is None:
+        return squared_spectra(tensorize(weight, tensorization)), frobenius_norm(weight)
+    moved = whitened(weight, tensorization, metrics(fqn, tensorization))
+    return squared_spectra(moved), frobenius_norm(moved)
 
 
 def _outcome(requests: Sequence[_Request], choices: Sequence[Choice], why: str) -> Outcome:
@@ -319,9 +381,7 @@ def _by_budget(
     most = floor(before / Fraction(str(recipe.ratio))) if recipe.ratio else recipe.params or 0
     if most >= before:
         raise PlanError(f"{asked} asks for nothing: the network has {before:,} parameters")
-    plans = [plan for plan in by_hand.values() if isinstance(plan, LayerPlan)]
-    saved_by_hand = sum(plan.params_before - plan.params_after for plan in plans)
-    fixed = before - saved_by_hand - sum(each.dense_params for each in options)
+    fixed = before - _saved(by_hand) - sum(each.dense_params for each in options)
     least = fixed + sum(each.smallest().params for each in options)
     if least > most:
         reach = format_compression(before // least if before >= 1000 * least else 10 * before // least / 10)
@@ -371,7 +431,8 @@ def adopt_plan(model: nn.Module, recipe: Recipe, plan: CompressionPlan) -> Compr
     for layer in plan.layers:
         clipped = feasible_ranks(layer.tensorization.sizes, layer.tt_ranks)
         note = _clip_note(layer.tt_ranks, clipped)
-        layer = replace(layer, tt_ranks=clipped, note=note or layer.note, predicted_error=None, relative_error=None)
+        layer = replace(layer, tt_ranks=clipped, note=note or layer.note)
+        layer = replace(layer, predicted_error=None, relative_error=None, output_error=None)
         if layer.params_after >= layer.params_before:
             raise PlanError(f"{layer.fqn}: {layer.params_after:,} parameters in TT form, {layer.params_before:,} dense")
         adopted.append(layer)

@@ -14,6 +14,7 @@ from ttcompress.errors import PlanError
 from ttcompress.tt.shapes import FORMATS
 
 Ranks = int | tuple[int, ...]
+EFFORTS = ("fast", "default", "max")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 TARGETS = (("ranks", "conv_ranks"), ("eps",), ("ratio",), ("params",))
 """What a run can aim at; the options of one group go together."""
@@ -78,8 +79,13 @@ _CHECKS = {
     "batch_size": _COUNT,
     "workers": _FROM_ZERO,
     "seed": _FROM_ZERO,
+    "max_drop": _Check("a number of points, 0 or above", lambda value: _is_number(value) and value >= 0),
+    "val": _TEXT,
+    "calib": _TEXT,
+    "calib_images": _COUNT,
+    "effort": _one_of(EFFORTS),
 }
-_FLOATS = ("eps", "ratio", "mean", "std")
+_FLOATS = ("eps", "ratio", "mean", "std", "max_drop")
 
 
 @dataclass(frozen=True)
@@ -116,12 +122,17 @@ class Recipe:
     eps: float | None = None
     ratio: float | None = None
     params: int | None = None
+    max_drop: float | None = None
     format: str | None = None
     in_modes: tuple[int, ...] = ()
     out_modes: tuple[int, ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     data: str | None = None
+    val: str | None = None
+    calib: str | None = None
+    calib_images: int | None = None
+    effort: str | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     dtype: str | None = None
@@ -149,7 +160,10 @@ class Recipe:
 
     @property
     def target(self) -> str:
-        """What the run aims at: `ranks`, `eps`, `ratio` or `params`; `ranks` also where every layer rule has its own.
+        """What the run aims at: `ranks`, `eps`, `ratio`, `params` or `max_drop`.
+
+        It is `ranks` also where every layer rule has its own. `max_drop` is the aim where it stands alone; beside
+        another target it is a gate.
 
         Raises:
             PlanError: none is stated, or more than one.
@@ -158,8 +172,10 @@ class Recipe:
         stated = [group[0] for group in TARGETS if not set(group).isdisjoint(got)]
         if not stated and self.layers and all(_is_stated(rule.ranks) for rule in self.layers):
             return "ranks"
+        if not stated and self.max_drop is not None:
+            return "max_drop"
         if len(stated) != 1:
-            choices = ", ".join("/".join(map(_flag, group)) for group in TARGETS)
+            choices = ", ".join("/".join(map(_flag, group)) for group in (*TARGETS, ("max_drop",)))
             found = " and ".join(map(_flag, got)) or "none"
             raise PlanError(f"state exactly one of {choices}, --plan: got {found}")
         return stated[0]

@@ -79,10 +79,11 @@ def _measured_on(accuracy: Json) -> str:
 
 
 def _layer_table(layers: Sequence[LayerPlan]) -> Table:
+    calibrated = any(layer.output_error for layer in layers)
     table = Table(box=None, pad_edge=False)
     for name in ("layer", "weight", "format", "modes (out x in)", "TT-ranks"):
         table.add_column(name, overflow="fold")
-    for name in ("params before", "after", "compression", "rel. error"):
+    for name in ("params before", "after", "compression", "rel. error", *(["output error"] if calibrated else [])):
         table.add_column(name, justify="right", overflow="fold")
     for layer in layers:
         table.add_row(
@@ -95,6 +96,7 @@ def _layer_table(layers: Sequence[LayerPlan]) -> Table:
             f"{layer.params_after:,}",
             format_compression(compression(layer.params_before, layer.params_after)),
             _error(layer),
+            *([_output_error(layer)] if calibrated else []),
         )
     return table
 
@@ -113,6 +115,12 @@ def _error(layer: LayerPlan) -> str:
     return "-" if layer.predicted_error is None else f"<= {layer.predicted_error:.4f}"
 
 
+def _output_error(layer: LayerPlan) -> str:
+    """From the first stage to the last one that was kept."""
+    errors = list((layer.output_error or {}).values())
+    return " -> ".join(f"{error:.3f}" for error in (errors[0], errors[-1])) if errors else "-"
+
+
 def _summary(report: Report, data: Json) -> list[str]:
     plan = report.plan
     before, after = (sum(getattr(layer, side) for layer in plan.layers) for side in ("params_before", "params_after"))
@@ -124,6 +132,7 @@ def _summary(report: Report, data: Json) -> list[str]:
     if data["file_bytes"] is not None:
         lines.append(f"file              {data['file']}, {format_bytes(data['file_bytes'])}")
         lines += _accuracy_lines(report.accuracy)
+    lines += _calibration_lines(report.calibration) + _search_lines(report)
     lines += [f"kept dense        {line}" for line in _kept(report)]
     lines += [f"note              {layer.fqn}: {layer.note}" for layer in plan.layers if layer.note]
     return lines + [f"note              {note}" for note in plan.notes]
@@ -140,6 +149,31 @@ def _accuracy_lines(accuracy: Json | None) -> list[str]:
         f"(95 % interval {low:.2f} to {high:.2f}, n = {accuracy['n']:,}, {accuracy['data']})",
         f"top-5 accuracy    {accuracy['dense_top5']:.2f} % -> {accuracy['compressed_top5']:.2f} %",
         f"agreement         {accuracy['agreement']:.2f} % of images get the same answer from both networks",
+    ]
+
+
+def _calibration_lines(calibration: Json | None) -> list[str]:
+    if calibration is None:
+        return ["decomposed by     weight error (--calib takes output error instead)"]
+    stages = [f"{each['stage']} {_divergence(each)}" for each in calibration["stages"]]
+    images = f"{calibration['images']:,} images of {calibration['data']}"
+    lines = [f"decomposed by     output error on {images}, effort {calibration['effort']}"]
+    if stages:
+        lines.append(
+            f"held-out images   divergence of the outputs: {', '.join(stages)} (n = {calibration['held_out']:,})"
+        )
+    return lines
+
+
+def _divergence(stage: Json) -> str:
+    value = "not finite" if stage["divergence"] is None else f"{stage['divergence']:.4f}"
+    return value if stage["kept"] else f"{value} (not kept)"
+
+
+def _search_lines(report: Report) -> list[str]:
+    return [
+        f"searched          {point['compression']:.2f}x: {point['accuracy']:.2f} %, {point['drop']:+.2f} points lost"
+        for point in report.search
     ]
 
 

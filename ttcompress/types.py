@@ -82,7 +82,9 @@ def _tupled(data: Json) -> Json:
 class LayerPlan:
     """One weight to be replaced: its layer, tensorization and TT-ranks; errors as far as they are known.
 
-    `predicted_error` bounds the relative Frobenius error from the singular values, `relative_error` is measured.
+    `predicted_error` bounds the relative Frobenius error from the singular values (with calibration, that of the
+    output), `relative_error` is measured. `output_error` is, by stage of a calibrated compression, the relative error
+    of the layer's output on held-out images.
     """
 
     fqn: str
@@ -92,6 +94,7 @@ class LayerPlan:
     weight_dtype: str
     predicted_error: float | None = None
     relative_error: float | None = None
+    output_error: Mapping[str, float] | None = None
     note: str = ""
 
     @property
@@ -118,6 +121,7 @@ class LayerPlan:
             "params_after": self.params_after,
             "predicted_error": self.predicted_error,
             "relative_error": self.relative_error,
+            "output_error": dict(self.output_error) if self.output_error else None,
             "weight_dtype": self.weight_dtype,
             "spec": _listed(self.spec),
             **({"note": self.note} if self.note else {}),
@@ -135,7 +139,7 @@ class LayerPlan:
         tensorization = Tensorization(data["format"], tuple(modes))
         _check_modes(data["fqn"], spec, tensorization)
         ranks = tensorization.expand_ranks([index(rank) for rank in data["tt_ranks"]])
-        errors = {key: data.get(key) for key in ("predicted_error", "relative_error")}
+        errors = {key: data.get(key) for key in ("predicted_error", "relative_error", "output_error")}
         return cls(data["fqn"], spec, tensorization, ranks, data["weight_dtype"], **errors, note=data.get("note", ""))
 
 
@@ -326,6 +330,8 @@ class Report:
     recipe: Json = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     accuracy: Json | None = None
+    calibration: Json | None = None
+    search: Sequence[Json] = ()
 
     def to_json(self) -> Json:
         """Canonical content of the file's metadata and of `report --json`."""
@@ -341,6 +347,8 @@ class Report:
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "accuracy": self.accuracy,
+            "calibration": self.calibration,
+            "search": list(self.search),
             **self.plan.to_json(),
         }
 
@@ -370,6 +378,8 @@ class Report:
                 recipe=data["recipe"],
                 tied=data["tied"],
                 accuracy=data["accuracy"],
+                calibration=data.get("calibration"),
+                search=tuple(data.get("search", ())),
             )
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"damaged metadata: {type(error).__name__}: {error}") from error

@@ -179,7 +179,7 @@ def _accurate_cores(
         cores = _sweep(scaled, caps, delta)
         if not _is_feasible(cores):
             cores = right_orthogonalize(cores)
-        cores = [core.to(scaled.dtype) for core in _spread_norm(cores, exponent)]
+        cores = [core.to(scaled.dtype) for core in spread_norm(cores, exponent)]
         error = _relative_error(scaled, cores, exponent)
         at_cap = capped and any(core.shape[-1] == cap for core, cap in zip(cores[:-1], caps[1:-1], strict=True))
         if eps is None or error <= eps or at_cap or share < 1e-3:
@@ -259,7 +259,7 @@ def _row_blocks(matrix: Tensor, columns: int = 0) -> Iterator[Tensor]:
     yield from torch.split(matrix, max(1, BLOCK // (columns or matrix.shape[1])), dim=0)
 
 
-def _spread_norm(cores: list[Tensor], exponent: int) -> list[Tensor]:
+def spread_norm(cores: Sequence[Tensor], exponent: int = 0) -> list[Tensor]:
     """Give every core the same Frobenius norm and put 2^exponent back, so that no narrow type overflows."""
     norms = [float(core.norm()) for core in cores]
     if min(norms) == 0:

@@ -1,0 +1,144 @@
+"""Compression of one network in memory: by weight error or calibrated, for a target or in search of one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from math import sqrt
+
+import torch
+from torch import nn
+
+from ttcompress.calibrate import Calibration, LayerStatistics, measure
+from ttcompress.errors import DataError, PlanError, shortlist
+from ttcompress.evaluate import input_dtype
+from ttcompress.plan import Planner, adopt_plan
+from ttcompress.recipe import Recipe
+from ttcompress.stages import adopt, compress_calibrated
+from ttcompress.surgery import apply_plan
+from ttcompress.tt.shapes import Tensorization
+from ttcompress.tt.whiten import ModeMetric
+from ttcompress.types import CompressionPlan, Json, Progress
+
+SEARCH_STEP = 1.05
+"""The search for the smallest network ends when the next point would be nearer than this factor."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A compressed network, its plan with the errors, and what the report says of calibration and search."""
+
+    model: nn.Module
+    plan: CompressionPlan
+    calibration: Json | None = None
+    search: tuple[Json, ...] = ()
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """How one network is compressed; what does not depend on the target is computed once.
+
+    `dtype` is the storage type of the cores, by default that of each weight.
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    device: torch.device
+    dtype: torch.dtype | None = None
+    calibration: Calibration | None = None
+    progress: Progress | None = None
+
+    def plan(self, recipe: Recipe, given: CompressionPlan | None = None) -> CompressionPlan:
+        """The plan for a recipe, or the one given, checked against the network.
+
+        Raises:
+            PlanError: a plan beside another target, one that does not fit, or one that would replace nothing.
+        """
+        plan = self._planner.plan(recipe) if given is None else adopt_plan(self.model, recipe, given)
+        if not plan.layers:
+            reasons = sorted({kept.reason for kept in plan.kept if kept.kind})
+            raise PlanError(f"nothing would be compressed, every layer stays dense: {shortlist(reasons)}")
+        return plan
+
+    def apply(self, plan: CompressionPlan, inplace: bool = False) -> Compressed:
+        """The network, or a copy of it, compressed."""
+        if self.calibration is None:
+            model = self.model if inplace else copy.deepcopy(self.model)
+            return Compressed(model, apply_plan(model, plan, self.device, self.dtype, self.progress))
+        effort, seed = self.recipe.effort or "default", self.recipe.seed or 0
+        statistics = self._statistics(tuple(layer.fqn for layer in plan.layers))
+        compressed, plan, stages = compress_calibrated(
+            self._dense, plan, statistics, self.calibration, effort, seed, self.progress
+        )
+        model = self.model if inplace else copy.deepcopy(self.model)
+        adopt(model, compressed, plan, self.dtype)
+        return Compressed(model, plan, self.calibrated_on(stages))
+
+    def calibrated_on(self, stages: Sequence[Json] = ()) -> Json | None:
+        """The report's `calibration`, None where weight error counts."""
+        if self.calibration is None:
+            return None
+        counts = {"images": self.calibration.num_images, "held_out": self.calibration.num_held_out}
+        effort = self.recipe.effort or "default"
+        return {"data": self.calibration.name, **counts, "effort": effort, "stages": list(stages)}
+
+    def search(self, accuracy: Callable[[nn.Module], float] | None) -> Compressed:
+        """A copy of the network, compressed as far as it loses at most `max_drop` points, by bisection of the ratio.
+
+        Raises:
+            PlanError: nothing to measure accuracy on, or no compression that was tried keeps the drop.
+        """
+        max_drop = self.recipe.max_drop or 0.0
+        if accuracy is None:
+            raise PlanError("--max-drop alone searches on labelled images of their own: name them with --val")
+        dense = accuracy(self.model)
+        low, high = 1.0, self._planner.most()
+        best: Compressed | None = None
+        points: list[Json] = []
+        while high > low * SEARCH_STEP:
+            ratio = sqrt(low * high)
+            tried = self.apply(self.plan(replace(self.recipe, ratio=ratio)))
+            drop = dense - accuracy(tried.model)
+            points.append(
+                {"ratio": ratio, "compression": tried.plan.compression, "accuracy": dense - drop, "drop": drop}
+            )
+            if drop <= max_drop:
+                low, best = ratio, tried
+            else:
+                high = ratio
+        if best is None:
+            least = f"{points[-1]['compression']:.2f}x loses {points[-1]['drop']:.2f} points" if points else "none"
+            raise PlanError(f"no compression keeps the drop within {max_drop:g} points; the mildest tried: {least}")
+        return replace(best, search=tuple(points))
+
+    @cached_property
+    def _planner(self) -> Planner:
+        planner = Planner(self.model, self.recipe, self.device, self.progress)
+        if self.calibration is not None:
+            planner.metrics = partial(self._metrics, tuple(planner.names))
+        return planner
+
+    def _metrics(self, names: tuple[str, ...], fqn: str, tensorization: Tensorization) -> list[ModeMetric]:
+        return self._statistics(names)[fqn].metrics(tensorization)
+
+    def _statistics(self, names: tuple[str, ...]) -> dict[str, LayerStatistics]:
+        """Of these layers; those measured before are remembered."""
+        missing = [name for name in names if name not in self._measured]
+        if missing and self.calibration is not None:
+            self._measured.update(measure(self._dense, missing, self.calibration, self.recipe.seed or 0, self.progress))
+            idle = [name for name in missing if name not in self._measured]
+            if idle:
+                raise DataError(f"the network does not run {shortlist(idle)} on the calibration data: --exclude it")
+        return self._measured
+
+    @cached_property
+    def _measured(self) -> dict[str, LayerStatistics]:
+        return {}
+
+    @cached_property
+    def _dense(self) -> nn.Module:
+        """The network as it was, frozen, on the device, in a type that can be computed in."""
+        dense = copy.deepcopy(self.model).requires_grad_(False).eval().to(self.device)
+        return dense.float() if input_dtype(dense) in (torch.float16, torch.bfloat16) else dense

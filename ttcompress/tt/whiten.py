@@ -1,0 +1,221 @@
+"""TT-SVD in the metric of a layer's inputs and outputs: what is minimised is output error, not weight error.
+
+With S = E[x x^T] over a layer's inputs and G = E[g g^T] over the gradients of the network's outputs at the layer's
+outputs, replacing W by B changes what the network says by about ||G^(1/2) (W - B) S^(1/2)||_F^2 (the Kronecker-factored
+Gauss-Newton form of Martens and Grosse 2015). A tensorization takes S and G apart into one small factor a mode,
+S ~ S_1 (x) ... (x) S_d, which is undone core by core, so that the TT structure stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ttcompress.tt.decompose import tensorize, tt_svd
+from ttcompress.tt.shapes import Tensorization
+
+DAMPING = 1e-2
+"""Share of the mean eigenvalue that every mode gets on top: images are few, and what they do not show still counts."""
+MATRIX_LIMIT = 4608
+"""Up to this many entries a vector's second moment is held as a matrix; beyond, as SKETCH_ROWS rows."""
+SKETCH_ROWS = 2048
+TINY = torch.finfo(torch.float64).tiny
+
+
+class Moments:
+    """E[x x^T], E[t x^T] and means of pairs of vectors (t, x), summed up batch by batch; t is x where none is given.
+
+    Vectors of at most MATRIX_LIMIT entries add up to matrices in float64. Longer ones are kept as rows with
+    E[x x^T] ~ rows^T rows, each new vector added with a random sign to the next of SKETCH_ROWS rows (a count sketch,
+    Charikar et al. 2002): exact until the rows are used up, unbiased after, in memory that does not grow.
+    """
+
+    def __init__(self, size: int, paired: bool = False, seed: int = 0) -> None:
+        self.size = size
+        self.is_sketch = size > MATRIX_LIMIT
+        self._paired = paired
+        self._generator = torch.Generator().manual_seed(seed)
+        self._seen = 0
+        self._weight = 0.0
+        self._sums: list[Tensor] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the sums take."""
+        return (1 + self._paired) * self.size * (4 * SKETCH_ROWS if self.is_sketch else 8 * self.size)
+
+    def add(self, x: Tensor, t: Tensor | None = None, weight: float = 1.0) -> None:
+        """Add the columns of x (size, count), which count for `weight` all together, and of t, their partners."""
+        share = weight / max(1, x.shape[1])
+        vectors = [x] if t is None else [x, t]
+        if self.is_sketch:
+            first = self._seen % SKETCH_ROWS
+            self._seen += x.shape[1]
+            rows = (torch.arange(x.shape[1]) + first).remainder_(SKETCH_ROWS).to(x.device)
+            signs = torch.randint(0, 2, (x.shape[1],), generator=self._generator) * 2 - 1
+            factors = signs.to(x) * share**0.5
+            sums = [x.new_zeros(SKETCH_ROWS, self.size).index_add_(0, rows, (v * factors).T) for v in vectors]
+        else:
+            sums = [(v @ x.T).double() * share for v in vectors]
+        sums += [v.sum(1).double() * share for v in vectors]
+        self._sums = [a.add_(b) for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
+        self._weight += weight
+
+    def _mean(self, index: int) -> Tensor:
+        scale = self._weight or 1.0
+        return self._sums[index] / (scale**0.5 if self.is_sketch and index <= self._paired else scale)
+
+    @property
+    def own(self) -> Tensor:
+        """E[x x^T] (size, size), or rows (SKETCH_ROWS, size) with rows^T rows for it."""
+        return self._mean(0)
+
+    @property
+    def crossed(self) -> Tensor:
+        """E[t x^T] (size, size), or the rows of t that belong to those of `own`."""
+        return self._mean(int(self._paired))
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """E[x] and E[t]."""
+        return self._mean(1 + self._paired), self._mean(1 + 2 * self._paired)
+
+    def centred(self) -> Moments:
+        """Covariances instead of second moments, for layers whose bias takes up the mean; a sketch stays as it is."""
+        if self.is_sketch:
+            return self
+        mean_x, mean_t = self.means
+        own = self.own - mean_x.outer(mean_x)
+        return self._replaced([own, self.crossed - mean_t.outer(mean_x)] if self._paired else [own])
+
+    def blended(self, share: float) -> Moments:
+        """The same with `share` of E[x x^T] spread evenly over all directions; a sketch stays as it is."""
+        if self.is_sketch:
+            return self
+        even = _mean_eigenvalue(self.own) * torch.eye(self.size).to(self.own)
+        return self._replaced([(1 - share) * self.own + share * even])
+
+    def _replaced(self, seconds: list[Tensor]) -> Moments:
+        other = Moments(self.size, len(seconds) == 2)
+        other._sums = [*seconds, *(torch.zeros_like(seconds[0][0]) for _ in seconds)]
+        other._weight = 1.0
+        return other
+
+
+def output_cost(difference: Tensor, inputs: Moments, outputs: Moments | None = None) -> float:
+    """E||D x||^2 for a difference D of weights (out, in[, kh, kw]), in the metric of the outputs where one is given."""
+    flat = difference.flatten(1).to(inputs.own)
+    metric = outputs.own.to(flat) if outputs is not None and not outputs.is_sketch else None
+    if inputs.is_sketch:
+        missed = inputs.own @ flat.T
+        weighted = missed if metric is None else missed @ metric
+        return float((weighted * missed).sum(dtype=torch.float64).clamp(min=0))
+    moved = flat if metric is None else metric @ flat
+    return float(((moved @ inputs.own) * flat).sum().clamp(min=0))
+
+
+def _mean_eigenvalue(moment: Tensor) -> Tensor:
+    return moment.diagonal().mean()
+
+
+@dataclass(frozen=True)
+class ModeMetric:
+    """Symmetric factors of a mode: for its outputs (m_k, m_k), and for its inputs and window (n_k w_k, n_k w_k)."""
+
+    out: Tensor
+    inp: Tensor
+
+    def apply(self, core: Tensor) -> Tensor:
+        """Multiply the mode of a core (r, m_k n_k w_k, r') or (r, m_k, n_k, w_k, r') by both factors."""
+        view = core.reshape(core.shape[0], len(self.out), len(self.inp), core.shape[-1])
+        out, inp = self.out.to(view), self.inp.to(view)
+        return torch.einsum("pm,qn,amnb->apqb", out, inp, view).reshape(core.shape)
+
+    def inverse(self) -> ModeMetric:
+        """What undoes it."""
+        return ModeMetric(torch.linalg.inv(self.out), torch.linalg.inv(self.inp))
+
+    def squared(self) -> ModeMetric:
+        """It twice over: the metric itself rather than its root."""
+        return ModeMetric(self.out @ self.out, self.inp @ self.inp)
+
+
+def mode_metrics(
+    tensorization: Tensorization, inputs: Moments | None, outputs: Moments | None, diagonal: bool = False
+) -> list[ModeMetric]:
+    """Roots of one factor a mode, from the partial traces of the moments of inputs (in, kh, kw) and outputs (out).
+
+    None counts all directions alike. `diagonal` scales single entries only, which few images estimate better.
+    """
+    ins, windows, outs = tensorization.in_modes, tensorization.window_modes, tensorization.out_modes
+    count = len(ins)
+    roots_in = _roots(inputs, [*ins, *windows], [(k, count + k) for k in range(count)], diagonal)
+    roots_out = _roots(outputs, list(outs), [(k,) for k in range(count)], diagonal)
+    return [ModeMetric(out, inp) for out, inp in zip(roots_out, roots_in, strict=True)]
+
+
+def _roots(
+    moments: Moments | None, sizes: Sequence[int], groups: Sequence[tuple[int, ...]], diagonal: bool
+) -> list[Tensor]:
+    """Square roots of the factors of a moment over axes of these sizes, one factor a group of axes."""
+    dims = [prod(sizes[axis] for axis in group) for group in groups]
+    if moments is None:
+        return [torch.eye(dim, dtype=torch.float64) for dim in dims]
+    own = moments.own
+    missing = prod(sizes) - moments.size
+    own = functional.pad(own, (0, missing) if moments.is_sketch else (0, missing, 0, missing))
+    factors = [
+        _partial_trace(own, moments.is_sketch, sizes, group).reshape(d, d)
+        for group, d in zip(groups, dims, strict=True)
+    ]
+    # Every partial trace has the whole trace; all factors but one are brought to trace 1.
+    whole = factors[0].trace().clamp(min=TINY)
+    return [_root(factor if k == 0 else factor / whole, diagonal) for k, factor in enumerate(factors)]
+
+
+def _partial_trace(own: Tensor, is_sketch: bool, sizes: Sequence[int], group: tuple[int, ...]) -> Tensor:
+    count = len(sizes)
+    row = list(range(count))
+    column = [count + axis if axis in group else axis for axis in row]
+    kept = [*group, *(count + axis for axis in group)]
+    if not is_sketch:
+        return torch.einsum(own.reshape(*sizes, *sizes), [*row, *column], kept)
+    rows = own.reshape(-1, *sizes)
+    sample = 2 * count
+    return torch.einsum(rows, [sample, *row], rows, [sample, *column], kept).double()
+
+
+def _root(moment: Tensor, diagonal: bool) -> Tensor:
+    damping = DAMPING * _mean_eigenvalue(moment).clamp(min=TINY)
+    if diagonal:
+        return (moment.diagonal() + damping).sqrt().diag()
+    values, vectors = torch.linalg.eigh(moment)
+    root: Tensor = (vectors * (values.clamp(min=0) + damping).sqrt()) @ vectors.T
+    return root
+
+
+def whitened(weight: Tensor, tensorization: Tensorization, metrics: Sequence[ModeMetric]) -> Tensor:
+    """The tensorized weight (s_1, ..., s_d) in the metric: squared norms in it are costs. At least float32."""
+    tensor = tensorize(weight, tensorization)
+    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    sizes = tensor.shape
+    for k, metric in enumerate(metrics):
+        tensor = metric.apply(tensor.reshape(prod(sizes[:k]), sizes[k], -1))
+    return tensor.reshape(sizes)
+
+
+def whitened_svd(
+    weight: Tensor, tensorization: Tensorization, tt_ranks: Sequence[int], metrics: Sequence[ModeMetric]
+) -> list[Tensor]:
+    """Cores (r_{k-1}, m_k, n_k, w_k, r_k), float64, of least error in the metric as TT-SVD has it."""
+    result = tt_svd(whitened(weight, tensorization, metrics), tt_ranks)
+    shapes = tensorization.core_shapes(result.tt_ranks)
+    return [
+        metric.inverse().apply(core.double()).reshape(shape)
+        for core, metric, shape in zip(result.cores, metrics, shapes, strict=True)
+    ]
