@@ -163,33 +163,49 @@ def _fewest_params(candidate: Candidate, allowed: float) -> Choice:
 def within_budget(layers: Sequence[LayerOptions], budget: int) -> list[Choice]:
     """One choice a layer: least total squared error with at most `budget` parameters for all of them.
 
-    A price finds choices on the lower convex hull only; between two of them each layer tries every format at the size
-    that it got, and what is left over is spent rank by rank.
+    A price finds choices on the lower convex hull only, and the budget may lie far from the next of them. From the one
+    below, what is left over is spent rank by rank; from the one above, ranks are given up one by one; the better result
+    counts. In between each layer tries every format at the size that it got.
 
     Raises:
         PlanError: even all TT-ranks 1 need more.
     """
-    choices = [_best_format(*pair) for pair in zip(layers, _near_budget(layers, budget), strict=True)]
-    return _spend(layers, choices, budget - total_params(choices))
+    below, beyond = _bracket(layers, budget)
+    results = []
+    for start in (below, _trim(beyond, total_params(beyond) - budget)):
+        if start is not None:
+            spent = _spend(layers, start, budget - total_params(start))
+            choices = [_best_format(*pair) for pair in zip(layers, spent, strict=True)]
+            results.append(_spend(layers, choices, budget - total_params(choices)))
+    return min(results, key=lambda choices: sum(choice.error for choice in choices))
 
 
 def _best_format(layer: LayerOptions, now: Choice) -> Choice:
     singles = [LayerOptions(layer.dense_params, (candidate,)) for candidate in layer.candidates]
-    others = [_near_budget([single], now.params)[0] for single in singles if single.smallest().params <= now.params]
+    others = []
+    for single in singles:
+        if single.smallest().params <= now.params:
+            below, _ = _bracket([single], now.params)
+            others += _spend([single], below, now.params - total_params(below))
     return min([now, *others], key=lambda choice: (choice.error, choice.params))
 
 
-def _near_budget(layers: Sequence[LayerOptions], budget: int) -> list[Choice]:
+def _bracket(layers: Sequence[LayerOptions], budget: int) -> tuple[list[Choice], list[Choice]]:
+    """Choices at the nearest price that keeps the budget, and at the nearest that does not."""
     least = [layer.smallest() for layer in layers]
     if total_params(least) > budget:
         raise PlanError(f"needs {total_params(least):,} parameters at TT-rank 1, {budget:,} are left")
+    beyond = [layer.dense for layer in layers]
 
     def fits(price: float) -> list[Choice] | None:
+        nonlocal beyond
         choices = [layer.best_at(price) for layer in layers]
-        return choices if total_params(choices) <= budget else None
+        if total_params(choices) <= budget:
+            return choices
+        beyond = choices
+        return None
 
-    choices = _bisect_price(fits, rising=True) or least
-    return _spend(layers, choices, budget - total_params(choices))
+    return _bisect_price(fits, rising=True) or least, beyond
 
 
 def total_params(choices: Sequence[Choice]) -> int:
@@ -228,6 +244,31 @@ def _spend(layers: Sequence[LayerOptions], choices: Sequence[Choice], spare: int
         spare -= move.params - chosen[index].params if move else 0
         chosen[index] = move or chosen[index]
         moves[index] = _best_move(layers[index], chosen[index], spare)
+
+
+def _trim(choices: Sequence[Choice], excess: int) -> list[Choice] | None:
+    """Lower single ranks, the least loss a parameter first, until `excess` parameters are saved; None if never."""
+    chosen = list(choices)
+    moves = [_least_loss(choice) for choice in chosen]
+    while excess > 0:
+        losses = [
+            (-_gain(move, now), index) for index, (now, move) in enumerate(zip(chosen, moves, strict=True)) if move
+        ]
+        if not losses:
+            return None
+        index = max(losses)[1]
+        move = moves[index]
+        excess -= chosen[index].params - move.params if move else 0
+        chosen[index] = move or chosen[index]
+        moves[index] = _least_loss(chosen[index])
+    return chosen
+
+
+def _least_loss(now: Choice) -> Choice | None:
+    if now.candidate is None:
+        return None
+    steps = [step for step in now.candidate.steps(now.tt_ranks, -1) if step.params < now.params]
+    return min(steps, key=lambda step: _gain(step, now), default=None)
 
 
 def _best_move(layer: LayerOptions, now: Choice, spare: int) -> Choice | None:

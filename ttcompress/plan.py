@@ -333,32 +333,43 @@ def _options(
     """
     if any(request.layer.module.weight.is_meta for request in requests):
         raise PlanError("--eps, --ratio and --params need the weights: give a checkpoint")
-    found: list[list[tuple[Tensorization, list[Tensor], float]]] = []
+    norms: list[float] = []
+    found: list[list[list[Tensor]]] = []
     for done, request in enumerate(requests):
         fqn, weight = request.layer.fqn, request.layer.module.weight.detach().to(device)
         if progress:
             progress(f"spectra of {fqn}", done, len(requests))
         try:
-            found.append([(each, *_spectra(weight, each, fqn, metrics)) for each in request.tensorizations])
+            norms.append(_norm(weight, fqn, metrics))
+            found.append([_spectra(weight, each, fqn, metrics) for each in request.tensorizations])
         except ShapeError as error:
             raise ShapeError(f"{fqn}: {error}") from error
     # In units of the largest, so that no network is out of range.
-    largest = max((norm for layer in found for *_, norm in layer), default=0.0) or 1.0
+    largest = max(norms, default=0.0) or 1.0
     options = []
-    for request, layer in zip(requests, found, strict=True):
-        candidates = [Candidate(each, spectra, (norm / largest) ** 2) for each, spectra, norm in layer]
-        options.append(LayerOptions(request.layer.module.weight.numel(), tuple(candidates)))
+    for request, norm, spectra in zip(requests, norms, found, strict=True):
+        pairs = zip(request.tensorizations, spectra, strict=True)
+        candidates = tuple(Candidate(*pair, (norm / largest) ** 2) for pair in pairs)
+        options.append(LayerOptions(request.layer.module.weight.numel(), candidates))
     return options
 
 
-def _spectra(
-    weight: Tensor, tensorization: Tensorization, fqn: str, metrics: Metrics | None
-) -> tuple[list[Tensor], float]:
-    """Squared spectra over the squared norm, and the norm, of the weight or of the weight in its metric."""
+def _norm(weight: Tensor, fqn: str, metrics: Metrics | None) -> float:
+    """Of the weight, or of the weight in the metric of all its inputs and outputs.
+
+    A tensorization of more modes has the product of its modes' metrics instead, which ranks errors but not layers.
+    """
     if metrics is None:
-        return squared_spectra(tensorize(weight, tensorization)), frobenius_norm(weight)
-    moved = whitened(weight, tensorization, metrics(fqn, tensorization))
-    return squared_spectra(moved), frobenius_norm(moved)
+        return frobenius_norm(weight)
+    whole = tensorize_shape("lowrank", tuple(weight.shape))
+    return frobenius_norm(whitened(weight, whole, metrics(fqn, whole)))
+
+
+def _spectra(weight: Tensor, tensorization: Tensorization, fqn: str, metrics: Metrics | None) -> list[Tensor]:
+    """Squared spectra over the squared norm, of the weight or of the weight in its metric."""
+    if metrics is None:
+        return squared_spectra(tensorize(weight, tensorization))
+    return squared_spectra(whitened(weight, tensorization, metrics(fqn, tensorization)))
 
 
 def _outcome(requests: Sequence[_Request], choices: Sequence[Choice], why: str) -> Outcome:

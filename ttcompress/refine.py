@@ -7,9 +7,10 @@ length suits all cores of all layers, whatever their ranks and scales. Everythin
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
-from math import cos, pi
+from math import cos, inf, pi
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ MOMENTUM = 0.9
 KEPT_RATE = 5e-4
 """Adam's learning rate for parameters that are not TT-cores."""
 WARM_UP = 0.1
+DIVERGED, BACK_OFF, ATTEMPTS = 4.0, 0.2, 3
+"""Steps are shortened by BACK_OFF when the error has grown to DIVERGED times the first one."""
 RENEWED_EVERY = 10
 CROP = 8
 """Images move by up to one pixel in this many."""
@@ -43,24 +46,46 @@ def refine(
     """Train `compressed`, in place and in eval mode, on mixtures of calibration images, half of the squared error.
 
     Images are flipped, moved and mixed pairwise: the dense network has an answer to anything (function matching, Beyer
-    et al. 2022). Ends early, with whatever the parameters are, when the error is no longer finite.
+    et al. 2022). Where the error grows beyond all measure it begins again with shorter steps, and in the end changes
+    nothing.
     """
     compressed.requires_grad_()
     layers = {name: module for name, module in compressed.named_modules() if isinstance(module, TTLinear | TTConv2d)}
     natural = NaturalGradient(layers, statistics)
-    own = {id(core) for core in natural.cores}
-    kept = [parameter for parameter in compressed.parameters() if id(parameter) not in own]
     batches = _augmented(calibration, seed, device_of(dense))
     rate = STEP * natural.best_step(compressed, *_answered(dense, next(batches)))
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(natural.cores, lr=rate, momentum=MOMENTUM)]
-    optimizers += [torch.optim.Adam(kept, lr=KEPT_RATE)] if kept else []
-    schedules = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: _rate(step, steps)) for each in optimizers]
-    for step in range(steps):
-        images, target = _answered(dense, next(batches))
-        loss = _half_squared_error(compressed(images), target)
-        if not bool(loss.isfinite()):
+    start = copy.deepcopy(compressed.state_dict())
+    for attempt in range(ATTEMPTS):
+        share = BACK_OFF**attempt
+        batches = _augmented(calibration, seed, device_of(dense))
+        answered = (_answered(dense, images) for images in batches)
+        if _descend(compressed, natural, answered, rate * share, KEPT_RATE * share, steps, progress):
             return
-        compressed.zero_grad()
+        compressed.load_state_dict(start)
+
+
+def _descend(
+    model: nn.Module,
+    natural: NaturalGradient,
+    answered: Iterator[tuple[Tensor, Tensor]],
+    rate: float,
+    kept_rate: float,
+    steps: int,
+    progress: Progress | None,
+) -> bool:
+    """Whether `steps` steps kept the error finite, and below DIVERGED times the first."""
+    own = {id(core) for core in natural.cores}
+    kept = [parameter for parameter in model.parameters() if id(parameter) not in own]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(natural.cores, lr=rate, momentum=MOMENTUM)]
+    optimizers += [torch.optim.Adam(kept, lr=kept_rate)] if kept else []
+    schedules = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: _rate(step, steps)) for each in optimizers]
+    first = inf
+    for step, (images, target) in zip(range(steps), answered):
+        loss = _half_squared_error(model(images), target)
+        first = float(loss.detach()) if step == 0 else first
+        if not float(loss.detach()) <= DIVERGED * first:
+            return False
+        model.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         natural.apply()
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -68,6 +93,7 @@ def refine(
             schedule.step()
         if progress:
             progress("refining", step + 1, steps)
+    return True
 
 
 def _rate(step: int, steps: int) -> float:
@@ -102,12 +128,12 @@ def augment(batch: Tensor, generator: torch.Generator) -> Tensor:
     if batch.dim() == 4:
         flip = torch.rand(size, generator=generator) < 0.5
         batch = torch.where(flip[:, None, None, None], batch.flip(-1), batch)
-        batch = _moved(batch, generator)
+        batch = moved(batch, generator)
     share = torch.rand(size, generator=generator).reshape(-1, *[1] * (batch.dim() - 1)).to(batch)
     return share * batch + (1 - share) * batch[torch.randperm(size, generator=generator)]
 
 
-def _moved(batch: Tensor, generator: torch.Generator) -> Tensor:
+def moved(batch: Tensor, generator: torch.Generator) -> Tensor:
     """Every image moved by up to a CROP-th of its size in both directions, zeros moving in."""
     size, _, height, width = batch.shape
     reach = (height // CROP, width // CROP)

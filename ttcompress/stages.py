@@ -38,7 +38,7 @@ class Effort:
     steps: int
 
 
-EFFORTS = {"fast": Effort(0, 0), "default": Effort(1, 150), "max": Effort(3, 1000)}
+EFFORTS = {"fast": Effort(1, 0), "default": Effort(1, 150), "max": Effort(2, 400)}
 
 
 class Stages:

@@ -20,6 +20,8 @@ RIDGE = 1e-3
 """Weight of ||W - B||^2, as a share of the inputs' mean second moment."""
 STEPS = 12
 """Conjugate-gradient steps on a core; between orthogonal neighbours few are needed."""
+STEPS_ON_ROWS = 4
+"""The same for layers so large that every step takes a second."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Objective:
 
     quadratic: Callable[[Sequence[Tensor]], Tensor]
     linear: Callable[[Sequence[Tensor]], Tensor]
+    steps: int = STEPS
 
     def value(self, cores: Sequence[Tensor]) -> float:
         """f, up to the constant that makes it an error."""
@@ -57,21 +60,22 @@ def output_error(weight: Tensor, inputs: Moments, outputs: Moments | None = None
 
 def _output_error_on_rows(weight: Tensor, inputs: Moments) -> Objective:
     """The same for a Linear layer of many inputs: rows go through the cores, which stand for the weight throughout."""
-    rows = inputs.own.double()
-    targets = (inputs.crossed @ weight.to(inputs.crossed).T).double()
-    ridge = RIDGE * float(rows.square().sum()) / inputs.size
+    rows = inputs.own
+    targets = inputs.crossed @ weight.to(rows).T
+    ridge = RIDGE * float(rows.square().sum(dtype=torch.float64)) / inputs.size
 
     def outputs_of(cores: Sequence[Tensor]) -> Tensor:
-        return sweep(cores, pad_features(rows, prod([core.shape[2] for core in cores])))[:, : weight.shape[0]]
+        padded = pad_features(rows, prod([core.shape[2] for core in cores]))
+        return sweep([core.to(rows) for core in cores], padded)[:, : weight.shape[0]]
 
     def quadratic(cores: Sequence[Tensor]) -> Tensor:
-        return (outputs_of(cores).square().sum() + ridge * _squared_norm(cores)) / 2
+        return (outputs_of(cores).square().sum(dtype=torch.float64) + ridge * _squared_norm(cores)) / 2
 
     def linear(cores: Sequence[Tensor]) -> Tensor:
         dense = dense_weight([core.to(weight) for core in cores], tuple(weight.shape))
-        return (outputs_of(cores) * targets).sum() + ridge * (dense * weight).sum()
+        return (outputs_of(cores) * targets).sum(dtype=torch.float64) + ridge * (dense * weight).sum()
 
-    return Objective(quadratic, linear)
+    return Objective(quadratic, linear, STEPS_ON_ROWS)
 
 
 def _squared_norm(cores: Sequence[Tensor]) -> Tensor:
@@ -134,7 +138,7 @@ def _solve(cores: Sequence[Tensor], k: int, objective: Objective) -> Tensor:
     residual = gradient(objective.linear, at) - gradient(objective.quadratic, at)
     direction, squared = residual, float(residual.square().sum())
     enough = 1e-16 * squared
-    for _ in range(STEPS):
+    for _ in range(objective.steps):
         image = gradient(objective.quadratic, direction)
         curvature = float((direction * image).sum())
         if squared <= enough or curvature <= 0:

@@ -23,7 +23,7 @@ DAMPING = 1e-2
 """Share of the mean eigenvalue that every mode gets on top: images are few, and what they do not show still counts."""
 MATRIX_LIMIT = 4608
 """Up to this many entries a vector's second moment is held as a matrix; beyond, as SKETCH_ROWS rows."""
-SKETCH_ROWS = 2048
+SKETCH_ROWS = 1024
 TINY = torch.finfo(torch.float64).tiny
 
 
@@ -68,11 +68,14 @@ class Moments:
 
     def _mean(self, index: int) -> Tensor:
         scale = self._weight or 1.0
-        return self._sums[index] / (scale**0.5 if self.is_sketch and index <= self._paired else scale)
+        if self.is_sketch and index <= self._paired:
+            rows: Tensor = self._sums[index][: self._seen] / scale**0.5
+            return rows
+        return self._sums[index] / scale
 
     @property
     def own(self) -> Tensor:
-        """E[x x^T] (size, size), or rows (SKETCH_ROWS, size) with rows^T rows for it."""
+        """E[x x^T] (size, size), or at most SKETCH_ROWS rows (rows, size) with rows^T rows for it."""
         return self._mean(0)
 
     @property
@@ -125,7 +128,10 @@ def _mean_eigenvalue(moment: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ModeMetric:
-    """Symmetric factors of a mode: for its outputs (m_k, m_k), and for its inputs and window (n_k w_k, n_k w_k)."""
+    """Symmetric factors of a mode: for its outputs (m_k, m_k), and for its inputs and window (n_k w_k, n_k w_k).
+
+    A diagonal factor is the vector of its diagonal.
+    """
 
     out: Tensor
     inp: Tensor
@@ -134,15 +140,17 @@ class ModeMetric:
         """Multiply the mode of a core (r, m_k n_k w_k, r') or (r, m_k, n_k, w_k, r') by both factors."""
         view = core.reshape(core.shape[0], len(self.out), len(self.inp), core.shape[-1])
         out, inp = self.out.to(view), self.inp.to(view)
-        return torch.einsum("pm,qn,amnb->apqb", out, inp, view).reshape(core.shape)
+        view = view * out[:, None, None] if out.dim() == 1 else torch.einsum("pm,amnb->apnb", out, view)
+        view = view * inp[:, None] if inp.dim() == 1 else torch.einsum("qn,amnb->amqb", inp, view)
+        return view.reshape(core.shape)
 
     def inverse(self) -> ModeMetric:
         """What undoes it."""
-        return ModeMetric(torch.linalg.inv(self.out), torch.linalg.inv(self.inp))
+        return ModeMetric(*(1 / f if f.dim() == 1 else torch.linalg.inv(f) for f in (self.out, self.inp)))
 
     def squared(self) -> ModeMetric:
         """It twice over: the metric itself rather than its root."""
-        return ModeMetric(self.out @ self.out, self.inp @ self.inp)
+        return ModeMetric(*(f * f if f.dim() == 1 else f @ f for f in (self.out, self.inp)))
 
 
 def mode_metrics(
@@ -165,17 +173,20 @@ def _roots(
     """Square roots of the factors of a moment over axes of these sizes, one factor a group of axes."""
     dims = [prod(sizes[axis] for axis in group) for group in groups]
     if moments is None:
-        return [torch.eye(dim, dtype=torch.float64) for dim in dims]
+        return [torch.ones(dim, dtype=torch.float64) for dim in dims]
     own = moments.own
     missing = prod(sizes) - moments.size
     own = functional.pad(own, (0, missing) if moments.is_sketch else (0, missing, 0, missing))
-    factors = [
-        _partial_trace(own, moments.is_sketch, sizes, group).reshape(d, d)
-        for group, d in zip(groups, dims, strict=True)
-    ]
-    # Every partial trace has the whole trace; all factors but one are brought to trace 1.
-    whole = factors[0].trace().clamp(min=TINY)
-    return [_root(factor if k == 0 else factor / whole, diagonal) for k, factor in enumerate(factors)]
+    roots = []
+    for number, (group, dim) in enumerate(zip(groups, dims, strict=True)):
+        if diagonal or dim > MATRIX_LIMIT:
+            factor = _partial_diagonal(own, moments.is_sketch, sizes, group).reshape(dim)
+        else:
+            factor = _partial_trace(own, moments.is_sketch, sizes, group).reshape(dim, dim)
+        # Every partial trace has the whole trace; all factors but one are brought to trace 1.
+        whole = (factor if factor.dim() == 1 else factor.diagonal()).sum().clamp(min=TINY)
+        roots.append(_root(factor / whole if number else factor))
+    return roots
 
 
 def _partial_trace(own: Tensor, is_sketch: bool, sizes: Sequence[int], group: tuple[int, ...]) -> Tensor:
@@ -190,10 +201,18 @@ def _partial_trace(own: Tensor, is_sketch: bool, sizes: Sequence[int], group: tu
     return torch.einsum(rows, [sample, *row], rows, [sample, *column], kept).double()
 
 
-def _root(moment: Tensor, diagonal: bool) -> Tensor:
+def _partial_diagonal(own: Tensor, is_sketch: bool, sizes: Sequence[int], group: tuple[int, ...]) -> Tensor:
+    entries = own.square().sum(0, dtype=torch.float64) if is_sketch else own.diagonal()
+    others = [axis for axis in range(len(sizes)) if axis not in group]
+    shaped = entries.reshape(*sizes)
+    return shaped.sum(others) if others else shaped
+
+
+def _root(moment: Tensor) -> Tensor:
+    """The square root of a moment (k, k) or of a diagonal (k), damped."""
+    if moment.dim() == 1:
+        return (moment + DAMPING * moment.mean().clamp(min=TINY)).sqrt()
     damping = DAMPING * _mean_eigenvalue(moment).clamp(min=TINY)
-    if diagonal:
-        return (moment.diagonal() + damping).sqrt().diag()
     values, vectors = torch.linalg.eigh(moment)
     root: Tensor = (vectors * (values.clamp(min=0) + damping).sqrt()) @ vectors.T
     return root
