@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
+from itertools import count, islice
 from math import cos, inf, pi
 
 import torch
@@ -80,7 +80,7 @@ def _descend(
     optimizers += [torch.optim.Adam(kept, lr=kept_rate)] if kept else []
     schedules = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: _rate(step, steps)) for each in optimizers]
     first = inf
-    for step, (images, target) in zip(range(steps), answered):
+    for step, (images, target) in enumerate(islice(answered, steps)):
         loss = _half_squared_error(model(images), target)
         first = float(loss.detach()) if step == 0 else first
         if not float(loss.detach()) <= DIVERGED * first:
