@@ -59,7 +59,7 @@ def run(checkpoint: Path, data: str, arch: str | None, ratio: float, effort: str
         **{name: report["accuracy"][name] for name in ("dense", "compressed", "agreement", "n")},
         "compression": report["compression"],
         "minutes": (time.perf_counter() - start) / 60,
-        "stages": {each["stage"]: each["divergence"] for each in calibration["stages"] if each["kept"]},
+        "stages": {each["stage"]: each["error"] for each in calibration["stages"] if each["kept"]},
     }
 
 

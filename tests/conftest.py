@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +41,12 @@ def mnist_root(data_root: Path) -> Path:
 def checkpoints(data_root: Path) -> Path:
     """The folder of the published CIFAR-10 ResNets."""
     return data_root / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors and layers as small as those of most tests are many times faster on one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from math import prod, sqrt
 from typing import Any
@@ -21,12 +21,12 @@ from ttcompress.calibrate import (
     Calibration,
     LayerStatistics,
     decompose,
-    divergence,
     draw,
     fit_layer,
     input_pairs,
     layer_inputs,
     measure,
+    network_error,
     output_errors,
     recalibrate_batch_norm,
     sweep_layers,
@@ -48,13 +48,7 @@ SEEDS = st.integers(0, 2**31)
 PAD = {"zeros": "constant", "reflect": "reflect", "circular": "wrap", "replicate": "edge"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Layers this small are many times faster on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Images(nn.Module):
@@ -490,7 +484,7 @@ def test_sweeps_change_cores_and_biases_only_and_bring_the_network_nearer(
     monkeypatch.setattr(calibrate, "POSITIONS", 10**9)
     dense, model, plan, calibration = compressed(name)
     statistics = measure(dense, ORDER[name], calibration, 0)
-    states, before = [deepcopy(each.state_dict()) for each in (dense, model)], divergence(dense, model, calibration)
+    states, before = [deepcopy(each.state_dict()) for each in (dense, model)], network_error(dense, model, calibration)
     calls: list[str] = []
     sweep_layers(dense, model, plan, statistics, calibration, 1, lambda what, *_: calls.append(what))
     layers = {layer.fqn for layer in plan.layers}
@@ -499,7 +493,7 @@ def test_sweeps_change_cores_and_biases_only_and_bring_the_network_nearer(
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, states[1][key])}
     allowed = {key for key in states[1] for fqn in layers if key.startswith((f"{fqn}.cores.", f"{fqn}.bias"))}
     assert {key for key in allowed if ".cores." in key} <= changed <= allowed
-    assert divergence(dense, model, calibration) < before
+    assert network_error(dense, model, calibration) < before
     for fqn in layers - {"twice", "first"}:
         (_, ours), (_, theirs) = (seen(each, fqn, calibration.fitting(0)) for each in (model, dense))
         np.testing.assert_allclose(ours.mean(1), theirs.mean(1), atol=1e-9)
@@ -546,7 +540,7 @@ def test_pairs_are_the_inputs_of_both_networks(name: str, monkeypatch: pytest.Mo
 def test_a_network_is_no_error_away_from_itself(name: str) -> None:
     dense, model, plan, calibration = compressed(name)
     vars(dense)["inplace"] = vars(model)["inplace"] = False
-    assert divergence(dense, deepcopy(dense), calibration) == 0
+    assert network_error(dense, deepcopy(dense), calibration) == 0
     assert output_errors(dense, deepcopy(dense), plan, calibration) == {layer.fqn: 0 for layer in plan.layers}
     for fqn, error in output_errors(dense, model, plan, calibration).items():
         (_, ours), (_, theirs) = (seen(each, fqn, calibration.held_out()) for each in (model, dense))
@@ -554,25 +548,30 @@ def test_a_network_is_no_error_away_from_itself(name: str) -> None:
     assert hooks(dense) + hooks(model) == 0
 
 
-@nets
-def test_divergence_of_logits_is_that_of_their_distributions(name: str) -> None:
-    dense, model, _, calibration = compressed(name)
-    images = torch.cat([*calibration.held_out()])
-    logs = [np.asarray(each(images).numpy()) for each in (dense, model.requires_grad_(False))]
-    p, q = (np.exp(each) / np.exp(each).sum(1, keepdims=True) for each in logs)
-    expected = (p * np.log(p / q)).sum(1).mean()
-    assert expected > 1e-6
-    assert divergence(dense, model, calibration) == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize("shape", [(5, 6), (1,)])
-def test_divergence_of_other_outputs_is_their_squared_error(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("shape", "is_logits"), [((), True), ((5,), False)])
+def test_the_error_of_the_network_is_that_of_its_outputs(shape: tuple[int, ...], is_logits: bool) -> None:
+    """A shift of all logits is none; a shift of all entries of other outputs is."""
     torch.manual_seed(0)
-    dense, model = (nn.Linear(6, shape[-1]).requires_grad_(False) for _ in range(2))
-    calibration = calibrated(torch.randn(80, *shape[:-1], 6), 3)
+    dense = nn.Linear(6, 4).requires_grad_(False)
+    model, shifted = deepcopy(dense), deepcopy(dense)
+    model.weight += torch.randn(4, 6)
+    shifted.bias += 3
+    calibration = calibrated(torch.randn(80, *shape, 6), 3)
     images = torch.cat([*calibration.held_out()])
-    expected = (dense(images) - model(images)).square().sum() / dense(images).square().sum()
-    assert divergence(dense, model, calibration) == pytest.approx(float(expected), rel=1e-5)
+    ours, theirs = (each(images).double().numpy() for each in (model, dense))
+    if is_logits:
+        ours, theirs = (each - each.mean(1, keepdims=True) for each in (ours, theirs))
+    expected = sqrt(np.square(ours - theirs).sum() / np.square(theirs).sum())
+    assert network_error(dense, model, calibration) == pytest.approx(expected, rel=1e-5)
+    assert (network_error(dense, shifted, calibration) > 1e-3) != is_logits
+
+
+def test_outputs_without_power() -> None:
+    dense, model = nn.Linear(6, 1), nn.Linear(6, 1)
+    for parameter in dense.parameters():
+        nn.init.zeros_(parameter)
+    calibration = calibrated(torch.randn(80, 6))
+    assert (network_error(dense, dense, calibration), network_error(dense, model, calibration)) == (0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------- batch norm

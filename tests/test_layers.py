@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from itertools import product
 from math import prod
@@ -26,13 +26,7 @@ PADDING_MODES = ["zeros", "reflect", "replicate", "circular"]
 KERNELS = [(1, 1), (3, 3), (1, 3), (4, 2)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Layers this small are many times faster on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def seeded(make: Callable[[], Any], seed: int = 0) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ttcompress import refine as refinement
-from ttcompress.calibrate import Calibration, LayerStatistics, Statistics, divergence, draw, measure
+from ttcompress.calibrate import Calibration, LayerStatistics, Statistics, draw, measure, network_error
 from ttcompress.layers import TTConv2d, TTLinear
 from ttcompress.plan import make_plan
 from ttcompress.recipe import Recipe
@@ -27,13 +27,7 @@ from ttcompress.tt.whiten import ModeMetric, Moments
 SEEDS = st.integers(0, 2**31)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Layers this small are many times faster on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -311,13 +305,13 @@ def test_refinement_brings_the_network_nearer_and_repeats_with_the_seed(
 ) -> None:
     monkeypatch.setattr(refinement, "STEP", 0.1)
     dense, start, statistics, calibration = perturbed(name)
-    before, states = divergence(dense, start, calibration), [deepcopy(each.state_dict()) for each in (dense, start)]
+    before, states = network_error(dense, start, calibration), [deepcopy(each.state_dict()) for each in (dense, start)]
     models = [deepcopy(start) for _ in range(3)]
     calls: list[tuple[str, int, int]] = []
     for model, seed in zip(models, (3, 3, 4), strict=True):
         refine(dense, model, statistics, calibration, 40, seed, lambda *call: calls.append(call))
     assert {call[1] for call in calls} == {*range(1, 41)}
-    assert max(divergence(dense, model, calibration) for model in models) < 0.9 * before
+    assert max(network_error(dense, model, calibration) for model in models) < 0.9 * before
     one, same, other = (model.state_dict() for model in models)
     assert all(torch.equal(value, same[key]) for key, value in one.items())
     assert all(torch.equal(value, other[key]) for key, value in one.items()) == (name == "tokens")

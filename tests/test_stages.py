@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress import stages
-from ttcompress.calibrate import Calibration, Statistics, divergence, draw, measure, output_errors
+from ttcompress.calibrate import Calibration, Statistics, draw, measure, network_error, output_errors
 from ttcompress.layers import TTConv2d, TTLinear
 from ttcompress.plan import make_plan
 from ttcompress.recipe import Recipe
@@ -25,15 +25,15 @@ from ttcompress.types import CompressionPlan, Json
 EFFORTS = {"fast": Effort(0, 0), "default": Effort(1, 4), "max": Effort(0, 3)}
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def small_efforts() -> Iterator[None]:
-    """One thread, on which layers this small are many times faster, and few steps."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Few steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "EFFORTS", EFFORTS)
         yield
-    torch.set_num_threads(threads)
 
 
 class Block(nn.Module):
@@ -76,7 +76,7 @@ class Toy:
         return compress_calibrated(self.dense, self.plan, self.statistics, self.calibration, effort, seed)
 
     def apart(self, model: nn.Module) -> float:
-        return divergence(self.dense, model, self.calibration)
+        return network_error(self.dense, model, self.calibration)
 
 
 def make_toy(name: str) -> Toy:
@@ -128,9 +128,9 @@ def test_the_result_is_the_best_of_the_stages(toy: Toy, done: Any) -> None:
     assert log[0]["kept"]
     best = inf
     for entry in log:
-        assert entry["kept"] == (entry["divergence"] < best)
-        best = min(best, entry["divergence"])
-    assert toy.apart(model) == best < log[0]["divergence"]
+        assert entry["kept"] == (entry["error"] < best)
+        best = min(best, entry["error"])
+    assert toy.apart(model) == best < log[0]["error"]
 
 
 def test_the_dense_network_stays_as_it_is(toy: Toy, done: Any) -> None:
@@ -163,7 +163,7 @@ def test_the_first_stage_is_weight_only_compression(toy: Toy, done: Any) -> None
     _, plan, log = done
     plain = deepcopy(toy.dense)
     errors = output_errors(toy.dense, plain, apply_plan(plain, toy.plan), toy.calibration)
-    assert log[0]["divergence"] == pytest.approx(toy.apart(plain), rel=1e-3)
+    assert log[0]["error"] == pytest.approx(toy.apart(plain), rel=1e-3)
     assert {layer.fqn: layer.output_error["weights"] for layer in plan.layers} == pytest.approx(errors, rel=1e-3)
 
 
@@ -215,7 +215,7 @@ def test_a_stage_that_makes_it_worse_is_not_kept(
     name = {"refine": "refinement", "sweep_layers": "sweeps", "recalibrate_batch_norm": "batch norm"}[stage]
     (entry,) = [entry for entry in log if entry["stage"] == name]
     assert not entry["kept"]
-    assert (entry["divergence"] is None) == (spoil is nan)
+    assert (entry["error"] is None) == (spoil is nan)
     assert [entry for entry in log if entry["stage"] != name] == [each for each in without if each["stage"] != name]
 
 
@@ -248,7 +248,7 @@ def test_a_change_is_tried_on_a_copy() -> None:
     run.run("back", lambda model: model.load_state_dict(toy.state))
     assert run.model is not worse
     assert [entry["kept"] for entry in run.log] == [True, False, True]
-    assert run.log[2]["divergence"] == 0
+    assert run.log[2]["error"] == 0
     run.run("equal", lambda model: None)
     assert [entry["kept"] for entry in run.log] == [True, False, True, False]
     assert all([*errors] == ["worse", "back"] and errors["back"] == 0 for errors in run.errors.values())
@@ -260,8 +260,8 @@ def test_the_first_stage_is_kept_whatever_comes_of_it() -> None:
     run.run("broken", nan)
     run.run("mended", lambda model: model.load_state_dict(toy.state))
     assert run.log == [
-        {"stage": "broken", "divergence": None, "kept": True},
-        {"stage": "mended", "divergence": 0.0, "kept": True},
+        {"stage": "broken", "error": None, "kept": True},
+        {"stage": "mended", "error": 0.0, "kept": True},
     ]
 
 

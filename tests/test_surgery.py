@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from copy import deepcopy
 
 import numpy as np
@@ -18,14 +17,7 @@ from ttcompress.surgery import apply_plan, check_plan, insert_empty
 from ttcompress.tt.shapes import FORMATS, feasible_ranks, tensorize_shape
 from ttcompress.types import CompressionPlan, KeptParameter, LayerPlan
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Layers this small are many times faster on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def net() -> nn.Sequential:

@@ -64,13 +64,14 @@ class Compressor:
 
     def apply(self, plan: CompressionPlan, inplace: bool = False) -> Compressed:
         """The network, or a copy of it, compressed."""
-        if self.calibration is None:
+        images = self._images
+        if images is None:
             model = self.model if inplace else copy.deepcopy(self.model)
             return Compressed(model, apply_plan(model, plan, self.device, self.dtype, self.progress))
         effort, seed = self.recipe.effort or "default", self.recipe.seed or 0
         statistics = self._statistics(tuple(layer.fqn for layer in plan.layers))
         compressed, plan, stages = compress_calibrated(
-            self._dense, plan, statistics, self.calibration, effort, seed, self.progress
+            self._dense, plan, statistics, images, effort, seed, self.progress
         )
         model = self.model if inplace else copy.deepcopy(self.model)
         adopt(model, compressed, plan, self.dtype)
@@ -126,8 +127,8 @@ class Compressor:
     def _statistics(self, names: tuple[str, ...]) -> dict[str, LayerStatistics]:
         """Of these layers; those measured before are remembered."""
         missing = [name for name in names if name not in self._measured]
-        if missing and self.calibration is not None:
-            self._measured.update(measure(self._dense, missing, self.calibration, self.recipe.seed or 0, self.progress))
+        if missing and self._images is not None:
+            self._measured.update(measure(self._dense, missing, self._images, self.recipe.seed or 0, self.progress))
             idle = [name for name in missing if name not in self._measured]
             if idle:
                 raise DataError(f"the network does not run {shortlist(idle)} on the calibration data: --exclude it")
@@ -136,6 +137,10 @@ class Compressor:
     @cached_property
     def _measured(self) -> dict[str, LayerStatistics]:
         return {}
+
+    @cached_property
+    def _images(self) -> Calibration | None:
+        return self.calibration and self.calibration.cast(input_dtype(self._dense))
 
     @cached_property
     def _dense(self) -> nn.Module:

@@ -67,9 +67,6 @@ def compress_file(
     check_output(output, force)
     if recipe.max_drop is not None and not _is_search(recipe, plan) and recipe.data is None:
         raise DataError("--max-drop beside another target is a gate on accuracy: name labelled images with --data")
-    for option, value in (("--calib-images", recipe.calib_images), ("--effort", recipe.effort)):
-        if value is not None and recipe.calib is None:
-            raise DataError(f"{option} needs --calib, the images to calibrate on")
     network = open_dense(source, recipe.arch, recipe.key or "")
     network, sources = _with_sources(network, recipe, progress)
     report = compress_network(network, recipe, plan, sources, progress)
@@ -97,9 +94,10 @@ def plan_file(
     network, sources = _with_sources(network, replace(recipe, data=None), progress)
     before = tensor_bytes(stored_tensors(network.model, network.tensors))
     with _seeded(recipe):
-        compressor = _compressor(network.model, recipe, sources.calibration, progress)
+        searches = _is_search(recipe, plan)
+        compressor = _compressor(network.model, recipe, sources, searches, progress)
         with fixed_threads():
-            if _is_search(recipe, plan):
+            if searches:
                 done = compressor.search(sources.judge)
             else:
                 done = Compressed(network.model, compressor.plan(recipe, plan), compressor.calibrated_on())
@@ -274,10 +272,11 @@ def compress_network(
     meter = sources.meter
     bytes_before = tensor_bytes(stored_tensors(network.model, network.tensors))
     with _seeded(recipe):
-        compressor = _compressor(network.model, recipe, sources.calibration, progress)
+        searches = _is_search(recipe, plan)
+        compressor = _compressor(network.model, recipe, sources, searches, progress)
         dense = meter.run(network.model) if meter else None
         with fixed_threads():
-            if _is_search(recipe, plan):
+            if searches:
                 done = compressor.search(sources.judge)
                 adopt(network.model, done.model, done.plan, compressor.dtype)
             else:
@@ -300,9 +299,14 @@ def _is_search(recipe: Recipe, plan: CompressionPlan | None) -> bool:
 
 
 def _compressor(
-    model: nn.Module, recipe: Recipe, calibration: Calibration | None, progress: Progress | None
+    model: nn.Module, recipe: Recipe, sources: Sources, searches: bool, progress: Progress | None
 ) -> Compressor:
-    return Compressor(model, recipe, device_of(recipe), dtype_of(recipe), calibration, progress)
+    for option, value in (("--calib-images", recipe.calib_images), ("--effort", recipe.effort)):
+        if value is not None and sources.calibration is None:
+            raise DataError(f"{option} needs --calib, the images to calibrate on")
+    if sources.judge and not searches:
+        raise DataError("--val is what --max-drop without another target searches by: leave it out")
+    return Compressor(model, recipe, device_of(recipe), dtype_of(recipe), sources.calibration, progress)
 
 
 @contextmanager

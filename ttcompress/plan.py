@@ -48,6 +48,9 @@ from ttcompress.types import (
 
 WINDOW = 1.02
 """A budget is met when compression is at least what was asked and at most this much more."""
+TRUSTED = 0.5
+"""Share of a weight's norm in the metric of all its inputs and outputs, below which the product of the metrics of the
+single modes is not believed: sweeps would not reach what it promises (docs/calibration.md)."""
 
 
 @dataclass(frozen=True)
@@ -333,43 +336,39 @@ def _options(
     """
     if any(request.layer.module.weight.is_meta for request in requests):
         raise PlanError("--eps, --ratio and --params need the weights: give a checkpoint")
-    norms: list[float] = []
-    found: list[list[list[Tensor]]] = []
+    found: list[list[tuple[Tensorization, list[Tensor], float]]] = []
     for done, request in enumerate(requests):
         fqn, weight = request.layer.fqn, request.layer.module.weight.detach().to(device)
         if progress:
             progress(f"spectra of {fqn}", done, len(requests))
         try:
-            norms.append(_norm(weight, fqn, metrics))
-            found.append([_spectra(weight, each, fqn, metrics) for each in request.tensorizations])
+            found.append([*_spectra_and_norms(request, weight, metrics)])
         except ShapeError as error:
             raise ShapeError(f"{fqn}: {error}") from error
     # In units of the largest, so that no network is out of range.
-    largest = max(norms, default=0.0) or 1.0
+    largest = max((norm for layer in found for *_, norm in layer), default=0.0) or 1.0
     options = []
-    for request, norm, spectra in zip(requests, norms, found, strict=True):
-        pairs = zip(request.tensorizations, spectra, strict=True)
-        candidates = tuple(Candidate(*pair, (norm / largest) ** 2) for pair in pairs)
-        options.append(LayerOptions(request.layer.module.weight.numel(), candidates))
+    for request, layer in zip(requests, found, strict=True):
+        candidates = [Candidate(each, spectra, (norm / largest) ** 2) for each, spectra, norm in layer]
+        options.append(LayerOptions(request.layer.module.weight.numel(), tuple(candidates)))
     return options
 
 
-def _norm(weight: Tensor, fqn: str, metrics: Metrics | None) -> float:
-    """Of the weight, or of the weight in the metric of all its inputs and outputs.
-
-    A tensorization of more modes has the product of its modes' metrics instead, which ranks errors but not layers.
-    """
+def _spectra_and_norms(
+    request: _Request, weight: Tensor, metrics: Metrics | None
+) -> Iterator[tuple[Tensorization, list[Tensor], float]]:
+    """For each tensorization the squared spectra over the squared norm, and the norm, of the weight in its metric."""
     if metrics is None:
-        return frobenius_norm(weight)
+        norm = frobenius_norm(weight)
+        for each in request.tensorizations:
+            yield each, squared_spectra(tensorize(weight, each)), norm
+        return
+    fqn = request.layer.fqn
     whole = tensorize_shape("lowrank", tuple(weight.shape))
-    return frobenius_norm(whitened(weight, whole, metrics(fqn, whole)))
-
-
-def _spectra(weight: Tensor, tensorization: Tensorization, fqn: str, metrics: Metrics | None) -> list[Tensor]:
-    """Squared spectra over the squared norm, of the weight or of the weight in its metric."""
-    if metrics is None:
-        return squared_spectra(tensorize(weight, tensorization))
-    return squared_spectra(whitened(weight, tensorization, metrics(fqn, tensorization)))
+    least = TRUSTED * frobenius_norm(whitened(weight, whole, metrics(fqn, whole)))
+    for each in request.tensorizations:
+        moved = whitened(weight, each, metrics(fqn, each))
+        yield each, squared_spectra(moved), max(least, frobenius_norm(moved))
 
 
 def _outcome(requests: Sequence[_Request], choices: Sequence[Choice], why: str) -> Outcome:

@@ -155,18 +155,18 @@ def _accuracy_lines(accuracy: Json | None) -> list[str]:
 def _calibration_lines(calibration: Json | None) -> list[str]:
     if calibration is None:
         return ["decomposed by     weight error (--calib takes output error instead)"]
-    stages = [f"{each['stage']} {_divergence(each)}" for each in calibration["stages"]]
+    stages = [f"{each['stage']} {_stage_error(each)}" for each in calibration["stages"]]
     images = f"{calibration['images']:,} images of {calibration['data']}"
     lines = [f"decomposed by     output error on {images}, effort {calibration['effort']}"]
     if stages:
         lines.append(
-            f"held-out images   divergence of the outputs: {', '.join(stages)} (n = {calibration['held_out']:,})"
+            f"held-out images   error of the network's outputs: {', '.join(stages)} (n = {calibration['held_out']:,})"
         )
     return lines
 
 
-def _divergence(stage: Json) -> str:
-    value = "not finite" if stage["divergence"] is None else f"{stage['divergence']:.4f}"
+def _stage_error(stage: Json) -> str:
+    value = "not finite" if stage["error"] is None else f"{stage['error']:.4f}"
     return value if stage["kept"] else f"{value} (not kept)"
 
 

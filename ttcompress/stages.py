@@ -15,7 +15,7 @@ from ttcompress.calibrate import (
     Calibration,
     Statistics,
     decompose,
-    divergence,
+    network_error,
     output_errors,
     recalibrate_batch_norm,
     swap_in,
@@ -59,21 +59,22 @@ class Stages:
         trial = copy.deepcopy(self.model)
         if change(trial) is False:
             return
-        apart = self._divergence(trial)
-        kept = apart < self._least or not self.log
-        self.log.append({"stage": name, "divergence": apart if isfinite(apart) else None, "kept": kept})
+        error = self._error(trial)
+        kept = error < self._least or not self.log
+        self.log.append({"stage": name, "error": error if isfinite(error) else None, "kept": kept})
         if kept:
-            self.model, self._least = trial, apart
+            self.model, self._least = trial, error
             for fqn, error in output_errors(self._dense, trial, self._plan, self._calibration).items():
                 self.errors[fqn][name] = error
 
-    def _divergence(self, trial: nn.Module) -> float:
+    def _error(self, trial: nn.Module) -> float:
         try:
-            return divergence(self._dense, trial, self._calibration)
+            return network_error(self._dense, trial, self._calibration)
         except DataError:
             return inf
 
 
+@torch.enable_grad()
 def compress_calibrated(
     dense: nn.Module,
     plan: CompressionPlan,
