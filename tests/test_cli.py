@@ -372,6 +372,7 @@ def test_a_plan_that_was_edited_wrongly(
         ["plan", "--ranks", "4"],
         ["plan", "--arch", "vgg16", "--ratio", "4"],
         ["plan", "--arch", "vgg16", "--eps", "0.1"],
+        ["plan", "--arch", "resnet20", "--max-drop", "1", "--val", "digits"],
         ["plan", "--arch", "vgg61", "--ranks", "4"],
         ["demo", "now"],
     ],

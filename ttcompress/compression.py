@@ -89,11 +89,13 @@ class Compressor:
         """A copy of the network, compressed as far as it loses at most `max_drop` points, by bisection of the ratio.
 
         Raises:
-            PlanError: nothing to measure accuracy on, or no compression that was tried keeps the drop.
+            PlanError: nothing to measure accuracy on, no weights, or no compression that was tried keeps the drop.
         """
         max_drop = self.recipe.max_drop or 0.0
         if accuracy is None:
             raise PlanError("--max-drop alone searches on labelled images of their own: name them with --val")
+        if any(parameter.is_meta for parameter in self.model.parameters()):
+            raise PlanError("--max-drop needs the weights: give a checkpoint")
         dense = accuracy(self.model)
         low, high = 1.0, self._planner.most()
         best: Compressed | None = None
