@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from oracles import weight_in_numpy
 from torch import Tensor
 
 from ttcompress.errors import ShapeError
@@ -312,18 +313,6 @@ def test_squared_spectra_are_those_of_numpy(tensor: Tensor) -> None:
         expected = values / max(values.sum(), 1e-300)
         np.testing.assert_allclose(spectrum.numpy(), expected, rtol=1e-9, atol=1e-14)
         assert bool((spectrum[1:] <= spectrum[:-1]).all())
-
-
-def weight_in_numpy(cores: Sequence[Tensor], shape: Sequence[int]) -> Full:
-    """The dense weight by one einsum over cores of the stored shape, padding cut."""
-    count = len(cores)
-    operands: list[object] = []
-    for k, core in enumerate(cores):
-        operands += [core.double().numpy(), [k, 10 + k, 20 + k, 30 + k, k + 1]]
-    order = [base + k for base in (10, 20, 30) for k in range(count)]
-    whole = np.einsum(*operands, [0, *order, count])  # type: ignore[call-overload]
-    sizes = [prod(core.shape[axis] for core in cores) for axis in (1, 2, 3)]
-    return np.asarray(whole.reshape(sizes)[: shape[0], : shape[1]].reshape(tuple(shape)))
 
 
 WEIGHTS = [

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from oracles import weight_in_numpy
 from torch import Tensor
 
 from ttcompress.tt import fit, whiten
@@ -116,15 +117,8 @@ class Layer:
 
 
 def dense(cores: Sequence[Tensor], shape: Sequence[int]) -> Full:
-    """The weight (out, in kh kw) by one einsum over cores of the stored shape, padding cut."""
-    count = len(cores)
-    operands: list[object] = []
-    for k, core in enumerate(cores):
-        operands += [core.double().numpy(), [k, 10 + k, 20 + k, 30 + k, k + 1]]
-    order = [base + k for base in (10, 20, 30) for k in range(count)]
-    whole = np.einsum(*operands, [0, *order, count])  # type: ignore[call-overload]
-    sizes = [prod(core.shape[axis] for core in cores) for axis in (1, 2, 3)]
-    return np.asarray(whole.reshape(sizes)[: shape[0], : shape[1]].reshape(shape[0], -1))
+    """The weight (out, in kh kw) that the cores stand for."""
+    return weight_in_numpy(cores, shape).reshape(shape[0], -1)
 
 
 def never_rises(values: Sequence[float], slack: float = 1e-9) -> bool:

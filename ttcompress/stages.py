@@ -64,8 +64,8 @@ class Stages:
         self.log.append({"stage": name, "error": error if isfinite(error) else None, "kept": kept})
         if kept:
             self.model, self._least = trial, error
-            for fqn, error in output_errors(self._dense, trial, self._plan, self._calibration).items():
-                self.errors[fqn][name] = error
+            for fqn, missed in output_errors(self._dense, trial, self._plan, self._calibration).items():
+                self.errors[fqn][name] = missed
 
     def _error(self, trial: nn.Module) -> float:
         try:
