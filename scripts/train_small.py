@@ -1,4 +1,4 @@
-"""Networks that nothing here was tuned on: python scripts/train_small.py vit|mlp OUT.pt --data cifar10:ROOT|mnist:ROOT
+"""Small networks to calibrate: python scripts/train_small.py vit|mlp OUT.pt --data cifar10:ROOT|mnist:ROOT
 
 `vit` is a vision transformer for 32x32 images, read with --arch scripts/train_small.py:vit; `mlp` is the zoo net of
 widths 784-512-512-10. Both train from scratch on a CPU core, in minutes.
