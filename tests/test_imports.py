@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibrate": {
         "evaluate", "layers", "surgery", "tt.contract", "tt.decompose", "tt.fit", "tt.shapes", "tt.whiten",
     },
-    "refine": {"calibrate", "layers", "tt.whiten"},
+    "refine": {"augment", "calibrate", "layers", "tt.whiten"},
     "stages": {"calibrate", "layers", "refine", "surgery", "tt.decompose"},
     "compression": {
         "calibrate", "evaluate", "plan", "recipe", "stages", "surgery", "tt.shapes", "tt.whiten",
@@ -42,16 +42,27 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"header"},
     "zoo": set(),
     "models": {"zoo"},
-    "data": set(),
+    "data": {"augment"},
+    "augment": set(),
+    "stream": {"augment", "data"},
+    "distributed": set(),
+    "optimize": {"layers"},
+    "train": {"checkpoint", "distributed", "layers", "optimize", "stream"},
+    "runtime": {"recipe"},
+    "sources": {"calibrate", "data", "evaluate", "network", "recipe", "runtime"},
+    "finetune": {
+        "__init__", "checkpoint", "data", "distributed", "evaluate", "header", "layers", "network", "plan", "recipe",
+        "runtime", "sources", "stream", "surgery", "train", "tt.decompose",
+    },
     "evaluate": set(),
     "report": {"header"},
     "network": {"checkpoint", "header", "models", "surgery"},
     "pipeline": {
-        "__init__", "calibrate", "checkpoint", "compression", "data", "evaluate", "header", "network", "recipe",
+        "__init__", "checkpoint", "compression", "evaluate", "header", "network", "recipe", "runtime", "sources",
         "stages", "tt.contract",
     },
     "demo": {"checkpoint", "data", "models"},
-    "cli": {"__init__", "checkpoint", "demo", "pipeline", "plan", "recipe", "report"},
+    "cli": {"__init__", "checkpoint", "demo", "finetune", "pipeline", "plan", "recipe", "report"},
 }  # fmt: skip
 OUTSIDE_ONLY_IN = {"click": {"cli"}, "rich": {"cli", "report"}}
 WITHOUT_TORCH = {

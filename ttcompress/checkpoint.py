@@ -57,9 +57,13 @@ def load_checkpoint(path: Path, key: str = "") -> Checkpoint:
     tensors = _strip_prefixes(_read_tensors(path) if is_safetensors(path) else _state_dict(path, key))
     if bad := [name for name, tensor in tensors.items() if not _is_finite(tensor)]:
         raise CheckpointError(f"{path}: NaN or Inf in {shortlist(bad)}")
+    return Checkpoint(tensors, {"file": path.name, "sha256": file_digest(path)})
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file's content."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Checkpoint(tensors, {"file": path.name, "sha256": digest})
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_safetensors(path: Path) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ttcompress import __version__
-from ttcompress.errors import TTCompressError
+from ttcompress.errors import TrainingStoppedError, TTCompressError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -108,9 +108,58 @@ plan_options = _options(
     click.option("--seed", type=int, help="Seed, recorded in the file (default 0); draws the calibration images."),
     click.option("--recipe", "recipe_path", type=PATH, metavar="FILE", help="TOML file of options; these here win."),
 )
+train_options = _options(
+    click.option(
+        "--train", metavar="DATA", help="Training images (default split train); labels are not needed with a teacher."
+    ),
+    click.option(
+        "--teacher", metavar="FILE", help="Network to learn from (default: the dense one, where it is beside MODEL)."
+    ),
+    click.option(
+        "--lr", type=float, metavar="X", help="Highest learning rate (default 0.01 for sgd, 0.001 for adamw)."
+    ),
+    click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), help="sgd (default, Nesterov momentum) or adamw."),
+    click.option("--schedule", type=click.Choice(["cosine", "step"]), help="Of the learning rate (default cosine)."),
+    click.option("--warm-up", type=float, metavar="E", help="Epochs in which the learning rate rises (default 1)."),
+    click.option(
+        "--weight-decay",
+        type=float,
+        metavar="X",
+        help="Of dense weights and of what TT-cores stand for (default 1e-4).",
+    ),
+    click.option("--clip", type=float, metavar="X", help="Largest norm of a gradient, 0 for any (default 5)."),
+    click.option(
+        "--ema", type=float, metavar="D", help="Decay of a moving average of the weights, 0 for none (default)."
+    ),
+    click.option("--label-smoothing", type=float, metavar="X", help="Default 0."),
+    click.option(
+        "--distill", type=float, metavar="S", help="Share of the teacher in the loss (default 0.9), 0 for none."
+    ),
+    click.option("--temperature", type=float, metavar="T", help="Of the teacher's answers (default 4)."),
+    click.option(
+        "--augment", type=click.Choice(["none", "shift", "flip"]), help="Default flip (and shift); digits only shift."
+    ),
+    click.option("--mixup", type=float, metavar="A", help="Mix images, shares drawn from Beta(A, A); default 0, off."),
+    click.option("--cutmix", type=float, metavar="A", help="The same with windows of images."),
+    click.option(
+        "--precision", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of autocast (default float32)."
+    ),
+    click.option(
+        "--channels-last/--no-channels-last",
+        default=None,
+        help="Memory format of images and weights (default: on CPUs, and in half precision).",
+    ),
+    click.option("--compile", is_flag=True, default=None, help="Train the network through torch.compile."),
+    click.option("--deterministic", is_flag=True, default=None, help="The same result each time on a GPU too, slower."),
+    click.option("--accumulate", type=int, metavar="N", help="Parts in which a batch is computed (default 1)."),
+)
 output_options = _options(
     click.option("-o", "--output", type=PATH, metavar="OUT", help="Where to write."),
     click.option("--force", is_flag=True, help="Replace an existing output."),
+)
+
+resume_option = click.option(
+    "--resume", is_flag=True, help="Go on from OUT.training, where the training of the same command was stopped."
 )
 
 
@@ -125,19 +174,35 @@ def commands() -> None:
 @plan_options
 @data_options
 @network_options
+@train_options
 @output_options
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-def compress(checkpoint: Path, output: Path | None, force: bool, dry_run: bool, **options: Any) -> None:
+@click.option("--finetune", "epochs", type=int, metavar="N", help="Then train it for N epochs, as `finetune` does.")
+@resume_option
+def compress(checkpoint: Path, output: Path | None, force: bool, dry_run: bool, resume: bool, **options: Any) -> None:
     """Compress CHECKPOINT into STEM-tt.safetensors, with a report of what was gained and lost."""
     if dry_run:
         _plan(checkpoint, None, force, **options)
         return
-    from ttcompress import pipeline, report
+    from ttcompress import finetune, pipeline, report
 
     recipe, plan = _recipe_and_plan(options)
+    if (recipe.train is None) != (recipe.epochs is None):
+        raise click.UsageError("--finetune and --train go together")
+    if _processes() > 1:
+        raise click.UsageError("compress in one process, then `torchrun ... -m ttcompress finetune`")
     target = output or Path(f"{checkpoint.stem}-tt.safetensors")
+    resume = resume and finetune.state_file(target).exists()
     with _progress() as progress:
-        done = pipeline.compress_file(checkpoint, target, recipe, plan, force=force, progress=progress)
+        if resume:
+            pipeline.check_repeats(checkpoint, target, recipe)
+        else:
+            done = pipeline.compress_file(checkpoint, target, recipe, plan, force=force, progress=progress)
+        if recipe.train:
+            log = _log if progress is None else None
+            done = finetune.finetune_file(
+                target, target, recipe, plan, force=True, resume=resume, origin=checkpoint, progress=progress, log=log
+            )
     _show(report.with_file(done, target), options["as_json"])
     drop = pipeline.drop_beyond_gate(done, recipe)
     if drop is not None:
@@ -171,6 +236,32 @@ def _plan(checkpoint: Path | None, output: Path | None, force: bool, **options: 
     if output:
         write_plan(output, planned.plan)
     _show(report.with_file(planned, None), options["as_json"])
+
+
+@commands.command("finetune")
+@click.argument("model", type=PATH, required=False)
+@train_options
+@plan_options
+@data_options
+@network_options
+@output_options
+@click.option("--epochs", type=int, metavar="N", help="Passes over the training images (default 30).")
+@click.option("--from-scratch", is_flag=True, default=None, help="Train --arch from random weights, without MODEL.")
+@resume_option
+def finetune_command(model: Path | None, output: Path | None, force: bool, resume: bool, **options: Any) -> None:
+    """Train MODEL, a compressed file or a dense checkpoint, further into STEM-ft.safetensors."""
+    from ttcompress import finetune, report
+
+    recipe, plan = _recipe_and_plan(options)
+    stem = model.stem if model else str(recipe.arch).rpartition(":")[2]
+    target = output or Path(f"{stem}-ft.safetensors")
+    with _progress() as progress:
+        log = _log if progress is None else None
+        done = finetune.finetune_file(
+            model, target, recipe, plan, force=force, resume=resume, progress=progress, log=log
+        )
+    if _is_first_process():
+        _show(report.with_file(done, target), options["as_json"])
 
 
 @commands.command()
@@ -266,16 +357,42 @@ def _print(renderable: RenderableType) -> None:
     console.print(renderable)
 
 
+def _log(record: Json) -> None:
+    click.echo(json.dumps(record), err=True)
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _processes() -> int:
+    """How many torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def _progress() -> Iterator[Progress | None]:
     """A progress bar on stderr, on a terminal only."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not _is_first_process():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task("reading", total=None)
         yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total or None)
@@ -288,6 +405,8 @@ def main(arguments: list[str] | None = None) -> None:
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(2)
+    except TrainingStoppedError as error:
+        _fail(str(error), 130)
     except (click.ClickException, TTCompressError) as error:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         _fail(" ".join(message.split()), 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ttcompress.augment import cut_out
 from ttcompress.errors import DataError, shortlist
 from ttcompress.types import Preprocessing
 
@@ -27,6 +29,7 @@ Labels = NDArray[np.int64]
 Batch = tuple[Tensor, Tensor | None]
 Arrays = tuple[Pixels, Labels | None]
 Sample = tuple[str, int | None]
+Parts = tuple[NDArray[np.int64], Tensor]
 
 _KINDS = "npz:FILE, cifar10:ROOT, mnist:ROOT, imagefolder:ROOT, images:DIR, digits"
 _SPLITS = ("train", "test")
@@ -70,13 +73,37 @@ class Images(ABC):
         Raises:
             DataError: `preprocessing` is for another number of channels, or an image cannot be read.
         """
-        if len(preprocessing.mean) != len(preprocessing.std):
-            raise DataError(f"mean {preprocessing.mean} and std {preprocessing.std} need one value a channel each")
-        self._check_channels(len(preprocessing.mean))
+        self._check_normalisation(preprocessing)
         count = len(self) if limit is None else min(limit, len(self))
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (preprocessing.mean, preprocessing.std))
         raw = self._raw_batches(preprocessing, batch_size, count, workers)
         return (((_channels_first(pixels) - mean) / std, labels) for pixels, labels in raw)
+
+    def training_batches(
+        self, preprocessing: Preprocessing, parts: Sequence[Parts], workers: int = 0, cut: bool = True
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield (uint8 images (N, C, H, W), int64 labels (N,) or None) on the CPU, a batch a part.
+
+        A part holds indices (N,) and random numbers (N, DRAWS) of augment.py, by which images of folders are cut out
+        and resized to the network's input size, or, without `cut`, resized and cropped as for evaluation; others are as
+        they are. Those of folders are read by `workers` processes.
+
+        Raises:
+            DataError: `preprocessing` is for another number of channels, or an image cannot be read.
+        """
+        self._check_normalisation(preprocessing)
+        raw = self._raw_training_batches(preprocessing, parts, workers, cut)
+        return ((torch.from_numpy(pixels).permute(0, 3, 1, 2), labels) for pixels, labels in raw)
+
+    def _check_normalisation(self, preprocessing: Preprocessing) -> None:
+        if len(preprocessing.mean) != len(preprocessing.std):
+            raise DataError(f"mean {preprocessing.mean} and std {preprocessing.std} need one value a channel each")
+        self._check_channels(len(preprocessing.mean))
+
+    @property
+    @abstractmethod
+    def cuts(self) -> bool:
+        """Whether `training_batches` cuts out random parts."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -99,6 +126,11 @@ class Images(ABC):
     @abstractmethod
     def _raw_batches(
         self, preprocessing: Preprocessing, batch_size: int, count: int, workers: int
+    ) -> Iterator[tuple[Pixels, Tensor | None]]: ...
+
+    @abstractmethod
+    def _raw_training_batches(
+        self, preprocessing: Preprocessing, parts: Sequence[Parts], workers: int, cut: bool
     ) -> Iterator[tuple[Pixels, Tensor | None]]: ...
 
 
@@ -156,6 +188,14 @@ class _ArrayImages(Images):
             part = slice(start, min(start + batch_size, count))
             yield self._images[part], None if self._labels is None else torch.from_numpy(self._labels[part])
 
+    cuts = False
+
+    def _raw_training_batches(
+        self, preprocessing: Preprocessing, parts: Sequence[Parts], workers: int, cut: bool
+    ) -> Iterator[tuple[Pixels, Tensor | None]]:
+        for at, _ in parts:
+            yield self._images[at], None if self._labels is None else torch.from_numpy(self._labels[at])
+
 
 class _FolderImages(Images):
     """Image files, read when they are needed.
@@ -190,8 +230,34 @@ class _FolderImages(Images):
         # Without a generator of its own the loader would draw from, and so shift, the seeded global one.
         generator = torch.Generator()
         for items in DataLoader(files, batch_size, num_workers=workers, collate_fn=list, generator=generator):
-            pixels = _stack([item for item, _ in items], self.name)
-            yield pixels, torch.tensor([label for _, label in items]) if self.labelled else None
+            yield self._collated(items)
+
+    cuts = True
+
+    def _raw_training_batches(
+        self, preprocessing: Preprocessing, parts: Sequence[Parts], workers: int, cut: bool
+    ) -> Iterator[tuple[Pixels, Tensor | None]]:
+        wanted = [[(int(i), tuple(n.tolist())) for i, n in zip(at, numbers, strict=True)] for at, numbers in parts]
+        files = _CutFiles(self._samples, preprocessing, cut)
+        generator = torch.Generator()
+        loader = DataLoader(
+            files,
+            batch_sampler=wanted,
+            num_workers=workers,
+            worker_init_fn=_leave_interrupts,
+            collate_fn=list,
+            generator=generator,
+        )
+        return (self._collated(items) for items in loader)
+
+    def _collated(self, items: Sequence[tuple[Pixels | str, int | None]]) -> tuple[Pixels, Tensor | None]:
+        pixels = _stack([item for item, _ in items], self.name)
+        return pixels, torch.tensor([label for _, label in items]) if self.labelled else None
+
+
+def _leave_interrupts(worker: int) -> None:
+    """Ctrl-C is for the process that can save what is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Files(Dataset[tuple[Pixels | str, int | None]]):
@@ -205,16 +271,43 @@ class _Files(Dataset[tuple[Pixels | str, int | None]]):
         return len(self._samples)
 
     def __getitem__(self, index: int) -> tuple[Pixels | str, int | None]:
+        return self._read(index, lambda image: _resize_and_crop(image, self._preprocessing))
+
+    def _read(self, index: int, cut: Callable[[Image], Image]) -> tuple[Pixels | str, int | None]:
         from PIL import Image
+        from PIL.Image import DecompressionBombError
 
         path, label = self._samples[index]
         mode = _COLOUR_MODES[len(self._preprocessing.mean)]
         try:
             with Image.open(path) as image:
-                pixels = np.asarray(_resize_and_crop(image.convert(mode), self._preprocessing))
-        except (OSError, SyntaxError, ValueError) as error:
+                pixels = np.asarray(cut(image.convert(mode)))
+        except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
             return f"{path} is not a readable image: {error}", label
         return pixels.reshape(*pixels.shape[:2], -1), label
+
+
+class _CutFiles(_Files):
+    """The same, a part of random place, area and aspect cut out and resized, where the network's size is known."""
+
+    def __init__(self, samples: Sequence[Sample], preprocessing: Preprocessing, cut: bool) -> None:
+        super().__init__(samples, preprocessing)
+        self._cuts = cut
+
+    def __getitem__(self, wanted: tuple[int, tuple[float, ...]]) -> tuple[Pixels | str, int | None]:  # type: ignore[override]
+        index, numbers = wanted
+        return self._read(index, lambda image: self._cut(image, numbers))
+
+    def _cut(self, image: Image, numbers: Sequence[float]) -> Image:
+        if self._preprocessing.input_size is None or not self._cuts:
+            return _resize_and_crop(image, self._preprocessing)
+        from torchvision.transforms import functional
+
+        _, height, width = self._preprocessing.input_size
+        # The first number is for the mirror.
+        top, left, tall, wide = cut_out(numbers[1:], image.height, image.width)
+        cut: Image = functional.resized_crop(image, top, left, tall, wide, [height, width])
+        return cut
 
 
 def _resize_and_crop(image: Image, preprocessing: Preprocessing) -> Image:

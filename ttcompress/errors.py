@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class TTCompressError(Exception):
@@ -27,6 +27,20 @@ class ArchitectureError(TTCompressError):
 
 class DataError(TTCompressError):
     """A data reference that names nothing readable, or data that does not fit the network."""
+
+
+class TrainingError(TTCompressError):
+    """A training that diverged; what was good before is kept."""
+
+
+class TrainingStoppedError(TTCompressError):
+    """A training that was asked to stop and saved its state; the command line exits with 130 on it."""
+
+
+def differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
+    """What changed between two sets of options, for a one-line message; empty where nothing did."""
+    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    return "; ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in changed)
 
 
 def shortlist(items: Iterable[object], most: int = 6) -> str:

@@ -9,7 +9,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from ttcompress.errors import DataError
+from ttcompress.errors import DataError, ShapeError
 from ttcompress.types import Accuracy, Comparison, Progress
 
 Batches = Iterable[tuple[Tensor, Tensor | None]]
@@ -101,7 +101,7 @@ def forward(model: nn.Module, images: Tensor) -> Tensor:
         output = model(images)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+    except (RuntimeError, ValueError, AssertionError, IndexError, ShapeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"the network does not take images of shape {tuple(images.shape[1:])}: {reason}") from error
     if not isinstance(output, Tensor):

@@ -292,12 +292,13 @@ class TTConv2d(_TTLayer):
             madds = mixed.multiply_adds + out_pixels * self.out_channels * rank * window
             return Cost(madds, mixed.elements + 2 * pixels * self.out_channels * rank + moved)
         rank = shapes[-1][0]
-        madds, elements = out_pixels * rank * self.out_channels, moved + out_pixels * rank
+        # What is between two convolutions is written and read again.
+        madds, elements = out_pixels * rank * self.out_channels, moved + 2 * out_pixels * rank
         if self.tensorization.format == "chain":
             first = shapes[0][4]
             return Cost(
                 madds + pixels * self.in_channels * first + out_pixels * first * window * rank,
-                elements + pixels * first,
+                elements + 2 * pixels * first,
             )
         head = merge_cost(shapes[:-1])
         madds += head.multiply_adds + out_pixels * self.in_channels * window * rank

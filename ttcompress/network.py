@@ -89,6 +89,13 @@ def open_empty(arch: str) -> Network:
     return Network(model, model.state_dict(), architecture, models.preprocessing(architecture))
 
 
+def open_fresh(arch: str) -> Network:
+    """An architecture with random weights, drawn from torch's generator."""
+    architecture, factory = _resolve(arch, None)
+    model = models.build(architecture, factory, "cpu")
+    return Network(model, model.state_dict(), architecture, models.preprocessing(architecture))
+
+
 def open_dense(path: Path, arch: str | None = None, key: str = "") -> Network:
     """A dense checkpoint in its architecture, given by `arch` or inferred from keys and shapes.
 

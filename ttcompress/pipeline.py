@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -16,34 +15,40 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress import __version__
-from ttcompress.calibrate import Calibration, draw
 from ttcompress.checkpoint import (
     check_output,
+    file_digest,
     load_compressed,
     tensor_bytes,
     write_dense,
     write_safetensors,
 )
 from ttcompress.compression import Compressed, Compressor
-from ttcompress.data import Images, open_data
-from ttcompress.errors import CheckpointError, DataError, PlanError, shortlist
-from ttcompress.evaluate import Batches, Predictions, compare, predict
+from ttcompress.errors import CheckpointError, DataError, PlanError, differences, shortlist
+from ttcompress.evaluate import Predictions
 from ttcompress.header import blaming, read_metadata
 from ttcompress.network import Network, open_any, open_dense, open_empty, stored_tensors, tied_parameters
 from ttcompress.recipe import Recipe
+from ttcompress.runtime import device_of, dtype_of, fixed_threads, seeded
+from ttcompress.sources import (
+    Meter,
+    Sources,
+    classification,
+    images_meter,
+    judge_by,
+    labelled,
+    preprocessing_for,
+    tensor_calibration,
+    with_sources,
+)
 from ttcompress.stages import adopt
 from ttcompress.tt.contract import dense_weight
-from ttcompress.types import (
-    Accuracy,
-    CompressionPlan,
-    Json,
-    LayerPlan,
-    Preprocessing,
-    Progress,
-    Report,
-)
+from ttcompress.types import Accuracy, CompressionPlan, Json, LayerPlan, Progress, Report
 
-BATCH_SIZE = 128
+ELSEWHERE = (
+    *("arch", "key", "data", "val", "calib", "train", "teacher"),
+    *("mean", "std", "device", "batch_size", "workers", "seed"),
+)
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
@@ -68,10 +73,23 @@ def compress_file(
     if recipe.max_drop is not None and not _is_search(recipe, plan) and recipe.data is None:
         raise DataError("--max-drop beside another target is a gate on accuracy: name labelled images with --data")
     network = open_dense(source, recipe.arch, recipe.key or "")
-    network, sources = _with_sources(network, recipe, progress)
+    network, sources = with_sources(network, recipe, progress)
     report = compress_network(network, recipe, plan, sources, progress)
     write_safetensors(output, stored_tensors(network.model, network.tensors), report.to_json())
     return report
+
+
+def check_repeats(checkpoint: Path, output: Path, recipe: Recipe) -> None:
+    """See that a compressed file is what `compress_file` with the same arguments wrote.
+
+    Raises:
+        CheckpointError: it is not, naming the difference.
+    """
+    report = Report.from_json(read_metadata(output))
+    before = {**report.recipe, "seed": report.seed, "sha256": report.source.get("sha256")}
+    differ = differences(before, {**_recorded(recipe), "seed": recipe.seed or 0, "sha256": file_digest(checkpoint)})
+    if differ:
+        raise CheckpointError(f"{output}: was compressed otherwise: {differ}; repeat the command as it was")
 
 
 def plan_file(
@@ -91,9 +109,9 @@ def plan_file(
         network = open_empty(recipe.arch)
     else:
         raise PlanError("give a checkpoint, or an architecture with --arch")
-    network, sources = _with_sources(network, replace(recipe, data=None), progress)
+    network, sources = with_sources(network, replace(recipe, data=None), progress)
     before = tensor_bytes(stored_tensors(network.model, network.tensors))
-    with _seeded(recipe):
+    with seeded(recipe):
         searches = _is_search(recipe, plan)
         compressor = _compressor(network.model, recipe, sources, searches, progress)
         with fixed_threads():
@@ -142,31 +160,14 @@ def evaluate_file(
     """Accuracy of a dense checkpoint or a compressed file on `recipe.data`, and the name of that data."""
     if recipe.data is None:
         raise DataError("name the labelled images with --data")
-    images = _labelled(recipe.data)
+    images = labelled(recipe.data)
     network = open_any(path, recipe.arch, recipe.key or "")
-    meter = _images_meter(images, _preprocessing(recipe, network.preprocessing, images), recipe, progress, limit)
+    meter = images_meter(images, preprocessing_for(recipe, network.preprocessing, images), recipe, progress, limit)
     predictions: Predictions = meter.run(network.model)
     return predictions.accuracy(), images.name
 
 
 # ---------------------------------------------------------------------------------------------------------- compression
-
-
-@dataclass(frozen=True)
-class Meter:
-    """How to measure a network, and how to put two measurements into the report's `accuracy`."""
-
-    run: Callable[[nn.Module], Any]
-    summary: Callable[[Any, Any], Json]
-
-
-@dataclass(frozen=True)
-class Sources:
-    """What a compression learns from and is measured by: the report's `meter`, the search's `judge`, calibration."""
-
-    meter: Meter | None = None
-    judge: Callable[[nn.Module], float] | None = None
-    calibration: Calibration | None = None
 
 
 def compress(
@@ -207,37 +208,14 @@ def compress(
     model = module if inplace else copy.deepcopy(module)
     meter = None
     if data is not None:
-        meter = _classification(lambda: data, "data", device_of(recipe), progress)
+        meter = classification(lambda: data, "data", device_of(recipe), progress)
     elif metric is not None:
         name = getattr(metric, "__name__", "metric")
         meter = Meter(partial(_finite, metric, name), partial(_metric_json, name))
-    judge = None if val is None else _judge(_classification(lambda: val, "val", device_of(recipe), progress))
-    calibration = None if calib is None else _tensor_calibration(calib, recipe)
+    judge = None if val is None else judge_by(classification(lambda: val, "val", device_of(recipe), progress))
+    calibration = None if calib is None else tensor_calibration(calib, recipe)
     sources = Sources(meter, judge, calibration)
     return model, compress_network(Network(model, model.state_dict()), recipe, None, sources, progress)
-
-
-def _tensor_calibration(calib: Tensor | Iterable[Any], recipe: Recipe) -> Calibration:
-    batches = (
-        [calib] if isinstance(calib, Tensor) else [each if isinstance(each, Tensor) else each[0] for each in calib]
-    )
-    if not batches:
-        raise DataError("calib holds no inputs")
-    inputs = torch.cat(batches).detach().cpu()
-    if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
-        raise DataError("calib holds NaN or Inf")
-    size = recipe.batch_size or BATCH_SIZE
-    return draw(
-        "calib",
-        len(inputs),
-        recipe.calib_images,
-        recipe.seed or 0,
-        lambda indices: (inputs[torch.tensor(part)] for part in _parts(indices, size)),
-    )
-
-
-def _parts(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (indices[start : start + size] for start in range(0, len(indices), size))
 
 
 def _finite(metric: Callable[[nn.Module], float], name: str, module: nn.Module) -> float:
@@ -265,13 +243,14 @@ def compress_network(
     network: Network,
     recipe: Recipe,
     plan: CompressionPlan | None = None,
-    sources: Sources = Sources(),
+    sources: Sources | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Plan (unless a plan is given), decompose and swap in place, and measure before and after."""
+    sources = sources or Sources()
     meter = sources.meter
     bytes_before = tensor_bytes(stored_tensors(network.model, network.tensors))
-    with _seeded(recipe):
+    with seeded(recipe):
         searches = _is_search(recipe, plan)
         compressor = _compressor(network.model, recipe, sources, searches, progress)
         dense = meter.run(network.model) if meter else None
@@ -309,19 +288,9 @@ def _compressor(
     return Compressor(model, recipe, device_of(recipe), dtype_of(recipe), sources.calibration, progress)
 
 
-@contextmanager
-def _seeded(recipe: Recipe) -> Iterator[None]:
-    """Random numbers from the recipe's seed; the caller's own state is put back."""
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed or 0)
-        yield
-
-
 def _report(
     network: Network, done: Compressed, recipe: Recipe, num_bytes: tuple[int, int], accuracy: Json | None = None
 ) -> Report:
-    elsewhere = ("arch", "key", "data", "val", "calib", "mean", "std", "device", "batch_size", "workers", "seed")
-    options = {key: value for key, value in recipe.to_json().items() if key not in elsewhere}
     return Report(
         plan=done.plan,
         bytes_before=num_bytes[0],
@@ -331,12 +300,17 @@ def _report(
         source=network.source or {},
         architecture=network.architecture,
         preprocessing=network.preprocessing,
-        recipe=options,
+        recipe=_recorded(recipe),
         tied=tied_parameters(network.model),
         accuracy=accuracy,
         calibration=done.calibration,
         search=done.search,
     )
+
+
+def _recorded(recipe: Recipe) -> Json:
+    """The options that a file records as such; the others are in its report in another form or say where things are."""
+    return {key: value for key, value in recipe.to_json().items() if key not in ELSEWHERE}
 
 
 def promised_bytes(bytes_before: int, plan: CompressionPlan, dtype: torch.dtype | None) -> int:
@@ -346,108 +320,3 @@ def promised_bytes(bytes_before: int, plan: CompressionPlan, dtype: torch.dtype 
         dense: torch.dtype = getattr(torch, layer.weight_dtype)
         saved += layer.params_before * dense.itemsize - layer.params_after * (dtype or dense).itemsize
     return bytes_before - saved
-
-
-@contextmanager
-def fixed_threads() -> Iterator[None]:
-    """As many threads as this process may use processors, whatever the environment says: sums then come out alike."""
-    before = torch.get_num_threads()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(min(16, usable))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def device_of(recipe: Recipe) -> torch.device:
-    """`auto` (the default) is the GPU where there is one.
-
-    Raises:
-        PlanError: a device that torch does not know or this machine does not have.
-    """
-    name = recipe.device or "auto"
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise PlanError(f"--device must be auto, cpu, cuda or cuda:N, not {name!r}")
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise PlanError(f"--device {name} is not available: {str(error).splitlines()[0]}") from error
-
-
-def dtype_of(recipe: Recipe) -> torch.dtype | None:
-    """Storage type of the cores; None keeps that of each weight."""
-    return getattr(torch, recipe.dtype) if recipe.dtype else None
-
-
-# ----------------------------------------------------------------------------------------------------------------- data
-
-
-def _with_sources(network: Network, recipe: Recipe, progress: Progress | None) -> tuple[Network, Sources]:
-    """The network with its normalisation, and the data that the recipe names, in that normalisation."""
-    images = _labelled(recipe.data) if recipe.data else None
-    val = _labelled(recipe.val, "train") if recipe.val else None
-    calib = open_data(recipe.calib, "train") if recipe.calib else None
-    preprocessing = _preprocessing(recipe, network.preprocessing, images or calib or val)
-    meter = _images_meter(images, preprocessing, recipe, progress) if images else None
-    judge = _judge(_images_meter(val, preprocessing, recipe, progress)) if val else None
-    calibration = _calibration(calib, preprocessing, recipe) if calib else None
-    return replace(network, preprocessing=preprocessing), Sources(meter, judge, calibration)
-
-
-def _labelled(reference: str, split: str = "test") -> Images:
-    images = open_data(reference, split)
-    images.require_labels()
-    return images
-
-
-def _calibration(images: Images, preprocessing: Preprocessing | None, recipe: Recipe) -> Calibration:
-    known = preprocessing or images.statistics()
-    size, workers = recipe.batch_size or BATCH_SIZE, recipe.workers or 0
-
-    def batches(indices: Sequence[int]) -> Iterator[Tensor]:
-        return (batch for batch, _ in images.chosen(indices).batches(known, size, workers=workers))
-
-    return draw(images.name, len(images), recipe.calib_images, recipe.seed or 0, batches)
-
-
-def _judge(meter: Meter) -> Callable[[nn.Module], float]:
-    def accuracy(model: nn.Module) -> float:
-        predictions: Predictions = meter.run(model)
-        return predictions.accuracy().top1
-
-    return accuracy
-
-
-def _images_meter(
-    images: Images,
-    preprocessing: Preprocessing | None,
-    recipe: Recipe,
-    progress: Progress | None,
-    limit: int | None = None,
-) -> Meter:
-    known = preprocessing or images.statistics()
-    make = partial(images.batches, known, recipe.batch_size or BATCH_SIZE, limit, recipe.workers or 0)
-    return _classification(make, images.name, device_of(recipe), progress)
-
-
-def _classification(
-    batches: Callable[[], Batches], name: str, device: torch.device, progress: Progress | None
-) -> Meter:
-    def run(model: nn.Module) -> Predictions:
-        return predict(model.to(device), batches(), device, progress)
-
-    return Meter(run, lambda dense, compressed: compare(dense, compressed, name).to_json())
-
-
-def _preprocessing(recipe: Recipe, known: Preprocessing | None, images: Images | None) -> Preprocessing | None:
-    """What the user says, else what the architecture was trained with, else the statistics of the data."""
-    if bool(recipe.mean) != bool(recipe.std):
-        raise DataError("--mean and --std are given together")
-    if recipe.mean and known:
-        return replace(known, mean=recipe.mean, std=recipe.std)
-    if recipe.mean:
-        return Preprocessing(recipe.mean, recipe.std)
-    return known or (images.statistics() if images else None)

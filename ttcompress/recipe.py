@@ -16,6 +16,10 @@ from ttcompress.tt.shapes import FORMATS
 Ranks = int | tuple[int, ...]
 EFFORTS = ("fast", "default", "max")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("cosine", "step")
+AUGMENTATIONS = ("none", "shift", "flip")
+PRECISIONS = ("float32", "bfloat16", "float16")
 TARGETS = (("ranks", "conv_ranks"), ("eps",), ("ratio",), ("params",))
 """What a run can aim at; the options of one group go together."""
 
@@ -58,6 +62,10 @@ _COUNTS = _Check("a list of whole numbers above 0", _each(_is_count))
 _FROM_ZERO = _Check("a whole number, 0 or above", lambda value: _is_int(value) and value >= 0)
 _RANKS = _Check("a whole number above 0 or a list of them", lambda value: _is_count(value) or _each(_is_count)(value))
 _FORMAT = _one_of(("auto", *FORMATS))
+_ABOVE_ZERO = _Check("a number above 0", lambda value: _is_number(value) and value > 0)
+_FROM_ZERO_ON = _Check("a number, 0 or above", lambda value: _is_number(value) and value >= 0)
+_SHARE = _Check("a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1)
+_SWITCH = _Check("true or false", lambda value: isinstance(value, bool))
 
 _SHARED = {"format": _FORMAT, "in_modes": _COUNTS, "out_modes": _COUNTS, "ranks": _RANKS}
 _LAYER_CHECKS = {"match": _Check("a pattern", _is_text), **_SHARED}
@@ -84,8 +92,33 @@ _CHECKS = {
     "calib": _TEXT,
     "calib_images": _COUNT,
     "effort": _one_of(EFFORTS),
+    "train": _TEXT,
+    "teacher": _TEXT,
+    "epochs": _COUNT,
+    "lr": _Check("above 0 and at most 1000", lambda value: _is_number(value) and 0 < value <= 1000),
+    "optimizer": _one_of(OPTIMIZERS),
+    "schedule": _one_of(SCHEDULES),
+    "warm_up": _FROM_ZERO_ON,
+    "weight_decay": _FROM_ZERO_ON,
+    "clip": _FROM_ZERO_ON,
+    "ema": _SHARE,
+    "label_smoothing": _SHARE,
+    "distill": _Check("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1),
+    "temperature": _ABOVE_ZERO,
+    "augment": _one_of(AUGMENTATIONS),
+    "mixup": _FROM_ZERO_ON,
+    "cutmix": _FROM_ZERO_ON,
+    "precision": _one_of(PRECISIONS),
+    "channels_last": _SWITCH,
+    "compile": _SWITCH,
+    "accumulate": _COUNT,
+    "deterministic": _SWITCH,
+    "from_scratch": _SWITCH,
 }
-_FLOATS = ("eps", "ratio", "mean", "std", "max_drop")
+_FLOATS = (
+    "eps", "ratio", "mean", "std", "max_drop", "lr", "warm_up", "weight_decay", "clip", "ema", "label_smoothing",
+    "distill", "temperature", "mixup", "cutmix",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,6 +166,28 @@ class Recipe:
     calib: str | None = None
     calib_images: int | None = None
     effort: str | None = None
+    train: str | None = None
+    teacher: str | None = None
+    epochs: int | None = None
+    lr: float | None = None
+    optimizer: str | None = None
+    schedule: str | None = None
+    warm_up: float | None = None
+    weight_decay: float | None = None
+    clip: float | None = None
+    ema: float | None = None
+    label_smoothing: float | None = None
+    distill: float | None = None
+    temperature: float | None = None
+    augment: str | None = None
+    mixup: float | None = None
+    cutmix: float | None = None
+    precision: str | None = None
+    channels_last: bool | None = None
+    compile: bool | None = None
+    accumulate: int | None = None
+    deterministic: bool | None = None
+    from_scratch: bool | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     dtype: str | None = None
@@ -157,6 +212,12 @@ class Recipe:
         rules, wrong = _layer_rules(options.pop("layers", []))
         _raise_all([*problems, *_problems(options, _CHECKS, _flag), *wrong], f"{path}: ")
         return cls(**options, layers=tuple(LayerRule(**rule) for rule in rules))
+
+    @property
+    def has_target(self) -> bool:
+        """Whether anything says how far to compress."""
+        stated = any(_is_stated(getattr(self, name)) for group in TARGETS for name in group)
+        return stated or bool(self.layers) or self.max_drop is not None
 
     @property
     def target(self) -> str:

@@ -14,8 +14,8 @@ from math import cos, inf, pi
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from ttcompress.augment import CROP, flipped, shifted
 from ttcompress.calibrate import Calibration, Statistics, centred, device_of
 from ttcompress.layers import TTConv2d, TTLinear
 from ttcompress.tt.whiten import DAMPING, ModeMetric
@@ -30,8 +30,6 @@ WARM_UP = 0.1
 DIVERGED, BACK_OFF, ATTEMPTS = 4.0, 0.2, 3
 """Steps are shortened by BACK_OFF when the error has grown to DIVERGED times the first one."""
 RENEWED_EVERY = 10
-CROP = 8
-"""Images move by up to one pixel in this many."""
 
 
 def refine(
@@ -126,8 +124,7 @@ def augment(batch: Tensor, generator: torch.Generator) -> Tensor:
         return batch
     size = len(batch)
     if batch.dim() == 4:
-        flip = torch.rand(size, generator=generator) < 0.5
-        batch = torch.where(flip[:, None, None, None], batch.flip(-1), batch)
+        batch = flipped(batch, torch.rand(size, generator=generator) < 0.5)
         batch = moved(batch, generator)
     share = torch.rand(size, generator=generator).reshape(-1, *[1] * (batch.dim() - 1)).to(batch)
     return share * batch + (1 - share) * batch[torch.randperm(size, generator=generator)]
@@ -135,13 +132,9 @@ def augment(batch: Tensor, generator: torch.Generator) -> Tensor:
 
 def moved(batch: Tensor, generator: torch.Generator) -> Tensor:
     """Every image moved by up to a CROP-th of its size in both directions, zeros moving in."""
-    size, _, height, width = batch.shape
-    reach = (height // CROP, width // CROP)
-    padded = functional.pad(batch, (reach[1], reach[1], reach[0], reach[0]))
-    down, right = (torch.randint(0, 2 * r + 1, (size, 1), generator=generator) for r in reach)
-    rows, columns = down + torch.arange(height), right + torch.arange(width)
-    at = torch.arange(size)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[at, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    reach = [size // CROP for size in batch.shape[2:]]
+    down, right = (r - torch.randint(0, 2 * r + 1, (len(batch), 1), generator=generator)[:, 0] for r in reach)
+    return shifted(batch, down, right)
 
 
 class NaturalGradient:

@@ -32,7 +32,7 @@ def with_file(report: Report, path: Path | None) -> Json:
 def render(data: Json) -> RenderableType:
     """One report as a table of layers with the totals under it."""
     report = Report.from_json(data)
-    parts: list[RenderableType] = [_layer_table(report.plan.layers), Text()]
+    parts: list[RenderableType] = [_layer_table(report.plan.layers), Text()] if report.plan.layers else []
     parts += [Text(line) for line in _summary(report, data)]
     return Group(*parts)
 
@@ -124,15 +124,17 @@ def _output_error(layer: LayerPlan) -> str:
 def _summary(report: Report, data: Json) -> list[str]:
     plan = report.plan
     before, after = (sum(getattr(layer, side) for layer in plan.layers) for side in ("params_before", "params_after"))
-    lines = [
-        f"replaced weights  {before:,} -> {after:,}  {format_compression(compression(before, after))}",
+    lines = []
+    if plan.layers:
+        lines.append(f"replaced weights  {before:,} -> {after:,}  {format_compression(compression(before, after))}")
+    lines += [
         f"all parameters    {plan.params_before:,} -> {plan.params_after:,}  {format_compression(plan.compression)}",
         f"tensors           {format_bytes(report.bytes_before)} -> {format_bytes(report.bytes_after)}",
     ]
     if data["file_bytes"] is not None:
         lines.append(f"file              {data['file']}, {format_bytes(data['file_bytes'])}")
         lines += _accuracy_lines(report.accuracy)
-    lines += _calibration_lines(report.calibration) + _search_lines(report)
+    lines += _calibration_lines(report.calibration) + _search_lines(report) + _finetuning_lines(report.finetuning)
     lines += [f"kept dense        {line}" for line in _kept(report)]
     lines += [f"note              {layer.fqn}: {layer.note}" for layer in plan.layers if layer.note]
     return lines + [f"note              {note}" for note in plan.notes]
@@ -144,12 +146,20 @@ def _accuracy_lines(accuracy: Json | None) -> list[str]:
     if "metric" in accuracy:
         return [f"{accuracy['metric']:<17} {accuracy['dense']:.6g} -> {accuracy['compressed']:.6g}"]
     low, high = accuracy["interval"]
-    return [
-        f"top-1 accuracy    {accuracy['dense']:.2f} % -> {accuracy['compressed']:.2f} %  "
-        f"(95 % interval {low:.2f} to {high:.2f}, n = {accuracy['n']:,}, {accuracy['data']})",
-        f"top-5 accuracy    {accuracy['dense_top5']:.2f} % -> {accuracy['compressed_top5']:.2f} %",
-        f"agreement         {accuracy['agreement']:.2f} % of images get the same answer from both networks",
+    top1, top5 = (_change(accuracy[f"dense{end}"], accuracy[f"compressed{end}"]) for end in ("", "_top5"))
+    lines = [
+        f"top-1 accuracy    {top1}  (95 % interval {low:.2f} to {high:.2f}, n = {accuracy['n']:,}, {accuracy['data']})",
+        f"top-5 accuracy    {top5}",
     ]
+    if accuracy["agreement"] is not None:
+        lines.append(
+            f"agreement         {accuracy['agreement']:.2f} % of images get the same answer from both networks"
+        )
+    return lines
+
+
+def _change(dense: float | None, compressed: float) -> str:
+    return f"{compressed:.2f} %" if dense is None else f"{dense:.2f} % -> {compressed:.2f} %"
 
 
 def _calibration_lines(calibration: Json | None) -> list[str]:
@@ -168,6 +178,20 @@ def _calibration_lines(calibration: Json | None) -> list[str]:
 def _stage_error(stage: Json) -> str:
     value = "not finite" if stage["error"] is None else f"{stage['error']:.4f}"
     return value if stage["kept"] else f"{value} (not kept)"
+
+
+def _finetuning_lines(finetuning: Json | None) -> list[str]:
+    if finetuning is None:
+        return []
+    history, best = finetuning["history"], finetuning["best"]
+    scores = {epoch["epoch"]: f"{epoch['val']:.2f} %" for epoch in history}
+    taught = f", taught by {finetuning['teacher']}" if finetuning["teacher"] else ""
+    lines = [f"fine-tuned        {len(history) - 1} epochs on {finetuning['train']}{taught}"]
+    before = finetuning["before"]
+    if before and before.get("n"):
+        lines.append(f"before it         {before['compressed']:.2f} % top-1 (n = {before['n']:,}, {before['data']})")
+    start = f"{scores[0]} before, " if finetuning["start_counts"] else ""
+    return [*lines, f"best epoch        {best}: {start}{scores[best]} after, on {finetuning['val']}"]
 
 
 def _search_lines(report: Report) -> list[str]:

@@ -332,6 +332,7 @@ class Report:
     accuracy: Json | None = None
     calibration: Json | None = None
     search: Sequence[Json] = ()
+    finetuning: Json | None = None
 
     def to_json(self) -> Json:
         """Canonical content of the file's metadata and of `report --json`."""
@@ -349,6 +350,7 @@ class Report:
             "accuracy": self.accuracy,
             "calibration": self.calibration,
             "search": list(self.search),
+            "finetuning": self.finetuning,
             **self.plan.to_json(),
         }
 
@@ -380,6 +382,7 @@ class Report:
                 accuracy=data["accuracy"],
                 calibration=data.get("calibration"),
                 search=tuple(data.get("search", ())),
+                finetuning=data.get("finetuning"),
             )
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"damaged metadata: {type(error).__name__}: {error}") from error

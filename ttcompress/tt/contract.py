@@ -11,7 +11,6 @@ from functools import reduce
 from math import prod
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -34,9 +33,11 @@ class Cost(NamedTuple):
 
 def merge_cores(left: Tensor, right: Tensor) -> Tensor:
     """(r, m, n, w, q) and (q, m', n', w', s) into (r, m m', n n', w w', s)."""
-    merged = torch.einsum("amnwq,qopvs->amonpwvs", left, right)
-    sizes = (a * b for a, b in zip(left.shape[1:4], right.shape[1:4], strict=True))
-    return merged.reshape(left.shape[0], *sizes, right.shape[4])
+    r, m, n, w, q = left.shape
+    _, o, p, v, s = right.shape
+    # On small cores, as every training step merges them, this takes about half the time of an einsum.
+    merged = (left.reshape(-1, q) @ right.reshape(q, -1)).reshape(r, m, n, w, o, p, v, s)
+    return merged.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(r, m * o, n * p, w * v, s)
 
 
 def merge_all(cores: Sequence[Tensor]) -> Tensor:

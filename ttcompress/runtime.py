@@ -1,0 +1,54 @@
+"""Where and with what a run computes: device, types, threads and random numbers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ttcompress.errors import PlanError
+from ttcompress.recipe import Recipe
+
+
+@contextmanager
+def fixed_threads() -> Iterator[None]:
+    """As many threads as this process may use processors, whatever the environment says: sums then come out alike."""
+    before = torch.get_num_threads()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(min(16, usable))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """`auto` (the default) is the GPU where there is one.
+
+    Raises:
+        PlanError: a device that torch does not know or this machine does not have.
+    """
+    name = recipe.device or "auto"
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise PlanError(f"--device must be auto, cpu, cuda or cuda:N, not {name!r}")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise PlanError(f"--device {name} is not available: {str(error).splitlines()[0]}") from error
+
+
+def dtype_of(recipe: Recipe) -> torch.dtype | None:
+    """Storage type of the cores; None keeps that of each weight."""
+    return getattr(torch, recipe.dtype) if recipe.dtype else None
+
+
+@contextmanager
+def seeded(recipe: Recipe) -> Iterator[None]:
+    """Random numbers from the recipe's seed; the caller's own state is put back."""
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed or 0)
+        yield
