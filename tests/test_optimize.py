@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ttcompress.layers import TTConv2d, TTLinear
-from ttcompress.optimize import Average, make_optimizer, product_decays, rate_at, tt_layers
-from ttcompress.tt.contract import dense_weight
+from ttcompress.optimize import Average, make_optimizer, rate_at, shrink_products, tt_layers, update
 from ttcompress.tt.shapes import tensorize_shape
 from ttcompress.types import ConvSpec, LinearSpec
 
@@ -173,57 +173,63 @@ def test_norms_and_biases_of_more_axes_do_not_decay(name: str, make: Any) -> Non
 # ------------------------------------------------------------------------------------------------------------ products
 
 
-def weight_gradients(layer: TTLinear | TTConv2d) -> list[Tensor]:
-    """The oracle: through the dense weight, padding cut, as the layer applies it."""
-    weight = dense_weight([*layer.cores], layer.spec.weight_shape)
-    return [*torch.autograd.grad(weight.square().sum() / 2, [*layer.cores])]
-
-
-def are_decays(found: Sequence[tuple[Tensor, Tensor]], layers: Sequence[TTLinear | TTConv2d]) -> None:
-    cores = [core for layer in layers for core in layer.cores]
-    assert [id(core) for core, _ in found] == [id(core) for core in cores]
-    expected = [gradient for layer in layers for gradient in weight_gradients(layer)]
-    for (core, gradient), other in zip(found, expected, strict=True):
-        torch.testing.assert_close(gradient, other, rtol=1e-10, atol=1e-12)
-        assert not gradient.requires_grad
-        assert core.grad is None
-
-
 @settings(max_examples=40, deadline=None)
-@given(cases=st.lists(st.sampled_from(UNPADDED), max_size=4), rank=st.integers(1, 4), seed=SEEDS)
-def test_products_decay_as_dense_weights_do(cases: list[Case], rank: int, seed: int) -> None:
-    layers = [tt_layer(case, rank, seed + k) for k, case in enumerate(cases)]
-    are_decays(product_decays(layers), layers)
+@given(case=st.sampled_from([*UNPADDED, *PADDED]), rank=st.integers(1, 4), share=st.floats(0, 1), seed=SEEDS)
+def test_the_product_shrinks_by_the_share(case: Case, rank: int, share: float, seed: int) -> None:
+    """Whatever the number of cores."""
+    layer = tt_layer(case, rank, seed)
+    expected = (1 - share) * product([*layer.cores])
+    shrink_products([layer], share)
+    np.testing.assert_allclose(product([*layer.cores]), expected, rtol=1e-12, atol=1e-15)
 
 
-def test_frozen_layers_do_not_decay() -> None:
-    layers = [tt_layer(case) for case in UNPADDED[:3]]
-    layers[1].requires_grad_(False)
-    are_decays(product_decays(layers), [layers[0], layers[2]])
-    assert product_decays(layers[1:2]) == product_decays([]) == []
-
-
-@pytest.mark.parametrize("frozen", [0, 1, 2])
-def test_single_frozen_cores_do_not_decay_and_the_others_do(frozen: int) -> None:
+@pytest.mark.parametrize("frozen", [(), (0,), (1,), (0, 2), (0, 1, 2)], ids=str)
+def test_the_trained_cores_bear_it_alike(frozen: tuple[int, ...]) -> None:
     layer = tt_layer(UNPADDED[1])
-    expected = [*zip(layer.cores, weight_gradients(layer), strict=True)]
-    del expected[frozen]
-    layer.cores[frozen].requires_grad_(False)
-    for (core, gradient), (other, known) in zip(product_decays([layer]), expected, strict=True):
-        assert core is other
-        torch.testing.assert_close(gradient, known)
+    for k in frozen:
+        layer.cores[k].requires_grad_(False)
+    before = [core.detach().clone() for core in layer.cores]
+    shrink_products([layer], 0.3)
+    shares = [float(core.detach().norm() / was.norm()) for core, was in zip(layer.cores, before, strict=True)]
+    assert [shares[k] for k in frozen] == [1.0] * len(frozen)
+    moved = [share for k, share in enumerate(shares) if k not in frozen]
+    assert moved == [pytest.approx(0.7 ** (1 / len(moved))) for _ in moved]
 
 
-@pytest.mark.parametrize("case", [*UNPADDED, *PADDED], ids=str)
-def test_decay_alone_shrinks_the_product_all_the_way(case: Case) -> None:
-    layer = tt_layer(case)
-    norms = [np.linalg.norm(product([*layer.cores]))]
-    for _ in range(60):
-        for core, gradient in product_decays([layer]):
-            core.data.sub_(gradient, alpha=0.05)
-        norms.append(np.linalg.norm(product([*layer.cores])))
-    assert (np.diff(norms) < 0).all()
-    assert 0 < norms[-1] < norms[0] / 2
+def beside_dense(name: str, rate: float, decay: float, steps: int) -> tuple[float, float]:
+    """What is left of the norms of a TT layer and of a dense weight after steps without gradients."""
+    tt, dense = tt_layer(UNPADDED[1]), nn.Linear(3, 4, bias=False).double()
+    both = nn.ModuleList([tt, dense])
+    optimizer = make_optimizer(both, name, rate, decay)
+    norms = [float(each.weight.detach().norm()) for each in (tt, dense)]
+    for _ in range(steps):
+        for each in both.parameters():
+            each.grad = torch.zeros_like(each)
+        update(both, optimizer, [tt], 1.0, decay, optimizer.step)
+    ours, theirs = (float(each.weight.detach().norm()) / norm for each, norm in zip((tt, dense), norms, strict=True))
+    return ours, theirs
+
+
+@settings(max_examples=20, deadline=None)
+@given(rate=st.floats(1e-4, 1), decay=st.floats(1e-4, 0.5), steps=st.integers(1, 30))
+def test_with_adamw_products_decay_as_dense_weights_do(rate: float, decay: float, steps: int) -> None:
+    ours, theirs = beside_dense("adamw", rate, decay, steps)
+    assert ours == pytest.approx(theirs, rel=1e-10)
+    assert ours < 1
+
+
+@pytest.mark.parametrize(("rate", "decay"), [(0.01, 0.01), (0.1, 0.001), (0.001, 0.1)])
+def test_with_sgd_products_decay_as_dense_weights_do_in_the_long_run(rate: float, decay: float) -> None:
+    steps = 1500
+    ours, theirs = beside_dense("sgd", rate, decay, steps)
+    assert 0.1 < ours < 0.95
+    assert math.log(ours) == pytest.approx(math.log(theirs), rel=0.02)
+
+
+def test_too_much_decay_ends_at_zero() -> None:
+    layer = tt_layer(UNPADDED[0])
+    shrink_products([layer], 7.0)
+    assert not np.any(product([*layer.cores]))
 
 
 # ------------------------------------------------------------------------------------------------------------ averages

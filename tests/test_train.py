@@ -63,7 +63,7 @@ def expected_loss(logits: Tensor, aims: Tensor, answers: Tensor | None, options:
 
 
 def by_hand(model: nn.Module, master: nn.Module | None, source: Stream, options: Options) -> list[Json]:
-    """All as in a textbook, decay of products by way of the dense weights."""
+    """All as in a textbook."""
     layers = [module for module in model.modules() if isinstance(module, TTConv2d | TTLinear)]
     cores = [core for layer in layers for core in layer.cores]
     dense = [model.get_parameter(name) for name in ("0.weight", "10.weight")]
@@ -86,18 +86,16 @@ def by_hand(model: nn.Module, master: nn.Module | None, source: Stream, options:
             optimizer.zero_grad()
             loss.backward()
             norm = math.sqrt(sum(float(each.grad.square().sum()) for each in model.parameters()))
-            squares = sum(layer.weight.square().sum() for layer in layers) / 2
-            decays = [options.weight_decay * each for each in torch.autograd.grad(squares, cores)]
             rate = expected_rate(epoch * source.steps + step, options.epochs * source.steps, options, source.steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             for each in model.parameters():
                 each.grad *= min(1.0, options.clip / norm) if options.clip else 1.0
-            for core, decay in zip(cores, decays, strict=True):
-                core.grad += decay if sgd else 0
+            left = 1 - rate * options.weight_decay * (10 if sgd else 1)
+            for layer in layers:
+                for core in layer.cores:
+                    core.data *= left ** (1 / len(layer.cores))
             optimizer.step()
-            for core, decay in zip(cores, decays, strict=True):
-                core.data -= 0 if sgd else rate * decay
             losses.append(loss.item())
             hits += int((logits.argmax(1) == labels).sum())
         records.append({"loss": np.mean(losses), "train": 100 * hits / 96, "epoch": epoch + 1})

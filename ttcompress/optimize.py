@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from math import cos, pi
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ttcompress.layers import TTConv2d, TTLinear
 
@@ -24,7 +24,7 @@ def tt_layers(model: nn.Module) -> list[TTLinear | TTConv2d]:
 def make_optimizer(model: nn.Module, name: str, rate: float, decay: float) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum, or AdamW, with weight decay on dense weights alone.
 
-    Biases and the parameters of norms have none; TT-cores have that of their product, from `product_decays`.
+    Biases and the parameters of norms have none; TT-cores have that of their product, in `update`.
     """
     decayed, others = list[nn.Parameter](), list[nn.Parameter]()
     for owner in model.modules():
@@ -55,35 +55,6 @@ def rate_at(step: int, total: int, warm_up: int, schedule: str) -> float:
 
 
 @torch.no_grad()
-def product_decays(layers: Sequence[TTLinear | TTConv2d]) -> list[tuple[Tensor, Tensor]]:
-    """All trained cores with the gradients of ||B||^2 / 2: weight decay of what the cores stand for, padding included.
-
-    Decay of each core is another thing: its minimum at a given product moves norm between the cores, and its strength
-    on the product depends on how many they are.
-    """
-    pairs = [pair for layer in layers for pair in zip(layer.cores, _norm_gradients(list(layer.cores)), strict=True)]
-    return [(core, gradient) for core, gradient in pairs if core.requires_grad]
-
-
-def _norm_gradients(cores: Sequence[Tensor]) -> list[Tensor]:
-    """Of ||B||^2 / 2 by each core: the core between the Gram matrices of all that is left and all that is right of it.
-
-    Cores are (r_{k-1}, m_k, n_k, w_k, r_k); B is never built.
-    """
-    scaled, rights = list[Tensor](), [cores[-1].new_ones(1, 1)]
-    left = rights[0]
-    for core in cores:
-        rank = core.shape[-1]
-        scaled.append((left @ core.flatten(1)).reshape(-1, rank))
-        left = core.reshape(-1, rank).T @ scaled[-1]
-    for core in reversed(cores[1:]):
-        flat = core.flatten(1)
-        rights.append((core.reshape(-1, core.shape[-1]) @ rights[-1]).reshape(flat.shape) @ flat.T)
-    found = zip(scaled, reversed(rights), cores, strict=True)
-    return [(half @ right).reshape(core.shape) for half, right, core in found]
-
-
-@torch.no_grad()
 def update(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -92,23 +63,30 @@ def update(
     decay: float,
     step: Callable[[], object],
 ) -> None:
-    """One step with the gradients cut to a norm of `clip` (0 for none); `step` is the optimizer's, scaled or not.
-
-    Decay of the TT layers is as the optimizer's own: with SGD in the gradient, with AdamW beside it.
-    """
+    """One step with the gradients cut to a norm of `clip` (0 for none); `step` is the optimizer's, scaled or not."""
     if clip:
         nn.utils.clip_grad_norm_([each for each in model.parameters() if each.grad is not None], clip)
-    decays = product_decays(layers) if decay else []
-    beside = isinstance(optimizer, torch.optim.AdamW)
-    if not beside:
-        for core, gradient in decays:
-            if core.grad is not None:
-                core.grad.add_(gradient, alpha=decay)
+    shrink_products(layers, _shrinkage(optimizer, decay))
     step()
-    if beside:
-        rate = float(optimizer.param_groups[0]["lr"])
-        for core, gradient in decays:
-            core.sub_(gradient, alpha=rate * decay)
+
+
+def _shrinkage(optimizer: torch.optim.Optimizer, decay: float) -> float:
+    """By which share a dense weight without gradient shrinks in a step; with SGD, once the momentum has built up."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"] * decay / (1 - group.get("momentum", 0)))
+
+
+@torch.no_grad()
+def shrink_products(layers: Sequence[TTLinear | TTConv2d], share: float) -> None:
+    """Weight decay of TT layers: make the weight that the cores stand for smaller by a share, as that of a dense layer.
+
+    The trained cores of a layer bear it alike. Decay of each core at the rate of dense weights would be another thing:
+    the more cores, the stronger, and its minimum at a given product moves norm between them.
+    """
+    for layer in layers if share else ():
+        trained = [core for core in layer.cores if core.requires_grad]
+        for core in trained:
+            core.mul_(max(0.0, 1 - share) ** (1 / len(trained)))
 
 
 class Average:
