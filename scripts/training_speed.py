@@ -1,7 +1,8 @@
 """A training step, compressed against dense: python scripts/training_speed.py FILE... [--batch-size N]
 
 Every FILE is a compressed network whose architecture is known by name. Both networks, in both memory formats, take
-steps by turns on one CPU thread; printed are medians, and the median over the rounds of the ratio of the faster formats.
+steps by turns on one CPU thread. Printed are medians of CPU time, which other processes disturb less than wall time,
+and the median over the rounds of the ratio of the faster formats.
 """
 
 from __future__ import annotations
