@@ -75,7 +75,7 @@ def test_every_option_is_documented() -> None:
         for command in [commands, *commands.commands.values()]
         for parameter in command.params
         if isinstance(parameter, click.Option)
-        for name in parameter.opts
+        for name in (*parameter.opts, *parameter.secondary_opts)
     }
     assert options - documented == set()
     assert documented - options - {"-h", "--help"} == set()
