@@ -84,10 +84,8 @@ def finetune_file(
     student = _from_scratch(recipe, plan) if source is None else _open_student(source, recipe, plan, origin)
     if student.report is None and output.suffix not in (".pt", ".pth", ".safetensors"):
         raise CheckpointError(f"{output}: end the name in .pt, .pth or .safetensors")
-    model, types = (
-        student.network.model,
-        {name: each.dtype for name, each in student.network.model.state_dict().items()},
-    )
+    model = student.network.model
+    types = {name: each.dtype for name, each in model.state_dict().items()}
     with seeded(recipe), joined(device_of(recipe)) as world:
         course, facts = _course(student, recipe, saved, world, progress, log)
         model.float().to(world.device)
