@@ -206,6 +206,18 @@ def run(*arguments: object, cwd: Path, code: int = 0) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
+def stopped(*arguments: object, cwd: Path, by: signal.Signals) -> tuple[str, str]:
+    """What a training prints that a signal stops after its second epoch."""
+    started = subprocess.Popen(command(*arguments), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert started.stderr is not None
+    while '"epoch": 2' not in started.stderr.readline():
+        assert started.poll() is None
+    started.send_signal(by)
+    out, err = started.communicate(timeout=60)
+    assert started.returncode == 130
+    return out, err
+
+
 def test_everything_in_one_go(folder: Path, tmp_path: Path) -> None:
     given = ["--ratio", 20, "--finetune", 2, "--train", "digits", "--data", "digits", "-o", "out.safetensors"]
     out, err = run("compress", folder / "digits.pt", *given, cwd=tmp_path)
@@ -222,16 +234,7 @@ def test_everything_in_one_go(folder: Path, tmp_path: Path) -> None:
 def test_everything_in_one_go_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "digits.pt").write_bytes((folder / "digits.pt").read_bytes())
     given = ["--ratio", 20, "--finetune", 20, "--train", "digits", "-o", "out.safetensors"]
-    started = subprocess.Popen(
-        command("compress", "digits.pt", *given), cwd=tmp_path,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert started.stderr is not None
-    while '"epoch": 2' not in started.stderr.readline():
-        assert started.poll() is None
-    started.send_signal(signal.SIGTERM)
-    started.communicate(timeout=60)
-    assert started.returncode == 130
+    stopped("compress", "digits.pt", *given, cwd=tmp_path, by=signal.SIGTERM)
     _, err = run("compress", "digits.pt", "--ratio", 10, *given[2:], "--resume", cwd=tmp_path, code=2)
     assert "out.safetensors: was compressed otherwise: ratio was 20.0, is 10.0; repeat" in err
     _, err = run("compress", "digits.pt", *given, "--resume", cwd=tmp_path)
@@ -260,16 +263,7 @@ def whole(folder: Path) -> bytes:
 
 def test_stopped_and_resumed_on_the_command_line(folder: Path, whole: bytes, tmp_path: Path) -> None:
     source = folder / "digits-tt.safetensors"
-    started = subprocess.Popen(
-        command("finetune", source, *TRAINING, "-o", "stopped.safetensors"), cwd=tmp_path,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert started.stderr is not None
-    while '"epoch": 2' not in started.stderr.readline():
-        assert started.poll() is None
-    started.send_signal(signal.SIGINT)
-    out, err = started.communicate(timeout=60)
-    assert started.returncode == 130
+    out, err = stopped("finetune", source, *TRAINING, "-o", "stopped.safetensors", cwd=tmp_path, by=signal.SIGINT)
     assert out == ""
     (line,) = [line for line in err.splitlines() if not line.startswith("{")]
     assert line.startswith("ttcompress: stopped in epoch ")
