@@ -19,7 +19,7 @@ from ttcompress.layers import tt_layer
 from ttcompress.network import open_dense
 from ttcompress.plan import find_layers
 from ttcompress.surgery import swap
-from ttcompress.tt.decompose import decompose_weight, frobenius_norm, squared_spectra, tensorize
+from ttcompress.tt.decompose import decompose_weight, frobenius_norm, squared_spectra
 from ttcompress.tt.shapes import FORMATS, tensorize_shape
 
 POWERS = {"absolute": 2.0, "in between": 1.0, "relative": 0.0}
@@ -49,7 +49,7 @@ def compare(checkpoint: Path, data: str) -> None:
     layers = [layer for layer in find_layers(network.model) if not layer.kept]
     weights = [layer.module.weight.detach() for layer in layers]
     shapes = [{(t := tensorize_shape(name, w.shape)).modes: t for name in FORMATS}.values() for w in weights]
-    spectra = [[(t, squared_spectra(tensorize(w, t))) for t in each] for w, each in zip(weights, shapes, strict=True)]
+    spectra = [[(t, squared_spectra(w, t)) for t in each] for w, each in zip(weights, shapes, strict=True)]
     total = sum(parameter.numel() for parameter in network.model.parameters())
     fixed = total - sum(weight.numel() for weight in weights)
     for ratio in (1.5, 2.0, 3.0):

@@ -21,7 +21,7 @@ from ttcompress.allocate import (
     within_budget,
 )
 from ttcompress.errors import PlanError
-from ttcompress.tt.decompose import decompose_weight, squared_spectra, tensorize
+from ttcompress.tt.decompose import decompose_weight, squared_spectra
 from ttcompress.tt.shapes import FORMATS, Tensorization, tensorize_shape
 
 SHAPES: list[tuple[int, ...]] = [(6, 5, 3, 3), (8, 8, 1, 3), (16, 12), (9, 7, 2, 2)]
@@ -53,7 +53,7 @@ def tensorizations(shape: tuple[int, ...]) -> list[Tensorization]:
 
 def options_of(shape: tuple[int, ...], seed: int = 0) -> LayerOptions:
     weight = torch.tensor(weight_of(shape, seed))
-    candidates = [Candidate(each, squared_spectra(tensorize(weight, each))) for each in tensorizations(shape)]
+    candidates = [Candidate(each, squared_spectra(weight, each)) for each in tensorizations(shape)]
     return LayerOptions(weight.numel(), tuple({each.tensorization.modes: each for each in candidates}.values()))
 
 

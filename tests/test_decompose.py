@@ -16,6 +16,7 @@ from oracles import weight_in_numpy
 from torch import Tensor
 
 from ttcompress.errors import ShapeError
+from ttcompress.tt import unfolding
 from ttcompress.tt.decompose import TTSVD, decompose_weight, squared_spectra, tensorize, tt_svd
 from ttcompress.tt.shapes import Tensorization, feasible_ranks, tensorize_shape
 
@@ -300,6 +301,28 @@ def test_eps_out_of_range(dtype: torch.dtype, eps: float) -> None:
 def test_ranks_that_do_not_fit(max_rank: int | tuple[int, ...]) -> None:
     with pytest.raises(ShapeError, match="TT-ranks"):
         tt_svd(torch.ones(3, 3, 3), max_rank)
+
+
+@pytest.mark.parametrize("kind", ["normal", "decaying"])
+@pytest.mark.parametrize("shape", [(600, 700), (24, 25, 24, 25)])
+def test_a_few_of_many_singular_vectors_hold_as_much_as_the_exact_ones(kind: str, shape: tuple[int, ...]) -> None:
+    """Of 600 equal-looking directions a Krylov space finds those 20 that hold most, but for a thousandth."""
+    tensor = tensor_of(sample(kind, shape, 8), torch.float32)
+    exact, result = tt_svd(tensor.double(), 20), tt_svd(tensor, 20)
+    assert result.tt_ranks == exact.tt_ranks
+    assert result.relative_error == pytest.approx(true_error(tensor, result.cores), rel=1e-6)
+    assert result.relative_error <= max(1.001 * exact.relative_error, 1e-6)
+
+
+def test_blocks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With small blocks the same comes out as in one piece."""
+    weight, tensorization = weight_case("matrix", (64, 96), (4, 4, 4), (4, 4, 6))
+    whole = decompose_weight(weight.float(), tensorization, 3)
+    monkeypatch.setattr(unfolding, "BLOCK", 100)
+    parts = decompose_weight(weight.float(), tensorization, 3)
+    found, expected = (weight_in_numpy(each.cores, (64, 96)) for each in (parts, whole))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert parts.relative_error == pytest.approx(whole.relative_error, rel=1e-6)
 
 
 @settings(max_examples=80, deadline=None)

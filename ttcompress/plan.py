@@ -33,7 +33,7 @@ from ttcompress.checkpoint import replacing
 from ttcompress.errors import PlanError, ShapeError, shortlist
 from ttcompress.layers import layer_spec
 from ttcompress.recipe import TARGETS, LayerRule, Recipe
-from ttcompress.tt.decompose import frobenius_norm, smallest_eps, squared_spectra, tensorize
+from ttcompress.tt.decompose import frobenius_norm, smallest_eps, squared_spectra
 from ttcompress.tt.shapes import FORMATS, Tensorization, feasible_ranks, tensorize_shape
 from ttcompress.tt.whiten import ModeMetric, whitened
 from ttcompress.types import (
@@ -361,7 +361,7 @@ def _spectra_and_norms(
     if metrics is None:
         norm = frobenius_norm(weight)
         for each in request.tensorizations:
-            yield each, squared_spectra(tensorize(weight, each)), norm
+            yield each, squared_spectra(weight, each), norm
         return
     fqn = request.layer.fqn
     whole = tensorize_shape("lowrank", tuple(weight.shape))
