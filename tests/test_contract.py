@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ttcompress.tt.contract import chain_product, dense_weight, merge_all, merge_cores, pad_features, sweep, sweep_cost
+from ttcompress.tt.contract import chain_product, dense_weight, merge_all, merge_cores, pad_features, sweep, sweep_plan
 
 Full = NDArray[np.float64]
 Modes = list[tuple[int, int, int]]
@@ -76,7 +76,7 @@ def test_sweep_starts_where_it_is_cheaper(modes: Modes) -> None:
     """Two factors of a matrix cost (N + M) r multiply-adds a row in either order, never N M r."""
     cores = make(modes, [1, 5, 1], 0)
     x = np.random.default_rng(1).standard_normal((3, 90))
-    cost = sweep_cost([core.shape for core in cores], 3)
+    cost = sweep_plan(tuple(tuple(core.shape) for core in cores)).cost(3)
     assert cost.multiply_adds == 3 * 5 * (90 + 70)
     expected = x @ oracle(cores)[0, :, :, 0, 0].T
     np.testing.assert_allclose(sweep(cores, torch.tensor(x)).numpy(), expected, rtol=1e-11, atol=1e-11)

@@ -277,6 +277,74 @@ def test_deepcopy_is_independent(case: Any) -> None:
     assert torch.equal(layer(x), wanted)
 
 
+def fresh(layer: Any, x: Tensor) -> Tensor:
+    """What the layer says with nothing kept from before."""
+    twin = deepcopy(layer)
+    assert twin._kept == {}
+    with torch.no_grad():
+        y: Tensor = twin(x)
+    return y
+
+
+def changes() -> dict[str, Callable[[Any], object]]:
+    def assigned(layer: Any) -> None:
+        for core in layer.cores:
+            core.data = core.data * 1.5
+
+    def replaced(layer: Any) -> None:
+        layer.cores = nn.ParameterList([nn.Parameter(core.detach() * 1.5) for core in layer.cores])
+
+    def loaded(layer: Any) -> None:
+        layer.load_state_dict({name: 1.5 * tensor for name, tensor in layer.state_dict().items()})
+
+    def in_place(layer: Any) -> None:
+        with torch.no_grad():
+            layer.cores[0].mul_(1.5)
+
+    return {"in place": in_place, "assigned": assigned, "replaced": replaced, "loaded": loaded}
+
+
+@every_layer
+@pytest.mark.parametrize("change", changes())
+def test_what_is_kept_for_evaluation_follows_the_cores(case: Any, change: str) -> None:
+    layer, _, x = small(case)
+    layer.eval()
+    for execution in layer.executions:
+        layer.execution = execution
+        with torch.no_grad():
+            before = layer(x)
+            kept = dict(layer._kept)
+            assert torch.equal(layer(x), before)
+            assert kept
+            assert layer._kept.keys() == kept.keys()
+        changes()[change](layer)
+        with torch.no_grad():
+            after = layer(x)
+        assert torch.equal(after, fresh(layer, x))
+        assert not close(after, before)
+
+
+@every_layer
+def test_nothing_is_kept_where_gradients_flow_or_types_change(case: Any) -> None:
+    layer, _, x = small(case)
+    layer.eval()
+    with torch.inference_mode():
+        wanted = layer(x)
+    y = layer(x)
+    y.sum().backward()
+    assert all(core.grad is not None for core in layer.cores)
+    assert close(y, wanted)
+    layer.requires_grad_(False)
+    inputs = x.clone().requires_grad_()
+    layer(inputs).sum().backward()
+    assert inputs.grad is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert close(layer(x), wanted)
+    assert layer.double()(x.double()).dtype == torch.float64
+    assert layer.train()._kept == {}
+
+
 @every_layer
 def test_state_dict_round_trip(case: Any) -> None:
     layer, _, x = small(case)

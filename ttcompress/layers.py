@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from math import prod
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,31 @@ from torch.nn import functional
 
 from ttcompress.errors import PlanError, ShapeError
 from ttcompress.tt.arithmetic import norm
-from ttcompress.tt.contract import Cost, dense_weight, merge_all, merge_cost, pad_features, sweep, sweep_cost
+from ttcompress.tt.contract import (
+    Cost,
+    SweepPlan,
+    dense_weight,
+    merge_all,
+    merge_cost,
+    merge_groups,
+    pad_features,
+    sweep_groups,
+    sweep_plan,
+)
 from ttcompress.tt.decompose import decompose_weight
 from ttcompress.tt.shapes import Tensorization, tensorize_shape
 from ttcompress.types import ConvSpec, LayerSpec, LinearSpec
+
+T = TypeVar("T")
+CHANNEL_BLOCK = 16
+
+
+def _state(cores: Sequence[Tensor]) -> tuple[tuple[int, int], ...] | None:
+    """What changes when the cores do; None for tensors without memory of their own, as under vmap."""
+    try:
+        return tuple((core.data_ptr(), core._version) for core in cores)
+    except RuntimeError:
+        return None
 
 
 def layer_spec(module: nn.Linear | nn.Conv2d) -> LayerSpec:
@@ -59,6 +80,8 @@ class _TTLayer(nn.Module):
         self.cores = nn.ParameterList([nn.Parameter(core) for core in empty])
         bias = nn.Parameter(torch.empty(spec.weight_shape[0], device=device, dtype=dtype)) if spec.bias else None
         self.register_parameter("bias", bias)
+        self._kept: dict[Hashable, Any] = {}
+        self._plans = self._sweep_plans()
         self.reset_parameters()
 
     @classmethod
@@ -140,11 +163,61 @@ class _TTLayer(nn.Module):
         """No choice by cost: one is forced, or `torch.export` asks for one graph for all call shapes, the factored."""
         return self.execution != "auto" or torch.compiler.is_exporting()
 
-    def _weights_as(self, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """Cores and bias in the input's type: files may store them in a narrower one."""
+    def _trains(self) -> bool:
+        return torch.is_grad_enabled() and any(core.requires_grad for core in self.cores)
+
+    def _keeps(self) -> bool:
+        """Whether what is made of the cores serves the next call too: in eval mode, where no gradient goes to them."""
+        return not (self.training or torch.compiler.is_compiling() or self._trains() or self.cores[0].is_inference())
+
+    def _made(self, what: str, x: Tensor, make: Callable[[list[Tensor]], T]) -> T:
+        """make(cores in the type of x), kept where possible until the cores change.
+
+        A change in place through `core.data` cannot be seen; `train()` and `eval()` drop what is kept.
+        """
         if not x.is_floating_point():
             raise ShapeError(f"the layer takes floating-point input, not {x.dtype}")
-        return [core.to(x.dtype) for core in self.cores], None if self.bias is None else self.bias.to(x.dtype)
+        cores = list(self.cores)
+        state = _state(cores) if self._keeps() else None
+        if state is None:
+            return make([core.to(x.dtype) for core in cores])
+        kind = x.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key = what, x.dtype, autocast, torch.is_inference_mode_enabled(), state
+        if key not in self._kept:
+            # As long as the memory is held its address is not given to other cores.
+            held = [core.detach() for core in cores]
+            self._kept = {key: (make([core.to(x.dtype) for core in cores]), held)}
+        made: T = self._kept[key][0]
+        return made
+
+    def _sweep_plans(self) -> list[SweepPlan]:
+        """How inputs meet the cores, without and with gradients, for layers that contract them."""
+        if "contract" not in self.executions:
+            return []
+        shapes = self.tensorization.core_shapes(self.tt_ranks)
+        windowless = tuple(shape for shape in shapes if shape[3] == 1)
+        return [sweep_plan(windowless, training) for training in (False, True)]
+
+    def _plan(self) -> SweepPlan:
+        return self._plans[self._trains()]
+
+    def _bias_as(self, x: Tensor) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(x.dtype)
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch; what was made of the cores for evaluation is dropped."""
+        self._kept = {}
+        return super().train(mode)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Self:
+        self._kept = {}
+        moved: Self = super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+        return moved
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was made of the cores, so that copies do not hold it twice."""
+        return {**vars(self), "_kept": {}}
 
     def extra_repr(self) -> str:
         """Shape, format and TT-ranks."""
@@ -172,23 +245,25 @@ class TTLinear(_TTLayer):
         """
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"the layer takes (..., {self.in_features}), not {tuple(x.shape)}")
-        cores, bias = self._weights_as(x)
+        bias = self._bias_as(x)
         rows = x.reshape(-1, self.in_features)
         if self._runs_dense(rows.shape[0]):
-            return functional.linear(x, dense_weight(cores, self.spec.weight_shape), bias)
+            weight = self._made("dense", x, lambda cores: dense_weight(cores, self.spec.weight_shape))
+            return functional.linear(x, weight, bias)
+        plan = self._plan()
+        groups = self._made("groups", x, lambda cores: merge_groups(cores, plan))
         padded = pad_features(rows, prod(self.tensorization.in_modes))
-        y = sweep(cores, padded)[:, : self.out_features]
+        y = sweep_groups(groups, padded, plan)[:, : self.out_features]
         y = y.reshape(*x.shape[:-1], self.out_features)
         return y if bias is None else y + bias.to(y.dtype)
 
     def _runs_dense(self, rows: int) -> bool:
         if self._is_decided():
             return self.execution == "dense"
-        shapes = self.tensorization.core_shapes(self.tt_ranks)
-        rebuilt = merge_cost(shapes)
-        size = self.in_features * self.out_features
+        size, kept = self.in_features * self.out_features, self._keeps()
+        rebuilt = Cost(0, 0) if kept else merge_cost(self.tensorization.core_shapes(self.tt_ranks))
         dense = Cost(rebuilt.multiply_adds + rows * size, rebuilt.elements + size)
-        return dense.total < sweep_cost(shapes, rows).total
+        return dense.total < self._plan().cost(rows, kept).total
 
 
 class TTConv2d(_TTLayer):
@@ -218,40 +293,55 @@ class TTConv2d(_TTLayer):
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
             raise ShapeError(f"the layer takes ([batch,] {self.in_channels}, height, width), not {tuple(x.shape)}")
         batch = x if x.dim() == 4 else x[None]
-        cores, bias = self._weights_as(x)
+        bias = self._bias_as(x)
         if self._runs_dense(batch):
-            y = self._window(batch, dense_weight(cores, self.spec.weight_shape), bias)
+            weight = self._made("dense", x, lambda cores: dense_weight(cores, self.spec.weight_shape))
+            y = self._window(batch, weight, bias)
         elif self.tensorization.format == "matrix":
-            y = self._contract(batch, cores)
+            y = self._contract(batch)
             y = y if bias is None else y + bias[:, None, None].to(y.dtype)
         else:
-            y = self._chain(batch, cores, bias)
+            y = self._chain(batch, bias)
         return y if x.dim() == 4 else y[0]
 
-    def _chain(self, x: Tensor, cores: list[Tensor], bias: Tensor | None) -> Tensor:
+    def _chain(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """1x1, kh x kw, 1x1; or kh x kw, 1x1 with everything before the output core merged into one kernel."""
+        first, kernel, last = self._made("chain", x, self._chain_kernels)
+        if first is not None:
+            x = _pointwise(x, first)
+        return _pointwise(self._window(x, kernel), last, bias)
+
+    def _chain_kernels(self, cores: list[Tensor]) -> tuple[Tensor | None, Tensor, Tensor]:
         head, last = cores[:-1], cores[-1]
+        first = None
         if self.tensorization.format == "chain":
             first, *head = head
-            x = functional.conv2d(x, first[0, 0, :, 0].T[:, :, None, None])
+            first = first[0, 0, :, 0].T
             kernel = head[0][:, 0, 0].permute(2, 0, 1)
         else:
             kernel = merge_all(head)[0, 0].permute(2, 0, 1)
-        x = self._window(x, kernel.reshape(*kernel.shape[:2], *self.kernel_size))
-        return functional.conv2d(x, last[:, :, 0, 0, 0].T[:, :, None, None], bias)
+        return first, kernel.reshape(*kernel.shape[:2], *self.kernel_size), last[:, :, 0, 0, 0].T
 
-    def _contract(self, x: Tensor, cores: list[Tensor]) -> Tensor:
+    def _contract(self, x: Tensor) -> Tensor:
         """Channel cores pixel by pixel, then the window core for all outputs (Garipov et al. 2016, section 4)."""
-        windowed = self.tensorization.window_modes[0] > 1
-        window = cores[0][0, 0, 0].T if windowed else x.new_ones(1, 1)
+        plan = self._plan()
+        window, groups = self._made("groups", x, lambda cores: self._window_and_groups(cores, plan))
         n, _, height, width = x.shape
         pixels = pad_features(x.permute(0, 2, 3, 1), prod(self.tensorization.in_modes)).flatten(0, 2)
-        mixed = sweep(cores[1:] if windowed else cores, pixels)
+        mixed = sweep_groups(groups, pixels, plan)
         padded_out = prod(self.tensorization.out_modes)
         mixed = mixed.reshape(n, height, width, window.shape[0], padded_out)[..., : self.out_channels]
         images = mixed.permute(0, 4, 3, 1, 2).flatten(0, 1)
         y = self._window(images, window.reshape(1, -1, *self.kernel_size))
         return y.reshape(n, self.out_channels, *y.shape[2:])
+
+    def _window_and_groups(self, cores: list[Tensor], plan: SweepPlan) -> tuple[Tensor, list[Tensor]]:
+        if self._is_windowed():
+            return cores[0][0, 0, 0].T, merge_groups(cores[1:], plan)
+        return cores[0].new_ones(1, 1), merge_groups(cores, plan)
+
+    def _is_windowed(self) -> bool:
+        return self.tensorization.window_modes[0] > 1
 
     def _window(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Convolve with this layer's stride, padding and dilation."""
@@ -275,34 +365,53 @@ class TTConv2d(_TTLayer):
             return self.execution == "dense"
         pixels = x.shape[0] * x.shape[2] * x.shape[3]
         out_pixels = pixels // (self.stride[0] * self.stride[1])
-        shapes = self.tensorization.core_shapes(self.tt_ranks)
-        rebuilt = merge_cost(shapes)
-        size = prod(self.spec.weight_shape)
+        kept = self._keeps()
+        rebuilt = Cost(0, 0) if kept else merge_cost(self.tensorization.core_shapes(self.tt_ranks))
+        channels, outs = _blocked(self.in_channels), _blocked(self.out_channels)
         moved = pixels * self.in_channels + out_pixels * self.out_channels
-        dense = Cost(rebuilt.multiply_adds + out_pixels * size, rebuilt.elements + moved)
-        return dense.total < self._factored_cost(shapes, pixels, out_pixels).total
+        madds = out_pixels * channels * outs * prod(self.kernel_size)
+        dense = Cost(rebuilt.multiply_adds + madds, rebuilt.elements + moved)
+        return dense.total < self._factored_cost(pixels, out_pixels, kept).total
 
-    def _factored_cost(self, shapes: list[tuple[int, int, int, int, int]], pixels: int, out_pixels: int) -> Cost:
+    def _factored_cost(self, pixels: int, out_pixels: int, kept: bool) -> Cost:
         window = prod(self.kernel_size)
+        channels, outs = _blocked(self.in_channels), _blocked(self.out_channels)
         moved = pixels * self.in_channels + out_pixels * self.out_channels
+        shapes = self.tensorization.core_shapes(self.tt_ranks)
         if self.tensorization.format == "matrix":
-            windowed = self.tensorization.window_modes[0] > 1
-            rank = shapes[0][4] if windowed else 1
-            mixed = sweep_cost(shapes[1:] if windowed else shapes, pixels)
+            rank = shapes[0][4] if self._is_windowed() else 1
+            mixed = self._plan().cost(pixels, kept)
             madds = mixed.multiply_adds + out_pixels * self.out_channels * rank * window
             return Cost(madds, mixed.elements + 2 * pixels * self.out_channels * rank + moved)
         rank = shapes[-1][0]
         # What is between two convolutions is written and read again.
-        madds, elements = out_pixels * rank * self.out_channels, moved + 2 * out_pixels * rank
+        madds, elements = out_pixels * _blocked(rank) * outs, moved + 2 * out_pixels * rank
         if self.tensorization.format == "chain":
             first = shapes[0][4]
             return Cost(
-                madds + pixels * self.in_channels * first + out_pixels * first * window * rank,
+                madds + pixels * channels * _blocked(first) + out_pixels * _blocked(first) * window * _blocked(rank),
                 elements + 2 * pixels * first,
             )
-        head = merge_cost(shapes[:-1])
-        madds += head.multiply_adds + out_pixels * self.in_channels * window * rank
+        head = Cost(0, 0) if kept else merge_cost(shapes[:-1])
+        madds += head.multiply_adds + out_pixels * channels * window * _blocked(rank)
         return Cost(madds, elements + head.elements)
+
+
+def _blocked(channels: int) -> int:
+    """What a convolution with this many channels costs: vector units take CHANNEL_BLOCK at a time."""
+    return -(-channels // CHANNEL_BLOCK) * CHANNEL_BLOCK
+
+
+def _pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A 1x1 convolution by a matrix (out, in).
+
+    On images in torch's default memory format a product of matrices needs no other order of the channels, which a
+    convolution makes and undoes.
+    """
+    if x.is_contiguous() and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        y = (matrix @ x.flatten(2)).reshape(len(x), len(matrix), *x.shape[2:])
+        return y if bias is None else y + bias[:, None, None].to(y.dtype)
+    return functional.conv2d(x, matrix[:, :, None, None], bias)
 
 
 def tt_layer(spec: LayerSpec) -> type[TTLinear] | type[TTConv2d]:

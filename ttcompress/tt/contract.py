@@ -6,17 +6,24 @@ one pairwise product carries every format and every way to run a layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import reduce
+from collections.abc import Iterator, Sequence
+from functools import cache, reduce
+from itertools import combinations, pairwise
 from math import prod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 Shape = Sequence[int]
 ELEMENT_COST = 16
 """Multiply-adds that take as long as moving one element through memory, on the CPUs and GPUs we measured."""
+
+TRAINING_TRAFFIC = 16
+"""How much more an element of an intermediate counts in training."""
+TYPICAL_ROWS = 64
+MOST_GROUPS = 4
 
 
 class Cost(NamedTuple):
@@ -57,15 +64,79 @@ def dense_weight(cores: Sequence[Tensor], weight_shape: Shape) -> Tensor:
     return whole.reshape(tuple(weight_shape))
 
 
+class SweepPlan(NamedTuple):
+    """How an input meets the cores: bounds of the groups that are merged first, from which end, and the costs.
+
+    `per_row` is the cost for one input vector, `merging` that of merging the groups.
+    """
+
+    bounds: tuple[int, ...]
+    from_last: bool
+    per_row: Cost
+    merging: Cost
+
+    def cost(self, rows: int, merged: bool = False) -> Cost:
+        """For `rows` input vectors; `merged` if the groups are at hand."""
+        madds, elements = (rows * each for each in self.per_row)
+        return Cost(madds, elements) if merged else Cost(madds + self.merging[0], elements + self.merging[1])
+
+
+@cache
+def sweep_plan(shapes: tuple[Shape, ...], training: bool = False) -> SweepPlan:
+    """The cheapest way to contract inputs with window-less cores of these shapes (r_{k-1}, m_k, n_k, 1, r_k).
+
+    Memory traffic decides more than multiply-adds: cores merged into a few groups leave fewer intermediates. In
+    training each of them is also saved, brought into another order, and has a gradient. The plan does not depend on the
+    number of inputs, so that graphs are the same for all.
+    """
+    weight = TRAINING_TRAFFIC if training else 1
+    plans = [_plan(shapes, bounds, from_last) for bounds in _groupings(len(shapes)) for from_last in (True, False)]
+
+    def total(plan: SweepPlan) -> float:
+        madds, elements = plan.cost(TYPICAL_ROWS)
+        return Cost(madds, weight * elements).total
+
+    return min(plans, key=total)
+
+
+def _plan(shapes: Sequence[Shape], bounds: tuple[int, ...], from_last: bool) -> SweepPlan:
+    groups = [shapes[first:last] for first, last in pairwise(bounds)]
+    merged = [_merged_shape(group) for group in groups]
+    costs = [merge_cost(group) for group in groups]
+    merging = Cost(sum(cost.multiply_adds for cost in costs), sum(cost.elements for cost in costs))
+    return SweepPlan(bounds, from_last, _sweep_cost(merged if from_last else _mirrored(merged), 1), merging)
+
+
+def _groupings(count: int) -> Iterator[tuple[int, ...]]:
+    """Bounds of at most MOST_GROUPS groups of neighbours, and of every core by itself."""
+    for number in range(min(MOST_GROUPS, count)):
+        for inner in combinations(range(1, count), number):
+            yield (0, *inner, count)
+    yield tuple(range(count + 1))
+
+
+def _merged_shape(shapes: Sequence[Shape]) -> Shape:
+    return (shapes[0][0], *(prod(factors) for factors in list(zip(*shapes, strict=True))[1:4]), shapes[-1][4])
+
+
+def merge_groups(cores: Sequence[Tensor], plan: SweepPlan) -> list[Tensor]:
+    """The groups of a plan, each merged into one core."""
+    return [merge_all(cores[first:last]) for first, last in pairwise(plan.bounds)]
+
+
 def sweep(cores: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Contract the input with window-less cores, from the cheaper end: (B, N) to (B, r_0 M), both row-major.
+    """Contract the input with window-less cores as planned: (B, N) to (B, r_0 M), both row-major."""
+    plan = sweep_plan(tuple(tuple(core.shape) for core in cores))
+    return sweep_groups(merge_groups(cores, plan), x, plan)
+
+
+def sweep_groups(groups: Sequence[Tensor], x: Tensor, plan: SweepPlan) -> Tensor:
+    """The same with the groups of the plan merged already.
 
     Both orders keep the axes where they are, so that no permutation is needed (Novikov et al. 2015, equation 5).
     """
-    shapes = [core.shape for core in cores]
-    from_last = _sweep_cost(shapes, 1).total <= _sweep_cost(_mirrored(shapes), 1).total
-    y = _sweep_from_last(cores, x) if from_last else _sweep_from_first(cores, x)
-    return y.reshape(x.shape[0], shapes[0][0] * prod([shape[1] for shape in shapes]))
+    y = _sweep_from_last(groups, x) if plan.from_last else _sweep_from_first(groups, x)
+    return y.reshape(x.shape[0], groups[0].shape[0] * prod([group.shape[1] for group in groups]))
 
 
 def _sweep_from_last(cores: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -73,8 +144,7 @@ def _sweep_from_last(cores: Sequence[Tensor], x: Tensor) -> Tensor:
     z, tail = x, 1
     for core in reversed(cores):
         r, m, n, _, s = core.shape
-        matrix = core.reshape(r * m, n * s)
-        z = functional.linear(z.reshape(-1, n * s), matrix) if tail == 1 else matrix @ z.reshape(-1, n * s, tail)
+        z = _apply(core.reshape(r * m, n * s), z.reshape(-1, n * s, tail))
         tail *= m
     return z
 
@@ -85,14 +155,18 @@ def _sweep_from_first(cores: Sequence[Tensor], x: Tensor) -> Tensor:
     for core in (cores[0].flatten(0, 1)[None], *cores[1:]):
         r, m, n, _, s = core.shape
         tail //= n
-        matrix = core[:, :, :, 0].permute(1, 3, 0, 2).reshape(m * s, r * n)
-        z = functional.linear(z.reshape(-1, r * n), matrix) if tail == 1 else matrix @ z.reshape(-1, r * n, tail)
+        z = _apply(core[:, :, :, 0].permute(1, 3, 0, 2).reshape(m * s, r * n), z.reshape(-1, r * n, tail))
     return z
 
 
-def sweep_cost(shapes: Sequence[Shape], rows: int) -> Cost:
-    """Cost of `sweep` on `rows` inputs."""
-    return min(_sweep_cost(shapes, rows), _sweep_cost(_mirrored(shapes), rows), key=lambda cost: cost.total)
+def _apply(matrix: Tensor, z: Tensor) -> Tensor:
+    """A matrix (a, b) on every (b, tail) of z."""
+    if z.shape[-1] == 1:
+        return functional.linear(z[..., 0], matrix)
+    if torch.is_grad_enabled() and matrix.requires_grad:
+        # The gradient of a product with a batch of matrices would be one matrix for each, to be added up.
+        return functional.linear(z.mT, matrix).mT
+    return matrix @ z
 
 
 def _sweep_cost(shapes: Sequence[Shape], rows: int) -> Cost:
