@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "runtime", "sources", "stream", "surgery", "train", "tt.decompose",
     },
     "evaluate": set(),
+    "export": {"checkpoint", "evaluate", "header", "network"},
     "report": {"header"},
     "network": {"checkpoint", "header", "models", "surgery"},
     "pipeline": {
@@ -63,9 +64,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         "stages", "tt.contract",
     },
     "demo": {"checkpoint", "data", "models"},
-    "cli": {"__init__", "checkpoint", "demo", "finetune", "pipeline", "plan", "recipe", "report"},
+    "cli": {"__init__", "checkpoint", "demo", "export", "finetune", "pipeline", "plan", "recipe", "report"},
 }  # fmt: skip
-OUTSIDE_ONLY_IN = {"click": {"cli"}, "rich": {"cli", "report"}}
+OUTSIDE_ONLY_IN = {
+    "click": {"cli"}, "rich": {"cli", "report"},
+    "onnx": {"export"}, "onnx_ir": {"export"}, "onnxruntime": {"export"}, "onnxscript": {"export"},
+}  # fmt: skip
 WITHOUT_TORCH = {
     "__init__",
     "__main__",

@@ -190,7 +190,7 @@ def _output_problem(path: Path, force: bool) -> str:
         # Renaming over a device such as /dev/null would take it from the whole machine.
         return "is not an ordinary file"
     if path.exists() and not force:
-        return "exists; choose another --output, or --force to replace it"
+        return "exists; choose another name, or --force to replace it"
     return "" if os.access(path.parent, os.W_OK) else f"no permission to write in {path.parent}"
 
 

@@ -64,11 +64,15 @@ def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 PATH = click.Path(path_type=Path)
 
-network_options = _options(
+source_options = _options(
     click.option("--arch", metavar="REF", help="Architecture: NAME, torchvision:NAME or path/to/net.py:factory."),
     click.option("--key", metavar="NAME", help="Which state dict of a checkpoint that holds several."),
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+network_options = _options(
+    source_options,
     click.option("--device", metavar="D", help="auto (default), cpu, cuda or cuda:N."),
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables."),
+    json_option,
 )
 data_options = _options(
     click.option("--data", metavar="DATA", help="Labelled images for accuracy: KIND:PATH[@train|@test] or digits."),
@@ -153,11 +157,11 @@ train_options = _options(
     click.option("--deterministic", is_flag=True, default=None, help="The same result each time on a GPU too, slower."),
     click.option("--accumulate", type=int, metavar="N", help="Parts in which a batch is computed (default 1)."),
 )
+force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
 output_options = _options(
     click.option("-o", "--output", type=PATH, metavar="OUT", help="Where to write."),
-    click.option("--force", is_flag=True, help="Replace an existing output."),
+    force_option,
 )
-
 resume_option = click.option(
     "--resume", is_flag=True, help="Go on from OUT.training, where the training of the same command was stopped."
 )
@@ -303,13 +307,40 @@ def report_command(files: tuple[Path, ...], as_json: bool) -> None:
 @commands.command()
 @click.argument("file", type=PATH)
 @click.option("-o", "--output", type=PATH, required=True, metavar="OUT", help="dense.pt, .pth or .safetensors")
-@click.option("--force", is_flag=True, help="Replace an existing output.")
+@force_option
 def expand(file: Path, output: Path, force: bool) -> None:
     """Turn compressed FILE back into an ordinary dense checkpoint."""
     from ttcompress import pipeline
 
     done = pipeline.expand_file(file, output, force)
     click.echo(f"{output}: {len(done.plan.layers)} weights rebuilt, {done.plan.params_before:,} parameters")
+
+
+@commands.command("export")
+@click.argument("file", type=PATH)
+@click.option("--onnx", "output", type=PATH, required=True, metavar="OUT", help="Where to write.")
+@click.option("--input-size", type=Numbers(int), help="Of one input, such as 3,224,224 (default: as recorded).")
+@source_options
+@force_option
+@json_option
+def export_command(file: Path, output: Path, as_json: bool, **options: Any) -> None:
+    """Write FILE, compressed or a dense checkpoint, for runtimes that read ONNX, and compare it with torch there."""
+    from ttcompress.export import export_file
+    from ttcompress.report import format_bytes
+
+    done = export_file(file, output, **options)
+    if as_json:
+        _print_json(done.to_json())
+        return
+    operators = ", ".join(f"{count} {name}" for name, count in done.operators.items())
+    size, tensors = format_bytes(done.file_bytes), format_bytes(done.tensor_bytes)
+    click.echo(f"file        {output}, {size} (tensors of the network {tensors})")
+    click.echo(f"input       {done.dtype} (batch, {', '.join(map(str, done.input_shape))})")
+    click.echo(f"operators   opset {done.opset}: {operators}")
+    if done.difference is None:
+        click.echo("difference  not measured: onnxruntime is not installed")
+    else:
+        click.echo(f"difference  {done.difference:.1e} of the largest output, onnxruntime against torch")
 
 
 @commands.command()

@@ -29,6 +29,10 @@ class DataError(TTCompressError):
     """A data reference that names nothing readable, or data that does not fit the network."""
 
 
+class ExportError(TTCompressError):
+    """A network that cannot be exported, or that computes something else where it is exported to."""
+
+
 class TrainingError(TTCompressError):
     """A training that diverged; what was good before is kept."""
 

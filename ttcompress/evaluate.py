@@ -105,7 +105,7 @@ def forward(model: nn.Module, images: Tensor) -> Tensor:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"the network does not take images of shape {tuple(images.shape[1:])}: {reason}") from error
     if not isinstance(output, Tensor):
-        raise DataError(f"accuracy and calibration need a tensor; the network returns {type(output).__name__}")
+        raise DataError(f"accuracy, calibration and export need a tensor; the network returns {type(output).__name__}")
     if not bool(output.isfinite().all()):
         raise DataError("the network returns NaN or Inf on this data")
     return output
