@@ -57,6 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "evaluate": set(),
     "export": {"checkpoint", "evaluate", "header", "network"},
+    "bench": {"checkpoint", "evaluate", "header", "layers", "network", "surgery"},
     "report": {"header"},
     "network": {"checkpoint", "header", "models", "surgery"},
     "pipeline": {
@@ -64,7 +65,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "stages", "tt.contract",
     },
     "demo": {"checkpoint", "data", "models"},
-    "cli": {"__init__", "checkpoint", "demo", "export", "finetune", "pipeline", "plan", "recipe", "report"},
+    "cli": {
+        "__init__", "bench", "checkpoint", "demo", "export", "finetune", "pipeline", "plan", "recipe", "report",
+        "runtime",
+    },
 }  # fmt: skip
 OUTSIDE_ONLY_IN = {
     "click": {"cli"}, "rich": {"cli", "report"},

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounter
 
 import ttcompress
@@ -33,8 +32,6 @@ def difference(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
-# Remove once `sweep_cost` compares its two costs itself.
-@pytest.mark.xfail(raises=Unsupported, reason="torch.compile takes no min(key=...) of sizes that it does not know yet")
 @every_network
 @torch.no_grad()
 def test_compile_takes_few_graphs_for_all_batches(

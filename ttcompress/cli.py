@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -69,11 +69,11 @@ source_options = _options(
     click.option("--key", metavar="NAME", help="Which state dict of a checkpoint that holds several."),
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-network_options = _options(
-    source_options,
-    click.option("--device", metavar="D", help="auto (default), cpu, cuda or cuda:N."),
-    json_option,
+device_option = click.option("--device", metavar="D", help="auto (default), cpu, cuda or cuda:N.")
+input_size_option = click.option(
+    "--input-size", type=Numbers(int), help="Of one input, such as 3,224,224 (default: as recorded)."
 )
+network_options = _options(source_options, device_option, json_option)
 data_options = _options(
     click.option("--data", metavar="DATA", help="Labelled images for accuracy: KIND:PATH[@train|@test] or digits."),
     click.option("--mean", type=Numbers(float), metavar="M", help="Mean of each channel, pixels in [0, 1]."),
@@ -319,7 +319,7 @@ def expand(file: Path, output: Path, force: bool) -> None:
 @commands.command("export")
 @click.argument("file", type=PATH)
 @click.option("--onnx", "output", type=PATH, required=True, metavar="OUT", help="Where to write.")
-@click.option("--input-size", type=Numbers(int), help="Of one input, such as 3,224,224 (default: as recorded).")
+@input_size_option
 @source_options
 @force_option
 @json_option
@@ -341,6 +341,38 @@ def export_command(file: Path, output: Path, as_json: bool, **options: Any) -> N
         click.echo("difference  not measured: onnxruntime is not installed")
     else:
         click.echo(f"difference  {done.difference:.1e} of the largest output, onnxruntime against torch")
+
+
+@commands.command()
+@click.argument("file", type=PATH)
+@click.option("--batch-sizes", type=Numbers(int), help="Images a batch (default 1,32).")
+@input_size_option
+@click.option("--training", is_flag=True, help="Training steps (forward and backward) instead of inference.")
+@click.option("--fail-if-slower", is_flag=True, help="Exit with 1 if the compressed network is slower by over 5 %.")
+@click.option("--save", is_flag=True, help="Write the figures into the report of FILE.")
+@click.option("--arch", metavar="REF", help="Architecture of a file that records none: path/to/net.py:factory.")
+@device_option
+@json_option
+def bench(
+    file: Path, batch_sizes: Sequence[int] | None, fail_if_slower: bool, save: bool, as_json: bool, **options: Any
+) -> None:
+    """Measure time and memory of compressed FILE against its dense network, and of each compressed layer."""
+    from ttcompress import report
+    from ttcompress.bench import bench_file, is_slower, save_bench
+    from ttcompress.recipe import Recipe
+    from ttcompress.runtime import device_of
+
+    device = device_of(Recipe().override(device=options.pop("device")))
+    with _progress() as progress:
+        result = bench_file(file, batch_sizes=batch_sizes or (1, 32), device=device, progress=progress, **options)
+    if save:
+        save_bench(file, result)
+    if as_json:
+        _print_json(result)
+    else:
+        _print(report.render_bench(result))
+    if fail_if_slower and is_slower(result):
+        _fail("the compressed network is slower", 1)
 
 
 @commands.command()

@@ -18,7 +18,7 @@ from ttcompress.checkpoint import check_output, replacing, tensor_bytes
 from ttcompress.errors import ExportError, shortlist
 from ttcompress.evaluate import forward, input_dtype
 from ttcompress.header import canonical_json
-from ttcompress.network import Network, open_any, stored_tensors
+from ttcompress.network import input_shape, open_any, stored_tensors
 from ttcompress.types import Json
 
 OPSET = 18
@@ -72,7 +72,7 @@ def export_file(
     _check_installed()
     check_output(output, force)
     network = open_any(source, arch, key or "")
-    shape = _input_shape(source, network, input_size)
+    shape = input_shape(source, network, input_size)
     model = _computable(network.model)
     stored = tensor_bytes(stored_tensors(model, network.tensors))
     if stored > LARGEST:
@@ -95,17 +95,6 @@ def _check_installed() -> None:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f"export needs {' and '.join(missing)}: pip install 'ttcompress[onnx]'")
-
-
-def _input_shape(source: Path, network: Network, given: Sequence[int] | None) -> tuple[int, ...]:
-    """Of one input: as given, else as recorded."""
-    recorded = network.preprocessing and network.preprocessing.input_size
-    shape = tuple(given or recorded or ())
-    if not shape:
-        raise ExportError(f"{source}: the size of an input is not known; give it with --input-size, such as 3,224,224")
-    if min(shape) < 1:
-        raise ExportError(f"--input-size takes numbers from 1 on, not {','.join(map(str, shape))}")
-    return shape
 
 
 def _computable(model: nn.Module) -> nn.Module:

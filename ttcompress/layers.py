@@ -29,6 +29,10 @@ from ttcompress.types import ConvSpec, LayerSpec, LinearSpec
 
 T = TypeVar("T")
 CHANNEL_BLOCK = 16
+"""Vector units take so many channels of a convolution at a time."""
+BETWEEN = 5
+"""How often what lies between two convolutions is moved: written, read, and brought into order for the next."""
+MOST_CHOICES = 256
 
 
 def _state(cores: Sequence[Tensor]) -> tuple[tuple[int, int], ...] | None:
@@ -81,6 +85,7 @@ class _TTLayer(nn.Module):
         bias = nn.Parameter(torch.empty(spec.weight_shape[0], device=device, dtype=dtype)) if spec.bias else None
         self.register_parameter("bias", bias)
         self._kept: dict[Hashable, Any] = {}
+        self._choices: dict[Hashable, bool] = {}
         self._plans = self._sweep_plans()
         self.reset_parameters()
 
@@ -163,12 +168,35 @@ class _TTLayer(nn.Module):
         """No choice by cost: one is forced, or `torch.export` asks for one graph for all call shapes, the factored."""
         return self.execution != "auto" or torch.compiler.is_exporting()
 
+    def _runs_dense(self, *size: int) -> bool:
+        """The choice for calls of this size (rows, or pixels in and out), remembered for the next one."""
+        if self._is_decided():
+            return self.execution == "dense"
+        if torch.compiler.is_compiling():
+            return self._prefers_dense(*size, kept=False)
+        key = (*size, self._keeps(), self._trains())
+        if key not in self._choices:
+            if len(self._choices) >= MOST_CHOICES:
+                self._choices.clear()
+            self._choices[key] = self._prefers_dense(*size, kept=self._keeps())
+        return self._choices[key]
+
+    def _prefers_dense(self, *size: int, kept: bool) -> bool:
+        """Whether the dense weight costs less; `kept` if what is made of the cores is at hand."""
+        raise NotImplementedError
+
+    def _listed_cores(self) -> list[Tensor]:
+        # ParameterList looks every entry up by name, which takes longer than a small layer.
+        return list(self.cores._parameters.values())  # type: ignore[arg-type]
+
     def _trains(self) -> bool:
-        return torch.is_grad_enabled() and any(core.requires_grad for core in self.cores)
+        return torch.is_grad_enabled() and any(core.requires_grad for core in self._listed_cores())
 
     def _keeps(self) -> bool:
         """Whether what is made of the cores serves the next call too: in eval mode, where no gradient goes to them."""
-        return not (self.training or torch.compiler.is_compiling() or self._trains() or self.cores[0].is_inference())
+        if self.training or torch.compiler.is_compiling() or self._trains():
+            return False
+        return not any(core.is_inference() for core in self._listed_cores())
 
     def _made(self, what: str, x: Tensor, make: Callable[[list[Tensor]], T]) -> T:
         """make(cores in the type of x), kept where possible until the cores change.
@@ -177,13 +205,13 @@ class _TTLayer(nn.Module):
         """
         if not x.is_floating_point():
             raise ShapeError(f"the layer takes floating-point input, not {x.dtype}")
-        cores = list(self.cores)
+        cores = self._listed_cores()
         state = _state(cores) if self._keeps() else None
         if state is None:
             return make([core.to(x.dtype) for core in cores])
         kind = x.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        key = what, x.dtype, autocast, torch.is_inference_mode_enabled(), state
+        key = what, x.dtype, autocast, x.is_contiguous(), torch.is_inference_mode_enabled(), state
         if key not in self._kept:
             # As long as the memory is held its address is not given to other cores.
             held = [core.detach() for core in cores]
@@ -201,6 +229,18 @@ class _TTLayer(nn.Module):
 
     def _plan(self) -> SweepPlan:
         return self._plans[self._trains()]
+
+    def kept_tensors(self) -> list[Tensor]:
+        """What is kept for evaluation, made of the cores."""
+        found: list[Tensor] = []
+        waiting = [made for made, _ in self._kept.values()]
+        while waiting:
+            each = waiting.pop()
+            if isinstance(each, list | tuple):
+                waiting += each
+            elif isinstance(each, Tensor):
+                found.append(each)
+        return found
 
     def _bias_as(self, x: Tensor) -> Tensor | None:
         return None if self.bias is None else self.bias.to(x.dtype)
@@ -257,12 +297,11 @@ class TTLinear(_TTLayer):
         y = y.reshape(*x.shape[:-1], self.out_features)
         return y if bias is None else y + bias.to(y.dtype)
 
-    def _runs_dense(self, rows: int) -> bool:
-        if self._is_decided():
-            return self.execution == "dense"
-        size, kept = self.in_features * self.out_features, self._keeps()
+    def _prefers_dense(self, *size: int, kept: bool) -> bool:
+        (rows,) = size
+        entries = self.in_features * self.out_features
         rebuilt = Cost(0, 0) if kept else merge_cost(self.tensorization.core_shapes(self.tt_ranks))
-        dense = Cost(rebuilt.multiply_adds + rows * size, rebuilt.elements + size)
+        dense = Cost(rebuilt.multiply_adds + rows * entries, rebuilt.elements + entries)
         return dense.total < self._plan().cost(rows, kept).total
 
 
@@ -294,9 +333,9 @@ class TTConv2d(_TTLayer):
             raise ShapeError(f"the layer takes ([batch,] {self.in_channels}, height, width), not {tuple(x.shape)}")
         batch = x if x.dim() == 4 else x[None]
         bias = self._bias_as(x)
-        if self._runs_dense(batch):
-            weight = self._made("dense", x, lambda cores: dense_weight(cores, self.spec.weight_shape))
-            y = self._window(batch, weight, bias)
+        pixels = batch.shape[0] * batch.shape[2] * batch.shape[3]
+        if self._runs_dense(pixels, pixels // (self.stride[0] * self.stride[1])):
+            y = self._window(batch, self._made("dense", batch, lambda cores: self._dense_kernel(cores, batch)), bias)
         elif self.tensorization.format == "matrix":
             y = self._contract(batch)
             y = y if bias is None else y + bias[:, None, None].to(y.dtype)
@@ -304,14 +343,18 @@ class TTConv2d(_TTLayer):
             y = self._chain(batch, bias)
         return y if x.dim() == 4 else y[0]
 
+    def _dense_kernel(self, cores: list[Tensor], x: Tensor) -> Tensor:
+        return _in_format_of(x, dense_weight(cores, self.spec.weight_shape))
+
     def _chain(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """1x1, kh x kw, 1x1; or kh x kw, 1x1 with everything before the output core merged into one kernel."""
-        first, kernel, last = self._made("chain", x, self._chain_kernels)
+        images = x
+        first, kernel, last = self._made("chain", x, lambda cores: self._chain_kernels(cores, images))
         if first is not None:
             x = _pointwise(x, first)
         return _pointwise(self._window(x, kernel), last, bias)
 
-    def _chain_kernels(self, cores: list[Tensor]) -> tuple[Tensor | None, Tensor, Tensor]:
+    def _chain_kernels(self, cores: list[Tensor], x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         head, last = cores[:-1], cores[-1]
         first = None
         if self.tensorization.format == "chain":
@@ -320,7 +363,8 @@ class TTConv2d(_TTLayer):
             kernel = head[0][:, 0, 0].permute(2, 0, 1)
         else:
             kernel = merge_all(head)[0, 0].permute(2, 0, 1)
-        return first, kernel.reshape(*kernel.shape[:2], *self.kernel_size), last[:, :, 0, 0, 0].T
+        kernel = _in_format_of(x, kernel.reshape(*kernel.shape[:2], *self.kernel_size))
+        return first, kernel, last[:, :, 0, 0, 0].T
 
     def _contract(self, x: Tensor) -> Tensor:
         """Channel cores pixel by pixel, then the window core for all outputs (Garipov et al. 2016, section 4)."""
@@ -360,12 +404,8 @@ class TTConv2d(_TTLayer):
             sides += [total // 2 + fixed, total - total // 2 + fixed]
         return sides
 
-    def _runs_dense(self, x: Tensor) -> bool:
-        if self._is_decided():
-            return self.execution == "dense"
-        pixels = x.shape[0] * x.shape[2] * x.shape[3]
-        out_pixels = pixels // (self.stride[0] * self.stride[1])
-        kept = self._keeps()
+    def _prefers_dense(self, *size: int, kept: bool) -> bool:
+        pixels, out_pixels = size
         rebuilt = Cost(0, 0) if kept else merge_cost(self.tensorization.core_shapes(self.tt_ranks))
         channels, outs = _blocked(self.in_channels), _blocked(self.out_channels)
         moved = pixels * self.in_channels + out_pixels * self.out_channels
@@ -381,24 +421,30 @@ class TTConv2d(_TTLayer):
         if self.tensorization.format == "matrix":
             rank = shapes[0][4] if self._is_windowed() else 1
             mixed = self._plan().cost(pixels, kept)
-            madds = mixed.multiply_adds + out_pixels * self.out_channels * rank * window
+            # Each output is a convolution of its own, to one channel.
+            madds = mixed.multiply_adds + out_pixels * self.out_channels * _blocked(rank) * window * _blocked(1)
             return Cost(madds, mixed.elements + 2 * pixels * self.out_channels * rank + moved)
         rank = shapes[-1][0]
-        # What is between two convolutions is written and read again.
-        madds, elements = out_pixels * _blocked(rank) * outs, moved + 2 * out_pixels * rank
+        madds, elements = out_pixels * _blocked(rank) * outs, moved + BETWEEN * out_pixels * rank
         if self.tensorization.format == "chain":
             first = shapes[0][4]
             return Cost(
                 madds + pixels * channels * _blocked(first) + out_pixels * _blocked(first) * window * _blocked(rank),
-                elements + 2 * pixels * first,
+                elements + BETWEEN * pixels * first,
             )
         head = Cost(0, 0) if kept else merge_cost(shapes[:-1])
         madds += head.multiply_adds + out_pixels * channels * window * _blocked(rank)
         return Cost(madds, elements + head.elements)
 
 
+def _in_format_of(x: Tensor, kernel: Tensor) -> Tensor:
+    """A kernel in the memory format of the images."""
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return kernel.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
 def _blocked(channels: int) -> int:
-    """What a convolution with this many channels costs: vector units take CHANNEL_BLOCK at a time."""
+    """The number of channels that a convolution with this many costs as much as."""
     return -(-channels // CHANNEL_BLOCK) * CHANNEL_BLOCK
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,6 +80,23 @@ def open_any(path: Path, arch: str | None = None, key: str = "") -> Network:
     needs_factory = known is None or known.kind == "factory"
     model, report = open_compressed(path, models.load_factory(arch) if arch and needs_factory else None)
     return Network(model, model.state_dict(), report.architecture, report.preprocessing, report.source)
+
+
+def input_shape(source: Path, network: Network, given: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Of one input, without the batch: as given, else as recorded or known of the architecture.
+
+    Raises:
+        ArchitectureError: neither, or no sizes.
+    """
+    recorded = network.preprocessing and network.preprocessing.input_size
+    shape = tuple(given or recorded or ())
+    if not shape:
+        raise ArchitectureError(
+            f"{source}: the size of an input is not known; give it with --input-size, such as 3,224,224"
+        )
+    if min(shape) < 1:
+        raise ArchitectureError(f"--input-size takes numbers from 1 on, not {','.join(map(str, shape))}")
+    return shape
 
 
 def open_empty(arch: str) -> Network:

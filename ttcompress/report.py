@@ -135,6 +135,7 @@ def _summary(report: Report, data: Json) -> list[str]:
         lines.append(f"file              {data['file']}, {format_bytes(data['file_bytes'])}")
         lines += _accuracy_lines(report.accuracy)
     lines += _calibration_lines(report.calibration) + _search_lines(report) + _finetuning_lines(report.finetuning)
+    lines += _bench_lines(report.bench)
     lines += [f"kept dense        {line}" for line in _kept(report)]
     lines += [f"note              {layer.fqn}: {layer.note}" for layer in plan.layers if layer.note]
     return lines + [f"note              {note}" for note in plan.notes]
@@ -192,6 +193,46 @@ def _finetuning_lines(finetuning: Json | None) -> list[str]:
         lines.append(f"before it         {before['compressed']:.2f} % top-1 (n = {before['n']:,}, {before['data']})")
     start = f"{scores[0]} before, " if finetuning["start_counts"] else ""
     return [*lines, f"best epoch        {best}: {start}{scores[best]} after, on {finetuning['val']}"]
+
+
+def render_bench(result: Json) -> RenderableType:
+    """Time and memory, dense against compressed: the whole network by batch size, then its layers."""
+    parts: list[RenderableType] = [Text(f"{result['file']}: {result['what']} on {result['device']}, {result['dtype']}")]
+    network = Table("batch", "network", "median", "p90", "images/s", "multiply-adds", "peak memory", "memory format")
+    layers = Table("layer", *(f"batch {entry['batch']}: {of}" for entry in result["batches"] for of in _BENCHED))
+    for entry in result["batches"]:
+        for side in ("dense", "compressed"):
+            network.add_row(str(entry["batch"]), side, *_bench_cells(entry[side]))
+        memory = f"{entry['memory_ratio']:.2f}" if "memory_ratio" in entry else "-"
+        work = entry["compressed"]["multiply_adds"] / max(1, entry["dense"]["multiply_adds"])
+        network.add_row("", "ratio", f"{entry['time_ratio']:.2f}", "", "", f"{work:.2f}", memory, "", style="bold")
+    for rows in zip(*(entry["layers"] for entry in result["batches"]), strict=True):
+        cells = [(_time(row["dense"]), _time(row["compressed"]), f"{row['time_ratio']:.2f}") for row in rows]
+        layers.add_row(rows[0]["fqn"], *(cell for triple in cells for cell in triple))
+    return Group(*parts, network, layers)
+
+
+_BENCHED = ("dense", "compressed", "ratio")
+
+
+def _bench_cells(side: Json) -> list[str]:
+    memory = format_bytes(side["peak_memory"])
+    times = [_time(side["median"]), _time(side["p90"])]
+    return [*times, f"{side['throughput']:,.0f}", f"{side['multiply_adds']:,}", memory, side["memory_format"]]
+
+
+def _time(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"
+
+
+def _bench_lines(bench: Json | None) -> list[str]:
+    if bench is None:
+        return []
+    return [
+        f"{bench['what']:<17} batch {entry['batch']}: {entry['time_ratio']:.2f} of the dense network's time, "
+        f"{bench['device']}"
+        for entry in bench["batches"]
+    ]
 
 
 def _search_lines(report: Report) -> list[str]:

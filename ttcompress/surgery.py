@@ -11,7 +11,7 @@ from torch import nn
 from ttcompress.errors import PlanError, ShapeError
 from ttcompress.layers import TTConv2d, TTLinear, layer_spec, tt_layer
 from ttcompress.tt.decompose import decompose_weight
-from ttcompress.types import CompressionPlan, LayerPlan, Progress
+from ttcompress.types import CompressionPlan, LayerPlan, LinearSpec, Progress
 
 
 def check_plan(model: nn.Module, plan: CompressionPlan) -> None:
@@ -75,7 +75,30 @@ def insert_empty(model: nn.Module, layers: Sequence[LayerPlan]) -> None:
         swap(model, layer.fqn, empty.train(model.training))
 
 
-def swap(model: nn.Module, fqn: str, layer: TTLinear | TTConv2d) -> None:
+def expand_layers(model: nn.Module) -> nn.Module:
+    """Put dense layers in the place of the TT layers, in the same module, which is returned."""
+    layers = {fqn: layer for fqn, layer in model.named_modules() if isinstance(layer, TTLinear | TTConv2d)}
+    for fqn, layer in layers.items():
+        swap(model, fqn, dense_layer(layer))
+    return model
+
+
+def dense_layer(layer: TTLinear | TTConv2d) -> nn.Linear | nn.Conv2d:
+    """The layer that a TT layer stands for."""
+    spec, weight = layer.spec, layer.weight.detach()
+    dense: nn.Linear | nn.Conv2d
+    if isinstance(spec, LinearSpec):
+        dense = nn.Linear(spec.in_features, spec.out_features, spec.bias, device="meta")
+    else:
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode", "bias")
+        dense = nn.Conv2d(**{name: getattr(spec, name) for name in names}, device="meta")
+    dense.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
+    if layer.bias is not None:
+        dense.bias = nn.Parameter(layer.bias.detach().clone())
+    return dense.train(layer.training)
+
+
+def swap(model: nn.Module, fqn: str, layer: nn.Module) -> None:
     """Put a layer in the place of the one named `fqn`."""
     parent, _, name = fqn.rpartition(".")
     setattr(model.get_submodule(parent), name, layer)

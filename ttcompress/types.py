@@ -333,6 +333,7 @@ class Report:
     calibration: Json | None = None
     search: Sequence[Json] = ()
     finetuning: Json | None = None
+    bench: Json | None = None
 
     def to_json(self) -> Json:
         """Canonical content of the file's metadata and of `report --json`."""
@@ -351,6 +352,7 @@ class Report:
             "calibration": self.calibration,
             "search": list(self.search),
             "finetuning": self.finetuning,
+            **({"bench": self.bench} if self.bench else {}),
             **self.plan.to_json(),
         }
 
@@ -383,6 +385,7 @@ class Report:
                 calibration=data.get("calibration"),
                 search=tuple(data.get("search", ())),
                 finetuning=data.get("finetuning"),
+                bench=data.get("bench"),
             )
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"damaged metadata: {type(error).__name__}: {error}") from error

@@ -1,0 +1,139 @@
+"""Single layers against the dense ones they replace: python scripts/layer_speed.py [linear] [conv] [cached]
+
+fc6 of VGG-16 at rank 4 (Novikov et al. 2015), forward and training step; `chain` convolutions at 10x; and every format
+of a convolution at every size of rank, which must never be slower than the dense one. One thread, in alternation in one
+process, CPU seconds, medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from ttcompress.layers import TTConv2d, TTLinear
+from ttcompress.tt.shapes import tensorize_shape
+from ttcompress.types import ConvSpec, LinearSpec
+
+Run = Callable[[], object]
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("groups", nargs="*", default=["linear", "conv", "cached"])
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    cases = {"linear": linear, "conv": conv, "cached": cached}
+    print("| layer | batch | dense, ms | ours / dense |\n|---|---|---|---|")
+    for group in arguments.groups:
+        for name, batch, dense, ours in cases[group]():
+            theirs, ratio = compare(dense, ours, arguments.rounds)
+            print(f"| {name} | {batch} | {1000 * theirs:.3g} | {ratio:.4f} |", flush=True)
+
+
+def linear() -> Iterator[tuple[str, int, Run, Run]]:
+    dense = nn.Linear(25088, 4096)
+    modes = tensorize_shape("matrix", (4096, 25088), (4,) * 6, (2, 7, 8, 8, 7, 4))
+    layer = TTLinear(LinearSpec(25088, 4096, bias=True), modes, 4)
+    for batch in (1, 100):
+        x = torch.randn(batch, 25088)
+        yield "fc6, rank 4, forward", batch, evaluation(dense, x), evaluation(layer, x)
+    x.requires_grad_()
+    print(f"saved for backward: {saved_bytes(layer, x) / (4 * x.numel()):.2f}x the input")
+    yield "fc6, rank 4, training step", 100, training(dense, x), training(layer, x)
+
+
+def conv() -> Iterator[tuple[str, int, Run, Run]]:
+    for channels, side in ((128, 16), (512, 14)):
+        for name, memory_format in FORMATS.items():
+            dense, x = pair(channels, side, 32, memory_format)
+            layer = factored(dense, "chain", 10)
+            layer.execution = "chain"
+            yield f"{channels} -> {channels}, chain 10x, {name}", 32, evaluation(dense, x), evaluation(layer, x)
+
+
+def cached() -> Iterator[tuple[str, int, Run, Run]]:
+    for channels, side in ((16, 32), (64, 16), (128, 16), (512, 14)):
+        for weight_format in ("chain", "matrix", "naive", "lowrank"):
+            for ratio in (1.1, 3, 10):
+                for batch in (1, 32):
+                    dense, x = pair(channels, side, batch, torch.channels_last)
+                    layer = factored(dense, weight_format, ratio)
+                    name = f"{channels} -> {channels}, {weight_format} {ratio}x"
+                    yield name, batch, evaluation(dense, x), evaluation(layer, x)
+
+
+def pair(channels: int, side: int, batch: int, memory_format: torch.memory_format) -> tuple[nn.Conv2d, Tensor]:
+    dense = nn.Conv2d(channels, channels, 3, padding=1).to(memory_format=memory_format)
+    return dense, torch.randn(batch, channels, side, side).contiguous(memory_format=memory_format)
+
+
+def factored(dense: nn.Conv2d, weight_format: str, ratio: float) -> TTConv2d:
+    """The format at the largest rank, the same at all cuts where it can be, that has this compression."""
+    shape = tuple(dense.weight.shape)
+    modes = tensorize_shape(weight_format, shape)
+    sizes = range(1, max(modes.max_ranks()) + 1)
+    ranks = [tuple(min(rank, most) for most in modes.max_ranks()) for rank in sizes]
+    fitting = [each for each in ranks if modes.num_params(each) * ratio <= dense.weight.numel()]
+    spec = ConvSpec(shape[1], shape[0], (3, 3), padding=(1, 1))
+    return TTConv2d(spec, modes, max(fitting, default=ranks[0]))
+
+
+def evaluation(module: nn.Module, x: Tensor) -> Run:
+    module.eval()
+
+    @torch.no_grad()
+    def run() -> None:
+        module(x)
+
+    return run
+
+
+def training(module: nn.Module, x: Tensor) -> Run:
+    module.train()
+    gradient = torch.randn_like(module(x))
+
+    def run() -> None:
+        x.grad = None
+        module.zero_grad()
+        module(x).backward(gradient)
+
+    return run
+
+
+def saved_bytes(module: nn.Module, x: Tensor) -> int:
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module.train()(x)
+    return sum(seen.values())
+
+
+def compare(dense: Run, ours: Run, rounds: int) -> tuple[float, float]:
+    """Seconds of the dense one, and the median ratio."""
+    pairs = [(seconds(dense), seconds(ours)) for _ in range(rounds + 2)][2:]
+    return median(theirs for theirs, _ in pairs), median(mine / theirs for theirs, mine in pairs)
+
+
+def seconds(run: Run) -> float:
+    """Of one run; short ones are repeated."""
+    count, start = 0, time.process_time()
+    while time.process_time() - start < 0.01:
+        run()
+        count += 1
+    return (time.process_time() - start) / count
+
+
+if __name__ == "__main__":
+    main()
