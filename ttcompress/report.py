@@ -191,8 +191,8 @@ def _finetuning_lines(finetuning: Json | None) -> list[str]:
     before = finetuning["before"]
     if before and before.get("n"):
         lines.append(f"before it         {before['compressed']:.2f} % top-1 (n = {before['n']:,}, {before['data']})")
-    start = f"{scores[0]} before, " if finetuning["start_counts"] else ""
-    return [*lines, f"best epoch        {best}: {start}{scores[best]} after, on {finetuning['val']}"]
+    result = f"{scores[0]} before, {scores[best]} after," if finetuning["start_counts"] else scores[best]
+    return [*lines, f"best epoch        {best}: {result} on {finetuning['val']}"]
 
 
 def render_bench(result: Json) -> RenderableType:
