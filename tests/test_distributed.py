@@ -48,6 +48,21 @@ STEADY = Options(epochs=5, lr=0.05, ema=0.9, label_smoothing=0.1, distill=0.5, w
 # ------------------------------------------------------------------------------------------------------------ alone
 
 
+@pytest.mark.parametrize(
+    ("sizes", "shares"),
+    [
+        ([5, 4, 3, 3, 3], [[0, 3], [1, 2, 4]]),
+        ([1, 1, 8, 1], [[2], [0, 1, 3]]),
+        ([2, 2], [[0], [1]]),
+        ([7], [[0], []]),
+        ([], [[], []]),
+    ],
+)
+def test_work_is_shared_out_by_size(sizes: list[int], shares: list[list[int]]) -> None:
+    assert [World(CPU, rank, 2).share(sizes) for rank in range(2)] == shares
+    assert World(CPU).share(sizes) == list(range(len(sizes)))
+
+
 @pytest.fixture(scope="module")
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A group of this process alone."""

@@ -65,7 +65,9 @@ def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
 PATH = click.Path(path_type=Path)
 
 source_options = _options(
-    click.option("--arch", metavar="REF", help="Architecture: NAME, torchvision:NAME or path/to/net.py:factory."),
+    click.option(
+        "--arch", metavar="REF", help="Architecture: NAME, torchvision:NAME, path/to/net.py:factory, or none."
+    ),
     click.option("--key", metavar="NAME", help="Which state dict of a checkpoint that holds several."),
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
@@ -184,18 +186,22 @@ def commands() -> None:
 @click.option("--finetune", "epochs", type=int, metavar="N", help="Then train it for N epochs, as `finetune` does.")
 @resume_option
 def compress(checkpoint: Path, output: Path | None, force: bool, dry_run: bool, resume: bool, **options: Any) -> None:
-    """Compress CHECKPOINT into STEM-tt.safetensors, with a report of what was gained and lost."""
+    """Compress CHECKPOINT into STEM-tt.safetensors, with a report of what was gained and lost.
+
+    With --arch none no network is needed; sharded checkpoints then become a folder STEM-tt.
+    """
     if dry_run:
         _plan(checkpoint, None, force, **options)
         return
-    from ttcompress import finetune, pipeline, report
+    from ttcompress import finetune, pipeline, report, shards
 
     recipe, plan = _recipe_and_plan(options)
     if (recipe.train is None) != (recipe.epochs is None):
         raise click.UsageError("--finetune and --train go together")
-    if _processes() > 1:
+    if _processes() > 1 and not recipe.is_weights_only:
         raise click.UsageError("compress in one process, then `torchrun ... -m ttcompress finetune`")
-    target = output or Path(f"{checkpoint.stem}-tt.safetensors")
+    in_shards = recipe.is_weights_only and shards.read_index(checkpoint) is not None
+    target = output or Path(f"{shards.stem(checkpoint)}-tt{'' if in_shards else '.safetensors'}")
     resume = resume and finetune.state_file(target).exists()
     with _progress() as progress:
         if resume:
@@ -207,7 +213,8 @@ def compress(checkpoint: Path, output: Path | None, force: bool, dry_run: bool, 
             done = finetune.finetune_file(
                 target, target, recipe, plan, force=True, resume=resume, origin=checkpoint, progress=progress, log=log
             )
-    _show(report.with_file(done, target), options["as_json"])
+    if _is_first_process():
+        _show(report.with_file(done, target), options["as_json"])
     drop = pipeline.drop_beyond_gate(done, recipe)
     if drop is not None:
         _fail(f"accuracy falls by {drop:.2f} points, --max-drop allows {recipe.max_drop:g}; {target} is written", 1)
@@ -254,10 +261,10 @@ def _plan(checkpoint: Path | None, output: Path | None, force: bool, **options: 
 @resume_option
 def finetune_command(model: Path | None, output: Path | None, force: bool, resume: bool, **options: Any) -> None:
     """Train MODEL, a compressed file or a dense checkpoint, further into STEM-ft.safetensors."""
-    from ttcompress import finetune, report
+    from ttcompress import finetune, report, shards
 
     recipe, plan = _recipe_and_plan(options)
-    stem = model.stem if model else str(recipe.arch).rpartition(":")[2]
+    stem = shards.stem(model) if model else str(recipe.arch).rpartition(":")[2]
     target = output or Path(f"{stem}-ft.safetensors")
     with _progress() as progress:
         log = _log if progress is None else None
@@ -473,8 +480,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (click.ClickException, TTCompressError) as error:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         _fail(" ".join(message.split()), 2)
-    except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; nothing was written", 130)
+    except (click.Abort, KeyboardInterrupt) as error:
+        # click makes its own exception of the one that says what was kept.
+        _fail(str(error.__cause__ or error) or "interrupted; nothing was written", 130)
     except Exception as error:
         if os.environ.get(DEBUG) == "1":
             raise

@@ -14,7 +14,7 @@ from torch import nn
 from ttcompress.calibrate import Calibration, LayerStatistics, measure
 from ttcompress.errors import DataError, PlanError, shortlist
 from ttcompress.evaluate import input_dtype
-from ttcompress.plan import Planner, adopt_plan
+from ttcompress.plan import Planner, Results, adopt_plan
 from ttcompress.recipe import Recipe
 from ttcompress.stages import adopt, compress_calibrated
 from ttcompress.surgery import apply_plan
@@ -40,7 +40,7 @@ class Compressed:
 class Compressor:
     """How one network is compressed; what does not depend on the target is computed once.
 
-    `dtype` is the storage type of the cores, by default that of each weight.
+    `dtype` is the storage type of the cores, by default that of each weight; `results` may compute spectra elsewhere.
     """
 
     model: nn.Module
@@ -49,6 +49,7 @@ class Compressor:
     dtype: torch.dtype | None = None
     calibration: Calibration | None = None
     progress: Progress | None = None
+    results: Results | None = None
 
     def plan(self, recipe: Recipe, given: CompressionPlan | None = None) -> CompressionPlan:
         """The plan for a recipe, or the one given, checked against the network.
@@ -121,6 +122,8 @@ class Compressor:
         planner = Planner(self.model, self.recipe, self.device, self.progress)
         if self.calibration is not None:
             planner.metrics = partial(self._metrics, tuple(planner.names))
+        if self.results is not None:
+            planner.results = self.results
         return planner
 
     def _metrics(self, names: tuple[str, ...], fqn: str, tensorization: Tensorization) -> list[ModeMetric]:

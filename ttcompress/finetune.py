@@ -17,12 +17,12 @@ from ttcompress.data import Images, open_data
 from ttcompress.distributed import World, expected_rank, joined
 from ttcompress.errors import CheckpointError, DataError, PlanError
 from ttcompress.evaluate import Predictions, compare, forward
-from ttcompress.header import read_metadata
 from ttcompress.layers import tt_layer
 from ttcompress.network import Network, open_any, open_dense, open_fresh, stored_tensors, tied_parameters
 from ttcompress.plan import Planner, adopt_plan
 from ttcompress.recipe import Recipe
 from ttcompress.runtime import device_of, seeded
+from ttcompress.shards import read_metadata
 from ttcompress.sources import BATCH_SIZE, images_meter, labelled, preprocessing_for
 from ttcompress.stream import Stream
 from ttcompress.surgery import swap

@@ -89,7 +89,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata values must be strings")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file, or damaged ({_brief(error)})") from error
+        raise CheckpointError(f"{path}: not a safetensors file, or damaged ({brief(error)})") from error
     _check_spans(path, spans, size - 8 - length)
     return {name: info for name, (info, _, _) in spans.items()}, metadata
 
@@ -106,7 +106,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(metadata[METADATA_KEY])
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged ttcompress metadata ({_brief(error)})") from error
+        raise CheckpointError(f"{path}: damaged ttcompress metadata ({brief(error)})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: damaged ttcompress metadata (not an object)")
     return value
@@ -128,10 +128,11 @@ def blaming(path: Path) -> Iterator[None]:
             raise
         raise type(error)(f"{path}: {error}") from error
     except Exception as error:
-        raise CheckpointError(f"{path}: damaged ({_brief(error)})") from error
+        raise CheckpointError(f"{path}: damaged ({brief(error)})") from error
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
+    """Kind and text of an error, for a one-line message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
 
 

@@ -217,6 +217,8 @@ def resolve(reference: str, shapes: Shapes | None = None) -> Architecture:
     Raises:
         ArchitectureError: an unknown name, a factory that fails, or a network that does not fit `shapes`.
     """
+    if reference == "none":
+        raise ArchitectureError("--arch none is for compress and plan of a checkpoint: it makes no network")
     if _is_factory(reference):
         return _resolve_factory(reference, shapes)
     prefix, _, name = reference.rpartition(":")

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from ttcompress import models
 from ttcompress.checkpoint import Checkpoint, is_compressed, load_checkpoint, load_compressed
 from ttcompress.errors import ArchitectureError, CheckpointError, PlanError
-from ttcompress.header import blaming, read_metadata
-from ttcompress.surgery import check_plan, insert_empty
+from ttcompress.header import blaming
+from ttcompress.shards import read_metadata
+from ttcompress.surgery import check_layers, insert_empty
 from ttcompress.types import Architecture, Json, Preprocessing, Report
+from ttcompress.weights import Weights
 
 Factory = Callable[[], nn.Module]
 
@@ -61,7 +63,7 @@ def _rebuilt(report: Report, tensors: Mapping[str, Tensor], factory: Factory | N
 
     def build(device: str) -> nn.Module:
         model = models.build(architecture, factory, device)
-        check_plan(model, report.plan)
+        check_layers(model, report.plan.layers)
         insert_empty(model, report.plan.layers)
         return model
 
@@ -120,12 +122,26 @@ def open_dense(path: Path, arch: str | None = None, key: str = "") -> Network:
         CheckpointError: see `load_checkpoint`.
         ArchitectureError: none fits, or several.
     """
-    if is_compressed(path):
-        raise CheckpointError(f"{path}: is compressed already; `ttcompress expand` makes it dense again")
-    checkpoint = load_checkpoint(path, key)
+    checkpoint = _dense_checkpoint(path, key)
     architecture, factory = _resolve(arch, checkpoint)
     model = _filled(lambda device: models.build(architecture, factory, device), checkpoint.tensors)
     return Network(model, checkpoint.tensors, architecture, models.preprocessing(architecture), checkpoint.source)
+
+
+def open_weights(path: Path, key: str = "") -> Network:
+    """A dense checkpoint without its architecture, its tensors under their exact names.
+
+    Raises:
+        CheckpointError: see `load_checkpoint`.
+    """
+    checkpoint = _dense_checkpoint(path, key, exact=True)
+    return Network(Weights(checkpoint.tensors), checkpoint.tensors, source=checkpoint.source)
+
+
+def _dense_checkpoint(path: Path, key: str, exact: bool = False) -> Checkpoint:
+    if is_compressed(path):
+        raise CheckpointError(f"{path}: is compressed already; `ttcompress expand` makes it dense again")
+    return load_checkpoint(path, key, exact)
 
 
 def _resolve(arch: str | None, checkpoint: Checkpoint | None) -> tuple[Architecture, Factory | None]:
@@ -147,10 +163,11 @@ def _filled(build: Callable[[str], nn.Module], state: Mapping[str, Tensor]) -> n
 
 def _assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     tied = tied_parameters(model)
+    state = {**{alias: state[name] for alias, name in tied.items() if name in state}, **state}
     problem = models.mismatch({name: tuple(tensor.shape) for name, tensor in state.items()}, model)
     if problem:
         raise CheckpointError(f"the file does not fit its architecture: {problem}")
-    model.load_state_dict(dict(state), strict=False, assign=True)
+    model.load_state_dict(state, strict=False, assign=True)
     for alias, name in tied.items():
         owner, _, own_name = alias.rpartition(".")
         setattr(model.get_submodule(owner), own_name, model.get_parameter(name))

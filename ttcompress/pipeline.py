@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from math import isfinite
@@ -14,22 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttcompress import __version__
 from ttcompress.checkpoint import (
+    DTYPE_NAMES,
+    LazyTensors,
     check_output,
     file_digest,
     load_compressed,
     tensor_bytes,
+    tensor_infos,
     write_dense,
     write_safetensors,
+    write_shards,
 )
 from ttcompress.compression import Compressed, Compressor
 from ttcompress.errors import CheckpointError, DataError, PlanError, differences, shortlist
 from ttcompress.evaluate import Predictions
-from ttcompress.header import blaming, read_metadata
-from ttcompress.network import Network, open_any, open_dense, open_empty, stored_tensors, tied_parameters
+from ttcompress.header import TensorInfo, blaming
+from ttcompress.network import Network, open_any, open_dense, open_empty, stored_tensors
 from ttcompress.recipe import Recipe
 from ttcompress.runtime import device_of, dtype_of, fixed_threads, seeded
+from ttcompress.shards import Index, read_index, read_metadata
 from ttcompress.sources import (
     Meter,
     Sources,
@@ -42,13 +46,11 @@ from ttcompress.sources import (
     with_sources,
 )
 from ttcompress.stages import adopt
+from ttcompress.summary import promised_bytes, recorded, report_of
+from ttcompress.tensorwise import compress_weights, plan_weights
 from ttcompress.tt.contract import dense_weight
 from ttcompress.types import Accuracy, CompressionPlan, Json, LayerPlan, Progress, Report
 
-ELSEWHERE = (
-    *("arch", "key", "data", "val", "calib", "train", "teacher"),
-    *("mean", "std", "device", "batch_size", "workers", "seed"),
-)
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
@@ -64,11 +66,13 @@ def compress_file(
     """Compress a checkpoint into one file (docs/format.md) and return its report.
 
     With `recipe.data`, accuracy is measured before and after. With `recipe.calib`, output error counts, not weight
-    error. Nothing is written unless all went well.
+    error. Nothing is written unless all went well. The architecture `none` is a matter of `compress_weights`.
 
     Raises:
         TTCompressError: whatever does not fit, in one line; `output` is then untouched.
     """
+    if recipe.is_weights_only:
+        return compress_weights(source, output, recipe, plan, force=force, progress=progress)
     check_output(output, force)
     if recipe.max_drop is not None and not _is_search(recipe, plan) and recipe.data is None:
         raise DataError("--max-drop beside another target is a gate on accuracy: name labelled images with --data")
@@ -87,7 +91,7 @@ def check_repeats(checkpoint: Path, output: Path, recipe: Recipe) -> None:
     """
     report = Report.from_json(read_metadata(output))
     before = {**report.recipe, "seed": report.seed, "sha256": report.source.get("sha256")}
-    differ = differences(before, {**_recorded(recipe), "seed": recipe.seed or 0, "sha256": file_digest(checkpoint)})
+    differ = differences(before, {**recorded(recipe), "seed": recipe.seed or 0, "sha256": file_digest(checkpoint)})
     if differ:
         raise CheckpointError(f"{output}: was compressed otherwise: {differ}; repeat the command as it was")
 
@@ -103,6 +107,8 @@ def plan_file(
 
     Without a checkpoint the network comes from `recipe.arch` alone, which is enough for TT-ranks given by hand.
     """
+    if source is not None and recipe.is_weights_only:
+        return plan_weights(source, recipe, plan, progress=progress)
     if source is not None:
         network = open_dense(source, recipe.arch, recipe.key or "")
     elif recipe.arch:
@@ -119,39 +125,66 @@ def plan_file(
                 done = compressor.search(sources.judge)
             else:
                 done = Compressed(network.model, compressor.plan(recipe, plan), compressor.calibrated_on())
-    return _report(network, done, recipe, (before, promised_bytes(before, done.plan, dtype_of(recipe))))
+    return report_of(network, done, recipe, (before, promised_bytes(before, done.plan, dtype_of(recipe))))
 
 
 def expand_file(source: Path, output: Path, force: bool = False) -> Report:
     """Turn a compressed file back into an ordinary dense checkpoint, with the original keys and types.
 
+    Shards become shards in a folder, unless `output` is named as one file.
+
     Raises:
         CheckpointError: not a compressed file, or an output that cannot be written.
     """
-    check_output(output, force)
+    index = None if output.suffix in (".pt", ".pth", ".safetensors") else read_index(source)
+    check_output(output, force, index)
     metadata, tensors = read_metadata(source), load_compressed(source)
     with blaming(source):
         report = Report.from_json(metadata)
         dense = _expanded(report, tensors)
-    write_dense(output, dense)
+    if index is None:
+        write_dense(output, dense)
+    else:
+        write_shards(output, _expanded_index(report, index), dense)
     return report
 
 
-def _expanded(report: Report, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    dense = dict(tensors)
+def _expanded(report: Report, tensors: Mapping[str, Tensor]) -> LazyTensors:
+    layers = {f"{layer.fqn}.weight": layer for layer in report.plan.layers}
+    shapes = {name: shape for layer in layers.values() for name, shape in layer.core_shapes.items()}
+    wrong = [name for name, shape in shapes.items() if name not in tensors or tuple(tensors[name].shape) != shape]
+    if wrong:
+        raise CheckpointError(f"lacks {shortlist(wrong)}, or they have another shape")
+    if missing := [kept.name for kept in report.plan.kept if kept.name not in tensors]:
+        raise CheckpointError(f"lacks {shortlist(missing)}; of a sharded checkpoint name the folder")
+
+    def make(name: str) -> Tensor:
+        if name in report.tied:
+            return make(report.tied[name]).clone()
+        if name not in layers:
+            return tensors[name]
+        layer = layers[name]
+        weight = dense_weight([tensors[core].double() for core in layer.core_shapes], layer.spec.weight_shape)
+        return weight.to(getattr(torch, layer.weight_dtype)).contiguous()
+
+    infos = {
+        **tensor_infos({name: tensor for name, tensor in tensors.items() if name not in shapes}),
+        **{name: _dense_info(layer) for name, layer in layers.items()},
+    }
+    return LazyTensors({**infos, **{alias: infos[name] for alias, name in report.tied.items()}}, make)
+
+
+def _dense_info(layer: LayerPlan) -> TensorInfo:
+    return TensorInfo(DTYPE_NAMES[getattr(torch, layer.weight_dtype)], layer.spec.weight_shape)
+
+
+def _expanded_index(report: Report, index: Index) -> Index:
+    """Every weight is where its cores are, every tied tensor where that is whose values it has."""
+    homes = dict(index.homes)
     for layer in report.plan.layers:
-        shapes = dict(_core_shapes(layer))
-        wrong = [name for name, shape in shapes.items() if name not in dense or tuple(dense[name].shape) != shape]
-        if wrong:
-            raise CheckpointError(f"lacks {shortlist(wrong)}, or they have another shape")
-        weight = dense_weight([dense.pop(name).double() for name in shapes], layer.spec.weight_shape)
-        dense[f"{layer.fqn}.weight"] = weight.to(getattr(torch, layer.weight_dtype)).contiguous()
-    return dense | {alias: dense[name].clone() for alias, name in report.tied.items()}
-
-
-def _core_shapes(layer: LayerPlan) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for k, shape in enumerate(layer.tensorization.core_shapes(layer.tt_ranks)):
-        yield f"{layer.fqn}.cores.{k}", shape
+        first, *_ = [homes.pop(core) for core in layer.core_shapes]
+        homes[f"{layer.fqn}.weight"] = first
+    return index.moved({**homes, **{alias: homes[name] for alias, name in report.tied.items()}})
 
 
 def evaluate_file(
@@ -262,7 +295,7 @@ def compress_network(
                 done = compressor.apply(compressor.plan(recipe, plan), inplace=True)
         accuracy = meter.summary(dense, meter.run(network.model)) if meter else None
     bytes_after = tensor_bytes(stored_tensors(network.model, network.tensors))
-    return _report(network, done, recipe, (bytes_before, bytes_after), accuracy)
+    return report_of(network, done, recipe, (bytes_before, bytes_after), accuracy)
 
 
 def drop_beyond_gate(report: Report, recipe: Recipe) -> float | None:
@@ -286,37 +319,3 @@ def _compressor(
     if sources.judge and not searches:
         raise DataError("--val is what --max-drop without another target searches by: leave it out")
     return Compressor(model, recipe, device_of(recipe), dtype_of(recipe), sources.calibration, progress)
-
-
-def _report(
-    network: Network, done: Compressed, recipe: Recipe, num_bytes: tuple[int, int], accuracy: Json | None = None
-) -> Report:
-    return Report(
-        plan=done.plan,
-        bytes_before=num_bytes[0],
-        bytes_after=num_bytes[1],
-        version=__version__,
-        seed=recipe.seed or 0,
-        source=network.source or {},
-        architecture=network.architecture,
-        preprocessing=network.preprocessing,
-        recipe=_recorded(recipe),
-        tied=tied_parameters(network.model),
-        accuracy=accuracy,
-        calibration=done.calibration,
-        search=done.search,
-    )
-
-
-def _recorded(recipe: Recipe) -> Json:
-    """The options that a file records as such; the others are in its report in another form or say where things are."""
-    return {key: value for key, value in recipe.to_json().items() if key not in ELSEWHERE}
-
-
-def promised_bytes(bytes_before: int, plan: CompressionPlan, dtype: torch.dtype | None) -> int:
-    """Bytes of all tensors once the plan is applied."""
-    saved = 0
-    for layer in plan.layers:
-        dense: torch.dtype = getattr(torch, layer.weight_dtype)
-        saved += layer.params_before * dense.itemsize - layer.params_after * (dtype or dense).itemsize
-    return bytes_before - saved

@@ -45,6 +45,7 @@ from ttcompress.types import (
     Progress,
     format_compression,
 )
+from ttcompress.weights import Weights
 
 WINDOW = 1.02
 """A budget is met when compression is at least what was asked and at most this much more."""
@@ -79,7 +80,7 @@ def matches(pattern: str, fqn: str) -> bool:
         PlanError: not a regular expression.
     """
     if not pattern.startswith("re:"):
-        return fnmatchcase(fqn, pattern)
+        return pattern == fqn or fnmatchcase(fqn, pattern)
     try:
         return re.fullmatch(pattern[3:], fqn) is not None
     except re.error as error:
@@ -89,8 +90,8 @@ def matches(pattern: str, fqn: str) -> bool:
 def find_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Layer]:
     """All Linear and Conv2d layers in `named_modules()` order, those that stay dense with the reason.
 
-    By default the candidates are all but the first convolution and the last Linear; `include` replaces them by what it
-    matches, `exclude` is subtracted last.
+    By default the candidates are all but the first convolution and the last Linear, or without an architecture all but
+    `weights.LEFT_OUT`; `include` replaces them by what it matches, `exclude` is subtracted last.
 
     Raises:
         PlanError: a pattern that matches no layer, or names outright one that cannot be decomposed.
@@ -102,7 +103,7 @@ def find_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequence
     for layer in layers:
         if layer.kept and layer.fqn in include:
             raise PlanError(f"{layer.fqn} cannot be compressed ({layer.kept}); leave it out of --include")
-    ends = _ends(layers)
+    ends = model.left_out() if isinstance(model, Weights) else _ends(layers)
     return [replace(layer, kept=layer.kept or _left_out(layer.fqn, ends, include, exclude)) for layer in layers]
 
 
@@ -170,6 +171,8 @@ class _Request:
 
 Metrics = Callable[[str, Tensorization], Sequence[ModeMetric]]
 """By fqn and tensorization: the metric of each mode in which errors count."""
+Results = Callable[[Sequence[int], Callable[[int], dict[str, Tensor]]], list[dict[str, Tensor]]]
+"""Called with sizes and a function: what the function finds for the index of each, wherever that is computed."""
 Outcome = dict[str, LayerPlan | str]
 """By fqn: the plan of a layer, or the reason why it stays dense after all."""
 
@@ -177,7 +180,8 @@ Outcome = dict[str, LayerPlan | str]
 class Planner:
     """Plans of one network; the spectra are computed once, however many targets are planned.
 
-    `metrics` says by fqn and tensorization what errors cost; without it, weights count as they are.
+    `metrics` says by fqn and tensorization what errors cost; without it, weights count as they are. `results` may
+    compute the spectra elsewhere.
     """
 
     def __init__(
@@ -193,6 +197,7 @@ class Planner:
             PlanError, ShapeError: see `make_plan`.
         """
         self.metrics: Metrics | None = None
+        self.results: Results = lambda sizes, compute: [compute(index) for index in range(len(sizes))]
         self._model, self._device, self._progress = model, device, progress
         rules_only = recipe.target == "ranks" and recipe.ranks is None and recipe.conv_ranks is None
         include = recipe.include or tuple(rule.match for rule in recipe.layers if rules_only)
@@ -208,7 +213,25 @@ class Planner:
 
     @cached_property
     def _options(self) -> list[LayerOptions]:
-        return _options(self._searched, self._device, self._progress, self.metrics)
+        """The spectra of every layer in every tensorization, one layer in memory at a time."""
+        weights = [request.layer.module.weight for request in self._searched]
+        if any(weight.is_meta for weight in weights):
+            raise PlanError("--eps, --ratio and --params need the weights: give a checkpoint")
+        return _options(self._searched, self.results([weight.numel() for weight in weights], self._spectra))
+
+    def _spectra(self, index: int) -> dict[str, Tensor]:
+        """By number of the tensorization and of the cut, and under `norm` the norms of the tensorizations."""
+        request = self._searched[index]
+        fqn, weight = request.layer.fqn, request.layer.module.weight.detach().to(self._device)
+        if self._progress:
+            self._progress(f"spectra of {fqn}", index, len(self._searched))
+        try:
+            found = list(_spectra_and_norms(request, weight, self.metrics))
+        except ShapeError as error:
+            raise ShapeError(f"{fqn}: {error}") from error
+        norms = torch.tensor([norm for _, norm in found], dtype=torch.float64)
+        spectra = {f"{k}.{cut}": each for k, (cuts, _) in enumerate(found) for cut, each in enumerate(cuts)}
+        return {**spectra, "norm": norms}
 
     def plan(self, recipe: Recipe) -> CompressionPlan:
         """The plan for the target of a recipe that differs from the first one in nothing else.
@@ -326,49 +349,39 @@ def _inner(tt_ranks: Sequence[int]) -> str:
     return ",".join(map(str, tt_ranks[1:-1])) or "(none)"
 
 
-def _options(
-    requests: Sequence[_Request], device: torch.device | str, progress: Progress | None, metrics: Metrics | None
-) -> list[LayerOptions]:
-    """The spectra of every layer in every tensorization, one layer in memory at a time.
+def _options(requests: Sequence[_Request], found: Sequence[dict[str, Tensor]]) -> list[LayerOptions]:
+    """What the layers can be, from the spectra and norms that were found of each.
 
     Without metrics, errors are weighed against each other as they are, not relative to each weight: under weight decay
     a weight is large where it matters (docs/cli.md has the measurement).
     """
-    if any(request.layer.module.weight.is_meta for request in requests):
-        raise PlanError("--eps, --ratio and --params need the weights: give a checkpoint")
-    found: list[list[tuple[Tensorization, list[Tensor], float]]] = []
-    for done, request in enumerate(requests):
-        fqn, weight = request.layer.fqn, request.layer.module.weight.detach().to(device)
-        if progress:
-            progress(f"spectra of {fqn}", done, len(requests))
-        try:
-            found.append([*_spectra_and_norms(request, weight, metrics)])
-        except ShapeError as error:
-            raise ShapeError(f"{fqn}: {error}") from error
     # In units of the largest, so that no network is out of range.
-    largest = max((norm for layer in found for *_, norm in layer), default=0.0) or 1.0
+    largest = max((norm for each in found for norm in each["norm"].tolist()), default=0.0) or 1.0
     options = []
-    for request, layer in zip(requests, found, strict=True):
-        candidates = [Candidate(each, spectra, (norm / largest) ** 2) for each, spectra, norm in layer]
+    for request, each in zip(requests, found, strict=True):
+        candidates = []
+        for k, (tensorization, norm) in enumerate(zip(request.tensorizations, each["norm"].tolist(), strict=True)):
+            spectra = [each[f"{k}.{cut}"] for cut in range(len(tensorization.modes) - 1)]
+            candidates.append(Candidate(tensorization, spectra, (norm / largest) ** 2))
         options.append(LayerOptions(request.layer.module.weight.numel(), tuple(candidates)))
     return options
 
 
 def _spectra_and_norms(
     request: _Request, weight: Tensor, metrics: Metrics | None
-) -> Iterator[tuple[Tensorization, list[Tensor], float]]:
+) -> Iterator[tuple[list[Tensor], float]]:
     """For each tensorization the squared spectra over the squared norm, and the norm, of the weight in its metric."""
     if metrics is None:
         norm = frobenius_norm(weight)
         for each in request.tensorizations:
-            yield each, squared_spectra(weight, each), norm
+            yield squared_spectra(weight, each), norm
         return
     fqn = request.layer.fqn
     whole = tensorize_shape("lowrank", tuple(weight.shape))
     least = TRUSTED * frobenius_norm(whitened(weight, whole, metrics(fqn, whole)))
     for each in request.tensorizations:
         moved = whitened(weight, each, metrics(fqn, each))
-        yield each, squared_spectra(moved), max(least, frobenius_norm(moved))
+        yield squared_spectra(moved), max(least, frobenius_norm(moved))
 
 
 def _outcome(requests: Sequence[_Request], choices: Sequence[Choice], why: str) -> Outcome:
@@ -421,6 +434,8 @@ def _assemble(model: nn.Module, layers: Sequence[Layer], outcome: Outcome, notes
 
 
 def _kept_reason(model: nn.Module, name: str) -> str:
+    if isinstance(model, Weights):
+        return model.kept_reason(name)
     owner, _, own_name = name.rpartition(".")
     module = model.get_submodule(owner)
     if isinstance(module, nn.MultiheadAttention):

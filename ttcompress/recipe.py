@@ -214,6 +214,11 @@ class Recipe:
         return cls(**options, layers=tuple(LayerRule(**rule) for rule in rules))
 
     @property
+    def is_weights_only(self) -> bool:
+        """Whether weights are compressed by their names alone, without a network (`--arch none`)."""
+        return self.arch == "none"
+
+    @property
     def has_target(self) -> bool:
         """Whether anything says how far to compress."""
         stated = any(_is_stated(getattr(self, name)) for group in TARGETS for name in group)

@@ -9,12 +9,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ttcompress.header import blaming, read_metadata
+from ttcompress.header import blaming
+from ttcompress.shards import read_metadata, stored_bytes
 from ttcompress.types import Json, LayerPlan, Report, compression, format_compression
 
 
 def read_report(path: Path) -> Json:
-    """The report of a compressed file, with its name and its size on disk (`file`, `file_bytes`).
+    """The report of a compressed file or folder, with its name and its size on disk (`file`, `file_bytes`).
 
     Raises:
         CheckpointError: not a compressed file, damaged, or of another schema.
@@ -25,8 +26,9 @@ def read_report(path: Path) -> Json:
 
 def with_file(report: Report, path: Path | None) -> Json:
     """The JSON of a report; `file` and `file_bytes` are null where nothing was written."""
-    written = {"file": path.name, "file_bytes": path.stat().st_size} if path else {"file": None, "file_bytes": None}
-    return {**report.to_json(), **written}
+    if path is None:
+        return {**report.to_json(), "file": None, "file_bytes": None}
+    return {**report.to_json(), "file": path.absolute().name, "file_bytes": stored_bytes(path)}
 
 
 def render(data: Json) -> RenderableType:

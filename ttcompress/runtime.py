@@ -14,10 +14,14 @@ from ttcompress.recipe import Recipe
 
 @contextmanager
 def fixed_threads() -> Iterator[None]:
-    """As many threads as this process may use processors, whatever the environment says: sums then come out alike."""
+    """As many threads as this process may use processors, whatever the environment says: sums then come out alike.
+
+    Processes that torchrun started on one machine share its processors.
+    """
     before = torch.get_num_threads()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(min(16, usable))
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, min(16, usable // sharing)))
     try:
         yield
     finally:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ttcompress.errors import PlanError, ShapeError
 from ttcompress.layers import TTConv2d, TTLinear, layer_spec, tt_layer
-from ttcompress.tt.decompose import decompose_weight
+from ttcompress.tt.decompose import TTSVD, decompose_weight
 from ttcompress.types import CompressionPlan, LayerPlan, LinearSpec, Progress
 
 
@@ -20,16 +20,27 @@ def check_plan(model: nn.Module, plan: CompressionPlan) -> None:
     Raises:
         PlanError: layers that it lacks or that have another shape, or parameters that the plan does not list.
     """
+    check_layers(model, plan.layers)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if plan.params_before != count:
+        lists = f"the plan lists {plan.params_before:,} parameters, the network has {count:,}"
+        raise PlanError(f"the plan does not fit this network: {lists}")
+
+
+def check_layers(model: nn.Module, layers: Sequence[LayerPlan]) -> None:
+    """See that a network has these layers.
+
+    Raises:
+        PlanError: it lacks some, or they have another shape.
+    """
     dense = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     wrong = []
-    for layer in plan.layers:
+    for layer in layers:
         module = dense.get(layer.fqn)
         if module is None:
             wrong.append(f"{layer.fqn} is no Linear or Conv2d of this network")
         elif layer_spec(module) != layer.spec or getattr(module, "groups", 1) != 1:
             wrong.append(f"{layer.fqn} has another shape or geometry")
-    if not wrong and plan.params_before != (count := sum(parameter.numel() for parameter in model.parameters())):
-        wrong.append(f"the plan lists {plan.params_before:,} parameters, the network has {count:,}")
     if wrong:
         raise PlanError("the plan does not fit this network: " + "; ".join(sorted(wrong)))
 
@@ -56,16 +67,25 @@ def apply_plan(
             progress(f"decomposing {layer.fqn}", index, len(plan.layers))
         dense = model.get_submodule(layer.fqn)
         weight = dense.weight.detach()  # type: ignore[operator]
-        try:
-            result = decompose_weight(weight.to(device), layer.tensorization, layer.tt_ranks, dtype=dtype)
-        except ShapeError as error:
-            raise ShapeError(f"{layer.fqn}: {error}") from error
+        result = decompose(layer, weight.to(device), dtype)
         cores = [core.to(weight.device) for core in result.cores]
         layers.append(tt_layer(layer.spec).from_cores(dense, layer.tensorization, cores))
         done.append(replace(layer, relative_error=result.relative_error))
     for layer, compressed in zip(done, layers, strict=True):
         swap(model, layer.fqn, compressed)
     return plan.with_layers(done)
+
+
+def decompose(layer: LayerPlan, weight: Tensor, dtype: torch.dtype | None = None) -> TTSVD:
+    """The weight of one layer decomposed as planned.
+
+    Raises:
+        ShapeError: values that cannot be, naming the layer.
+    """
+    try:
+        return decompose_weight(weight, layer.tensorization, layer.tt_ranks, dtype=dtype)
+    except ShapeError as error:
+        raise ShapeError(f"{layer.fqn}: {error}") from error
 
 
 def insert_empty(model: nn.Module, layers: Sequence[LayerPlan]) -> None:

@@ -107,6 +107,12 @@ class LayerPlan:
         """Entries of the TT-cores."""
         return self.tensorization.num_params(self.tt_ranks)
 
+    @property
+    def core_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the TT-cores by their names in a file."""
+        shapes = self.tensorization.core_shapes(self.tt_ranks)
+        return {f"{self.fqn}.cores.{k}": shape for k, shape in enumerate(shapes)}
+
     def to_json(self) -> Json:
         """The `layers` entry of plans, reports and files."""
         return {
