@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
-from ttcompress import plan as planning
-from ttcompress.allocate import LayerOptions
 from ttcompress.checkpoint import load_checkpoint
 from ttcompress.errors import PlanError
-from ttcompress.plan import WINDOW, make_plan
+from ttcompress.plan import WINDOW, Planner, make_plan
 from ttcompress.recipe import Recipe
 from ttcompress.types import format_compression
 from ttcompress.zoo import CifarResNet
@@ -53,23 +50,20 @@ def network(name: str) -> nn.Module:
 @pytest.fixture
 def spectra_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real spectra of the real function, but those of each weight only the first time."""
-    compute = planning._options
+    compute = Planner._spectra
 
-    def remembered(requests: Sequence[Any], *arguments: Any) -> list[LayerOptions]:
-        return [_remember(compute, request, arguments) for request in requests]
+    def remembered(planner: Planner, index: int) -> dict[str, Tensor]:
+        request = planner._searched[index]
+        # The networks are kept alive by network(), so that an id stands for one weight.
+        key = id(request.layer.module.weight), request.tensorizations
+        if key not in _known:
+            _known[key] = compute(planner, index)
+        return _known[key]
 
-    monkeypatch.setattr(planning, "_options", remembered)
+    monkeypatch.setattr(Planner, "_spectra", remembered)
 
 
-_known: dict[tuple[int, Any], LayerOptions] = {}
-
-
-def _remember(compute: Any, request: Any, arguments: Any) -> LayerOptions:
-    # The networks are kept alive by network(), so that an id stands for one weight.
-    key = id(request.layer.module.weight), request.tensorizations
-    if key not in _known:
-        (_known[key],) = compute([request], *arguments)
-    return _known[key]
+_known: dict[tuple[int, Any], dict[str, Tensor]] = {}
 
 
 def count(model: nn.Module) -> int:

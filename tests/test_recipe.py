@@ -17,6 +17,7 @@ from ttcompress.recipe import LayerRule, Recipe
 from ttcompress.tt.shapes import tensorize_shape
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+FINETUNED = [("resnet20", 2), ("resnet20", 3), ("resnet20", 4), ("resnet20", 6.8), ("resnet32", 2.8), ("resnet32", 5)]
 VGG_WEIGHTS = {"classifier.0": (4096, 25088), "classifier.3": (4096, 4096)}
 # Parameters of the replaced layers, from the ranks and modes of Novikov et al. 2015.
 NOVIKOV_ROWS = {
@@ -111,6 +112,7 @@ def rule_params(rule: LayerRule) -> int:
 def test_the_folder_holds_one_recipe_a_row() -> None:
     networks = [f"{net}-{row}" for net in ("vgg16", "vgg19") for row in NOVIKOV_ROWS]
     networks += [f"{net}-{ratio}x" for net in ("resnet20", "resnet32") for ratio in (2, 3)]
+    networks += [f"{net}-{ratio}x-finetuned" for net, ratio in FINETUNED]
     assert sorted(path.stem for path in RECIPES.glob("*.toml")) == sorted(networks)
 
 
@@ -136,6 +138,13 @@ def test_vgg_rows_have_the_parameters_of_the_paper(net: str, row: str, counts: l
 def test_fc6_and_fc7_together_have_3168_parameters() -> None:
     recipe = Recipe.from_toml(RECIPES / "vgg16-tt4-tt4-fc.toml")
     assert sum(map(rule_params, recipe.layers)) == 3168
+
+
+@pytest.mark.parametrize(("net", "ratio"), FINETUNED)
+def test_finetuned_rows_are_those_of_the_table_script(net: str, ratio: float) -> None:
+    """Its defaults, so that one recipe and one row are the same run."""
+    recipe = Recipe.from_toml(RECIPES / f"{net}-{ratio}x-finetuned.toml")
+    assert recipe == Recipe(arch=net, ratio=ratio, epochs=30, seed=0)
 
 
 @pytest.mark.parametrize("net", ["resnet20", "resnet32"])

@@ -22,6 +22,8 @@ from ttcompress.tt.shapes import Mode, Tensorization
 
 BLOCK = 1 << 18
 """Entries that are brought into order at a time: few enough for a processor's cache."""
+COLUMNS, LARGE_BLOCK = 512, 1 << 22
+"""Columns, and entries at most, of a block with so many rows that products of narrow ones would only move memory."""
 LIKELY_RANK = 4
 PASS_COST = 50
 """Multiply-adds that take as long as bringing one entry into order."""
@@ -64,7 +66,8 @@ class Folded:
         """
         view = self._view(cut, side)
         sizes = view.shape[4:]
-        count = -(-view.numel() // BLOCK)
+        most = max(BLOCK, min(LARGE_BLOCK, COLUMNS * prod(view.shape[:4])))
+        count = -(-view.numel() // most)
         # The slowest axis that is long enough leaves the longest runs in memory to what is copied.
         axis = next((axis for axis in range(4) if 4 * sizes[axis] >= count), sizes.index(max(sizes)))
         step = max(1, sizes[axis] // count)
