@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import ttcompress
 from ttcompress import cli, export
 from ttcompress.checkpoint import write_dense
-from ttcompress.errors import DataError, ExportError, TTCompressError
+from ttcompress.errors import ArchitectureError, DataError, ExportError, TTCompressError
 from ttcompress.header import read_metadata
 from ttcompress.pipeline import compress_file
 from ttcompress.recipe import Recipe
@@ -242,8 +242,8 @@ def test_without_onnxruntime_there_is_no_comparison(
 
 def test_the_size_of_an_input_has_to_be_known_and_right(folder: Path) -> None:
     write_dense(folder / "mlp.pt", Mlp(width0=64, width1=128, width2=10).state_dict())
-    refused(folder / "mlp.pt", "size of an input is not known; give it with --input-size")
-    refused(folder / "mlp.pt", "numbers from 1 on, not 3,0", input_size=(3, 0))
+    refused(folder / "mlp.pt", "size of an input is not known; give it with --input-size", ArchitectureError)
+    refused(folder / "mlp.pt", "numbers from 1 on, not 3,0", ArchitectureError, input_size=(3, 0))
     refused(folder / "mlp.pt", r"does not take images of shape \(65,\)", DataError, input_size=(65,))
     done = export.export_file(folder / "mlp.pt", folder / "out.onnx", input_size=(1, 8, 8))
     assert done.input_shape == (1, 8, 8)

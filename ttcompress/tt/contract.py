@@ -167,7 +167,7 @@ def _apply(matrix: Tensor, z: Tensor) -> Tensor:
         # The gradient of a product with a batch of matrices would be one matrix for each, to be added up.
         return functional.linear(z.mT, matrix).mT
     # matmul would bring the batch into another order, to have one large product, if a core is a parameter.
-    return torch.bmm(matrix.expand(len(z), -1, -1), z)
+    return torch.bmm(matrix.expand(z.shape[0], -1, -1), z)
 
 
 def _sweep_cost(shapes: Sequence[Shape], rows: int) -> Cost:
