@@ -74,6 +74,12 @@ def test_multiply_adds_are_those_of_the_formulas(file: Path) -> None:
     assert result["input_size"] == [1, 28, 28]
 
 
+def test_cores_in_a_narrower_type_than_the_network(file: Path) -> None:
+    compress_file(file.with_name("mlp.pt"), file, Recipe(ranks=4, dtype="float16"), force=True)
+    result = bench.bench_file(file, batch_sizes=[2])
+    assert result["dtype"] == "float32"
+
+
 def test_peak_memory_is_weights_and_what_is_alive_together() -> None:
     model = nn.Sequential(nn.Linear(100, 200), nn.ReLU(), nn.Linear(200, 50), nn.Linear(50, 20)).eval()
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ttcompress.tt.contract import chain_product, dense_weight, merge_all, merge_cores, pad_features, sweep, sweep_plan
+from ttcompress.tt.contract import dense_weight, merge_all, merge_cores, pad_features, sweep, sweep_plan
 
 Full = NDArray[np.float64]
 Modes = list[tuple[int, int, int]]
@@ -87,14 +87,6 @@ def test_merge_order_does_not_matter() -> None:
     left, right = merge_cores(merge_cores(a, b), c), merge_cores(a, merge_cores(b, c))
     np.testing.assert_allclose(left.numpy(), oracle([a, b, c]), rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(right.numpy(), oracle([a, b, c]), rtol=1e-12, atol=1e-12)
-
-
-def test_chain_product_of_plain_cores() -> None:
-    rng = np.random.default_rng(2)
-    arrays = [rng.standard_normal(shape) for shape in ((2, 3, 4), (4, 5, 2), (2, 2, 3))]
-    expected = np.einsum("iaj,jbk,kcl->iabcl", *arrays).reshape(2, 30, 3)
-    product = chain_product([torch.tensor(array) for array in arrays])
-    np.testing.assert_allclose(product.numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_padding_is_zeros_at_the_end() -> None:

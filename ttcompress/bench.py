@@ -74,7 +74,8 @@ def bench_file(
     names = [name for name, module in compressed.named_modules() if isinstance(module, TTLinear | TTConv2d)]
     if not names:
         raise PlanError(f"{source}: holds no compressed layers")
-    dense = expand_layers(copy.deepcopy(compressed))
+    # Cores may be stored in a narrower type than the network computes in; dense weights may not.
+    dense = expand_layers(copy.deepcopy(compressed)).to(input_dtype(compressed))
     entries = []
     for number, batch in enumerate(batch_sizes):
         if progress:

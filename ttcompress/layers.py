@@ -168,22 +168,21 @@ class _TTLayer(nn.Module):
         """No choice by cost: one is forced, or `torch.export` asks for one graph for all call shapes, the factored."""
         return self.execution != "auto" or torch.compiler.is_exporting()
 
-    def _runs_dense(self, *size: int) -> bool:
-        """The choice for calls of this size (rows, or pixels in and out), remembered for the next one."""
+    def _runs_dense(self, is_cheaper: Callable[..., bool], *size: int) -> bool:
+        """The choice for calls of this size (rows, or pixels in and out), remembered for the next one.
+
+        `is_cheaper(*size, kept)` tells whether the dense weight costs less, what is made of the cores at hand or not.
+        """
         if self._is_decided():
             return self.execution == "dense"
         if torch.compiler.is_compiling():
-            return self._prefers_dense(*size, kept=False)
+            return is_cheaper(*size, kept=False)
         key = (*size, self._keeps(), self._trains())
         if key not in self._choices:
             if len(self._choices) >= MOST_CHOICES:
                 self._choices.clear()
-            self._choices[key] = self._prefers_dense(*size, kept=self._keeps())
+            self._choices[key] = is_cheaper(*size, kept=self._keeps())
         return self._choices[key]
-
-    def _prefers_dense(self, *size: int, kept: bool) -> bool:
-        """Whether the dense weight costs less; `kept` if what is made of the cores is at hand."""
-        raise NotImplementedError
 
     def _listed_cores(self) -> list[Tensor]:
         # ParameterList looks every entry up by name, which takes longer than a small layer.
@@ -287,7 +286,7 @@ class TTLinear(_TTLayer):
             raise ShapeError(f"the layer takes (..., {self.in_features}), not {tuple(x.shape)}")
         bias = self._bias_as(x)
         rows = x.reshape(-1, self.in_features)
-        if self._runs_dense(rows.shape[0]):
+        if self._runs_dense(self._is_dense_cheaper, rows.shape[0]):
             weight = self._made("dense", x, lambda cores: dense_weight(cores, self.spec.weight_shape))
             return functional.linear(x, weight, bias)
         plan = self._plan()
@@ -297,8 +296,7 @@ class TTLinear(_TTLayer):
         y = y.reshape(*x.shape[:-1], self.out_features)
         return y if bias is None else y + bias.to(y.dtype)
 
-    def _prefers_dense(self, *size: int, kept: bool) -> bool:
-        (rows,) = size
+    def _is_dense_cheaper(self, rows: int, kept: bool) -> bool:
         entries = self.in_features * self.out_features
         rebuilt = Cost(0, 0) if kept else merge_cost(self.tensorization.core_shapes(self.tt_ranks))
         dense = Cost(rebuilt.multiply_adds + rows * entries, rebuilt.elements + entries)
@@ -334,7 +332,7 @@ class TTConv2d(_TTLayer):
         batch = x if x.dim() == 4 else x[None]
         bias = self._bias_as(x)
         pixels = batch.shape[0] * batch.shape[2] * batch.shape[3]
-        if self._runs_dense(pixels, pixels // (self.stride[0] * self.stride[1])):
+        if self._runs_dense(self._is_dense_cheaper, pixels, pixels // (self.stride[0] * self.stride[1])):
             y = self._window(batch, self._made("dense", batch, lambda cores: self._dense_kernel(cores, batch)), bias)
         elif self.tensorization.format == "matrix":
             y = self._contract(batch)
@@ -404,8 +402,7 @@ class TTConv2d(_TTLayer):
             sides += [total // 2 + fixed, total - total // 2 + fixed]
         return sides
 
-    def _prefers_dense(self, *size: int, kept: bool) -> bool:
-        pixels, out_pixels = size
+    def _is_dense_cheaper(self, pixels: int, out_pixels: int, kept: bool) -> bool:
         rebuilt = Cost(0, 0) if kept else merge_cost(self.tensorization.core_shapes(self.tt_ranks))
         channels, outs = _blocked(self.in_channels), _blocked(self.out_channels)
         moved = pixels * self.in_channels + out_pixels * self.out_channels

@@ -52,12 +52,6 @@ def merge_all(cores: Sequence[Tensor]) -> Tensor:
     return reduce(merge_cores, cores)
 
 
-def chain_product(cores: Sequence[Tensor]) -> Tensor:
-    """Cores (r_{k-1}, s_k, r_k) multiplied out: (r_0, s_1 ... s_d, r_d)."""
-    flat = [core.reshape(core.shape[0], 1, -1, 1, core.shape[-1]) for core in cores]
-    return merge_all(flat)[:, 0, :, 0]
-
-
 def dense_weight(cores: Sequence[Tensor], weight_shape: Shape) -> Tensor:
     """The weight (out, in) or (out, in, kh, kw) that the cores stand for, padding cut away."""
     whole = merge_all(cores)[0, : weight_shape[0], : weight_shape[1], :, 0]
