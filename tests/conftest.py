@@ -9,7 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+
+# Processes that share the machine (`pytest -n`) share its cores too. Must be set before torch is loaded.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
+import torch  # noqa: E402
 
 
 @pytest.fixture(scope="session")
