@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ttcompress.tt.contract import dense_weight, merge_all, merge_cores, pad_features, sweep, sweep_plan
+from ttcompress.tt.contract import dense_weight, merge_all, merge_cores, pad_features, sweep
+from ttcompress.tt.cost import sweep_plan
 
 Full = NDArray[np.float64]
 Modes = list[tuple[int, int, int]]

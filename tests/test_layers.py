@@ -461,6 +461,6 @@ def test_a_batch_of_one_does_not_rebuild_the_weight() -> None:
     """The factored way is the cheaper one for few rows; the dense one wins at full rank with many."""
     for weight_format in ("matrix", "lowrank"):
         layer = TTLinear.from_dense(seeded(lambda: nn.Linear(256, 256)), weight_format, 4)
-        assert not layer._runs_dense(layer._is_dense_cheaper, 1)
+        assert not layer._runs_dense(1, 1)
     full = TTLinear.from_dense(seeded(lambda: nn.Linear(256, 256)))
-    assert full._runs_dense(full._is_dense_cheaper, 100_000)
+    assert full._runs_dense(100_000, 100_000)

@@ -20,7 +20,7 @@ from ttcompress.plan import make_plan
 from ttcompress.recipe import Recipe
 from ttcompress.refine import NaturalGradient, augment, moved, refine
 from ttcompress.surgery import apply_plan
-from ttcompress.tt.contract import chain_product, dense_weight
+from ttcompress.tt.contract import dense_weight, merge_all
 from ttcompress.tt.shapes import tensorize_shape
 from ttcompress.tt.whiten import ModeMetric, Moments
 
@@ -151,7 +151,7 @@ def natural_step(layer: TTLinear | TTConv2d, statistics: Statistics) -> tuple[li
 def squared_norm(cores: Sequence[Tensor], metrics: Sequence[ModeMetric]) -> Tensor:
     """Half of ||B||^2 in the metric, padding and all."""
     weighted = [metric.apply(core).flatten(1, -2) for core, metric in zip(cores, metrics, strict=True)]
-    return chain_product(weighted).square().sum() / 2
+    return merge_all([core[:, :, None, None] for core in weighted]).square().sum() / 2
 
 
 @cases

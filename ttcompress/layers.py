@@ -11,27 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ttcompress.errors import PlanError, ShapeError
+from ttcompress.tt import cost
 from ttcompress.tt.arithmetic import norm
-from ttcompress.tt.contract import (
-    Cost,
-    SweepPlan,
-    dense_weight,
-    merge_all,
-    merge_cost,
-    merge_groups,
-    pad_features,
-    sweep_groups,
-    sweep_plan,
-)
+from ttcompress.tt.contract import dense_weight, merge_all, merge_groups, pad_features, sweep_groups
 from ttcompress.tt.decompose import decompose_weight
-from ttcompress.tt.shapes import Tensorization, tensorize_shape
-from ttcompress.types import ConvSpec, LayerSpec, LinearSpec
+from ttcompress.tt.shapes import Tensorization, is_swept, tensorize_shape
+from ttcompress.types import ConvSpec, LayerSpec, LinearSpec, executions
 
 T = TypeVar("T")
-CHANNEL_BLOCK = 16
-"""Vector units take so many channels of a convolution at a time."""
-BETWEEN = 5
-"""How often what lies between two convolutions is moved: written, read, and brought into order for the next."""
 MOST_CHOICES = 256
 
 
@@ -149,9 +136,8 @@ class _TTLayer(nn.Module):
 
     @property
     def executions(self) -> tuple[str, ...]:
-        """The ways this layer can run: its factored one is `chain` where the format is a chain of convolutions."""
-        contracts = isinstance(self.spec, LinearSpec) or self.tensorization.format == "matrix"
-        return ("auto", "contract" if contracts else "chain", "dense")
+        """The ways this layer can run (see `types.executions`)."""
+        return executions(self.spec, self.tensorization)
 
     @property
     def execution(self) -> str:
@@ -168,21 +154,25 @@ class _TTLayer(nn.Module):
         """No choice by cost: one is forced, or `torch.export` asks for one graph for all call shapes, the factored."""
         return self.execution != "auto" or torch.compiler.is_exporting()
 
-    def _runs_dense(self, is_cheaper: Callable[..., bool], *size: int) -> bool:
-        """The choice for calls of this size (rows, or pixels in and out), remembered for the next one.
-
-        `is_cheaper(*size, kept)` tells whether the dense weight costs less, what is made of the cores at hand or not.
-        """
+    def _runs_dense(self, pixels: int, out_pixels: int) -> bool:
+        """The choice for calls of this size, remembered for the next one."""
         if self._is_decided():
             return self.execution == "dense"
         if torch.compiler.is_compiling():
-            return is_cheaper(*size, kept=False)
-        key = (*size, self._keeps(), self._trains())
+            return self._is_dense_cheaper(cost.Calls(pixels, out_pixels), kept=False)
+        keeps = self._keeps()
+        key = (pixels, out_pixels, keeps, self._trains())
         if key not in self._choices:
             if len(self._choices) >= MOST_CHOICES:
                 self._choices.clear()
-            self._choices[key] = is_cheaper(*size, kept=self._keeps())
+            self._choices[key] = self._is_dense_cheaper(cost.Calls(pixels, out_pixels), keeps)
         return self._choices[key]
+
+    def _is_dense_cheaper(self, calls: cost.Calls, kept: bool) -> bool:
+        """Whether the dense weight costs less, what is made of the cores at hand (`kept`) or not."""
+        layer, form = cost.Layer(self.spec.weight_shape, calls), (self.tensorization, self.tt_ranks)
+        dense = layer.dense() if kept else layer.rebuilt(*form)
+        return bool(cost.TIME.total(dense) < cost.TIME.total(layer.factored(*form, self._trains(), kept)))
 
     def _listed_cores(self) -> list[Tensor]:
         # ParameterList looks every entry up by name, which takes longer than a small layer.
@@ -218,15 +208,14 @@ class _TTLayer(nn.Module):
         made: T = self._kept[key][0]
         return made
 
-    def _sweep_plans(self) -> list[SweepPlan]:
+    def _sweep_plans(self) -> list[cost.SweepPlan]:
         """How inputs meet the cores, without and with gradients, for layers that contract them."""
-        if "contract" not in self.executions:
+        if not is_swept(self.spec.weight_shape, self.tensorization):
             return []
-        shapes = self.tensorization.core_shapes(self.tt_ranks)
-        windowless = tuple(shape for shape in shapes if shape[3] == 1)
-        return [sweep_plan(windowless, training) for training in (False, True)]
+        shapes = cost.swept_shapes(self.tensorization.core_shapes(self.tt_ranks))
+        return [cost.sweep_plan(shapes, training) for training in (False, True)]
 
-    def _plan(self) -> SweepPlan:
+    def _plan(self) -> cost.SweepPlan:
         return self._plans[self._trains()]
 
     def kept_tensors(self) -> list[Tensor]:
@@ -286,7 +275,7 @@ class TTLinear(_TTLayer):
             raise ShapeError(f"the layer takes (..., {self.in_features}), not {tuple(x.shape)}")
         bias = self._bias_as(x)
         rows = x.reshape(-1, self.in_features)
-        if self._runs_dense(self._is_dense_cheaper, rows.shape[0]):
+        if self._runs_dense(rows.shape[0], rows.shape[0]):
             weight = self._made("dense", x, lambda cores: dense_weight(cores, self.spec.weight_shape))
             return functional.linear(x, weight, bias)
         plan = self._plan()
@@ -295,12 +284,6 @@ class TTLinear(_TTLayer):
         y = sweep_groups(groups, padded, plan)[:, : self.out_features]
         y = y.reshape(*x.shape[:-1], self.out_features)
         return y if bias is None else y + bias.to(y.dtype)
-
-    def _is_dense_cheaper(self, rows: int, kept: bool) -> bool:
-        entries = self.in_features * self.out_features
-        rebuilt = Cost(0, 0) if kept else merge_cost(self.tensorization.core_shapes(self.tt_ranks))
-        dense = Cost(rebuilt.multiply_adds + rows * entries, rebuilt.elements + entries)
-        return dense.total < self._plan().cost(rows, kept).total
 
 
 class TTConv2d(_TTLayer):
@@ -332,7 +315,7 @@ class TTConv2d(_TTLayer):
         batch = x if x.dim() == 4 else x[None]
         bias = self._bias_as(x)
         pixels = batch.shape[0] * batch.shape[2] * batch.shape[3]
-        if self._runs_dense(self._is_dense_cheaper, pixels, pixels // (self.stride[0] * self.stride[1])):
+        if self._runs_dense(pixels, pixels // (self.stride[0] * self.stride[1])):
             y = self._window(batch, self._made("dense", batch, lambda cores: self._dense_kernel(cores, batch)), bias)
         elif self.tensorization.format == "matrix":
             y = self._contract(batch)
@@ -377,7 +360,7 @@ class TTConv2d(_TTLayer):
         y = self._window(images, window.reshape(1, -1, *self.kernel_size))
         return y.reshape(n, self.out_channels, *y.shape[2:])
 
-    def _window_and_groups(self, cores: list[Tensor], plan: SweepPlan) -> tuple[Tensor, list[Tensor]]:
+    def _window_and_groups(self, cores: list[Tensor], plan: cost.SweepPlan) -> tuple[Tensor, list[Tensor]]:
         if self._is_windowed():
             return cores[0][0, 0, 0].T, merge_groups(cores[1:], plan)
         return cores[0].new_ones(1, 1), merge_groups(cores, plan)
@@ -402,47 +385,11 @@ class TTConv2d(_TTLayer):
             sides += [total // 2 + fixed, total - total // 2 + fixed]
         return sides
 
-    def _is_dense_cheaper(self, pixels: int, out_pixels: int, kept: bool) -> bool:
-        rebuilt = Cost(0, 0) if kept else merge_cost(self.tensorization.core_shapes(self.tt_ranks))
-        channels, outs = _blocked(self.in_channels), _blocked(self.out_channels)
-        moved = pixels * self.in_channels + out_pixels * self.out_channels
-        madds = out_pixels * channels * outs * prod(self.kernel_size)
-        dense = Cost(rebuilt.multiply_adds + madds, rebuilt.elements + moved)
-        return dense.total < self._factored_cost(pixels, out_pixels, kept).total
-
-    def _factored_cost(self, pixels: int, out_pixels: int, kept: bool) -> Cost:
-        window = prod(self.kernel_size)
-        channels, outs = _blocked(self.in_channels), _blocked(self.out_channels)
-        moved = pixels * self.in_channels + out_pixels * self.out_channels
-        shapes = self.tensorization.core_shapes(self.tt_ranks)
-        if self.tensorization.format == "matrix":
-            rank = shapes[0][4] if self._is_windowed() else 1
-            mixed = self._plan().cost(pixels, kept)
-            # Each output is a convolution of its own, to one channel.
-            madds = mixed.multiply_adds + out_pixels * self.out_channels * _blocked(rank) * window * _blocked(1)
-            return Cost(madds, mixed.elements + 2 * pixels * self.out_channels * rank + moved)
-        rank = shapes[-1][0]
-        madds, elements = out_pixels * _blocked(rank) * outs, moved + BETWEEN * out_pixels * rank
-        if self.tensorization.format == "chain":
-            first = shapes[0][4]
-            return Cost(
-                madds + pixels * channels * _blocked(first) + out_pixels * _blocked(first) * window * _blocked(rank),
-                elements + BETWEEN * pixels * first,
-            )
-        head = Cost(0, 0) if kept else merge_cost(shapes[:-1])
-        madds += head.multiply_adds + out_pixels * channels * window * _blocked(rank)
-        return Cost(madds, elements + head.elements)
-
 
 def _in_format_of(x: Tensor, kernel: Tensor) -> Tensor:
     """A kernel in the memory format of the images."""
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return kernel.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
-def _blocked(channels: int) -> int:
-    """The number of channels that a convolution with this many costs as much as."""
-    return -(-channels // CHANNEL_BLOCK) * CHANNEL_BLOCK
 
 
 def _pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:

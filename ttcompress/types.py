@@ -9,7 +9,7 @@ from operator import index
 from typing import Any
 
 from ttcompress.errors import CheckpointError, PlanError, ShapeError
-from ttcompress.tt.shapes import Mode, Tensorization, tensorize_shape
+from ttcompress.tt.shapes import Mode, Tensorization, is_swept, tensorize_shape
 
 FILE_SCHEMA = "ttcompress/1"
 PLAN_SCHEMA = "ttcompress-plan/1"
@@ -69,6 +69,11 @@ class ConvSpec:
 LayerSpec = LinearSpec | ConvSpec
 
 
+def executions(spec: LayerSpec, tensorization: Tensorization) -> tuple[str, ...]:
+    """The ways a layer can run: by choice, by its TT-cores (a `chain` of convolutions or a contraction), or dense."""
+    return ("auto", "contract" if is_swept(spec.weight_shape, tensorization) else "chain", "dense")
+
+
 def _listed(record: Any) -> Json:
     """A flat dataclass as JSON has it."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(record).items()}
@@ -84,7 +89,7 @@ class LayerPlan:
 
     `predicted_error` bounds the relative Frobenius error from the singular values (with calibration, that of the
     output), `relative_error` is measured. `output_error` is, by stage of a calibrated compression, the relative error
-    of the layer's output on held-out images.
+    of the layer's output on held-out images. `execution` is how the layer is to run, one of `executions`.
     """
 
     fqn: str
@@ -96,6 +101,12 @@ class LayerPlan:
     relative_error: float | None = None
     output_error: Mapping[str, float] | None = None
     note: str = ""
+    execution: str = "auto"
+
+    def __post_init__(self) -> None:
+        ways = executions(self.spec, self.tensorization)
+        if self.execution not in ways:
+            raise ShapeError(f"{self.fqn}: execution must be one of {', '.join(ways)}, not {self.execution!r}")
 
     @property
     def params_before(self) -> int:
@@ -131,6 +142,7 @@ class LayerPlan:
             "weight_dtype": self.weight_dtype,
             "spec": _listed(self.spec),
             **({"note": self.note} if self.note else {}),
+            **({"execution": self.execution} if self.execution != "auto" else {}),
         }
 
     @classmethod
@@ -145,8 +157,9 @@ class LayerPlan:
         tensorization = Tensorization(data["format"], tuple(modes))
         _check_modes(data["fqn"], spec, tensorization)
         ranks = tensorization.expand_ranks([index(rank) for rank in data["tt_ranks"]])
-        errors = {key: data.get(key) for key in ("predicted_error", "relative_error", "output_error")}
-        return cls(data["fqn"], spec, tensorization, ranks, data["weight_dtype"], **errors, note=data.get("note", ""))
+        known: Json = {key: data.get(key) for key in ("predicted_error", "relative_error", "output_error")}
+        known |= {key: data[key] for key in ("note", "execution") if key in data}
+        return cls(data["fqn"], spec, tensorization, ranks, data["weight_dtype"], **known)
 
 
 def _check_modes(fqn: str, spec: LayerSpec, stated: Tensorization) -> None:

@@ -98,6 +98,11 @@ class Tensorization:
         return full
 
 
+def is_swept(weight_shape: Sequence[int], tensorization: Tensorization) -> bool:
+    """Whether inputs are contracted with the cores one by one; else the cores are a chain of convolutions."""
+    return len(weight_shape) == 2 or tensorization.format == "matrix"
+
+
 def feasible_ranks(sizes: Sequence[int], tt_ranks: Sequence[int]) -> tuple[int, ...]:
     """Clip TT-ranks to what unfoldings can carry: r_k <= r_{k-1} s_k and r_{k-1} <= s_k r_k (both ends are 1)."""
     ranks = [1, *tt_ranks[1:-1], 1]

@@ -1,0 +1,236 @@
+"""What the ways to run a layer cost, in multiply-adds and in elements moved through memory. Integers only.
+
+Memory traffic decides more than multiply-adds. `factored` runs a layer by its TT-cores, `dense` by the weight that they
+stand for; `core_cost` says what a single core adds to the former, for allocation of ranks under such a cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import combinations, pairwise
+from math import prod
+from typing import Any, NamedTuple
+
+from ttcompress.tt.shapes import Tensorization, is_swept
+
+Shape = Sequence[int]
+ELEMENT_COST = 16
+"""Multiply-adds that take as long as moving one element through memory, on the CPUs and GPUs we measured."""
+
+TRAINING_TRAFFIC = 16
+"""How much more an element of an intermediate counts in training."""
+TYPICAL_ROWS = 64
+MOST_GROUPS = 4
+CHANNEL_BLOCK = 16
+"""Vector units take so many channels of a convolution at a time."""
+BETWEEN = 5
+"""How often what lies between two convolutions is moved: written, read, and brought into order for the next."""
+
+
+class Cost(NamedTuple):
+    """Multiply-adds of a computation and elements it moves through memory."""
+
+    multiply_adds: Any
+    elements: Any
+
+    def __add__(self, other: object) -> Cost:
+        """Of one computation after the other."""
+        return Cost(*(mine + its for mine, its in zip(self, other, strict=True)))  # type: ignore[call-overload]
+
+
+NOTHING = Cost(0, 0)
+
+
+class Calls(NamedTuple):
+    """How much a layer has to do: positions that it reads and that it writes (rows of a Linear, pixels of a Conv2d)."""
+
+    pixels: int
+    out_pixels: int
+
+
+class Unit(NamedTuple):
+    """What a cost is counted in: convolutions take channels `block` at a time, an element counts `element`."""
+
+    name: str
+    block: int
+    element: int
+
+    def total(self, cost: Cost) -> Any:
+        """A cost as one number."""
+        return cost.multiply_adds + self.element * cost.elements
+
+    def blocked(self, channels: Any) -> Any:
+        """The number of channels that a convolution with this many costs as much as."""
+        return -(-channels // self.block) * self.block
+
+
+MULTIPLY_ADDS = Unit("multiply-adds", 1, 0)
+TIME = Unit("time", CHANNEL_BLOCK, ELEMENT_COST)
+
+
+class SweepPlan(NamedTuple):
+    """How an input meets the cores: bounds of the groups that are merged first, from which end, and the costs.
+
+    `per_row` is the cost for one input vector, `merging` that of merging the groups.
+    """
+
+    bounds: tuple[int, ...]
+    from_last: bool
+    per_row: Cost
+    merging: Cost
+
+    def cost(self, rows: int, merged: bool = False) -> Cost:
+        """For `rows` input vectors; `merged` if the groups are at hand."""
+        swept = Cost(*(rows * each for each in self.per_row))
+        return swept if merged else swept + self.merging
+
+
+@cache
+def sweep_plan(shapes: tuple[Shape, ...], training: bool = False) -> SweepPlan:
+    """The cheapest way to contract inputs with window-less cores of these shapes (r_{k-1}, m_k, n_k, 1, r_k).
+
+    Memory traffic decides more than multiply-adds: cores merged into a few groups leave fewer intermediates. In
+    training each of them is also saved, brought into another order, and has a gradient. The plan does not depend on the
+    number of inputs, so that graphs are the same for all.
+    """
+    weight = TRAINING_TRAFFIC if training else 1
+    plans = [_plan(shapes, bounds, from_last) for bounds in _groupings(len(shapes)) for from_last in (True, False)]
+
+    def total(plan: SweepPlan) -> Any:
+        madds, elements = plan.cost(TYPICAL_ROWS)
+        return TIME.total(Cost(madds, weight * elements))
+
+    return min(plans, key=total)
+
+
+def _plan(shapes: Sequence[Shape], bounds: tuple[int, ...], from_last: bool) -> SweepPlan:
+    groups = [shapes[first:last] for first, last in pairwise(bounds)]
+    merged = [_merged_shape(group) for group in groups]
+    merging = sum((merge_cost(group) for group in groups), NOTHING)
+    return SweepPlan(bounds, from_last, _sweep_cost(merged if from_last else _mirrored(merged)), merging)
+
+
+def _groupings(count: int) -> Iterator[tuple[int, ...]]:
+    """Bounds of at most MOST_GROUPS groups of neighbours, and of every core by itself."""
+    for number in range(min(MOST_GROUPS, count)):
+        for inner in combinations(range(1, count), number):
+            yield (0, *inner, count)
+    yield tuple(range(count + 1))
+
+
+def _merged_shape(shapes: Sequence[Shape]) -> Shape:
+    return (shapes[0][0], *(prod(factors) for factors in list(zip(*shapes, strict=True))[1:4]), shapes[-1][4])
+
+
+def _sweep_cost(shapes: Sequence[Shape]) -> Cost:
+    """Of one input vector, from the last core to the first."""
+    steps = [_step_cost(shapes, index, shape[0], shape[4]) for index, shape in enumerate(shapes)]
+    return sum(steps, Cost(0, prod([shape[2] for shape in shapes])))
+
+
+def _step_cost(shapes: Sequence[Shape], index: int, left: Any, right: Any) -> Cost:
+    """What a core with these TT-ranks adds, the others being contracted from the last one on."""
+    around = prod([shape[2] for shape in shapes[:index]]) * prod([shape[1] for shape in shapes[index + 1 :]])
+    _, m, n, _, _ = shapes[index]
+    return Cost(around * left * m * n * right, around * left * m)
+
+
+def _mirrored(shapes: Sequence[Shape]) -> list[Shape]:
+    """The shapes that a sweep from the last core would have if it were the sweep from the first."""
+    (r_0, m_1, *rest), *others = shapes
+    return [(s, m, n, w, r) for r, m, n, w, s in reversed([(1, r_0 * m_1, *rest), *others])]
+
+
+def merge_cost(shapes: Sequence[Shape]) -> Cost:
+    """Cost of `merge_all`, the last product of which writes the dense weight."""
+    madds = elements = 0
+    size = prod(shapes[0][:4])
+    for shape in shapes[1:]:
+        madds += size * prod(shape)
+        size *= prod(shape[1:4])
+        elements += 2 * size * shape[4]
+    return Cost(madds, elements)
+
+
+class Layer(NamedTuple):
+    """A weight (out, in) or (out, in, kh, kw), how much it has to do, and what costs are counted in."""
+
+    weight_shape: tuple[int, ...]
+    calls: Calls
+    unit: Unit = TIME
+
+    @property
+    def _moved(self) -> int:
+        """Elements of images that any convolution reads and writes."""
+        out, inp, *_ = self.weight_shape
+        return self.calls.pixels * inp + self.calls.out_pixels * out
+
+    def dense(self) -> Cost:
+        """By the dense weight, which is at hand."""
+        out, inp, *window = self.weight_shape
+        if not window:
+            return Cost(self.calls.pixels * out * inp, out * inp)
+        blocked = self.unit.blocked
+        return Cost(self.calls.out_pixels * blocked(inp) * blocked(out) * prod(window), self._moved)
+
+    def rebuilt(self, tensorization: Tensorization, tt_ranks: Sequence[int]) -> Cost:
+        """By the dense weight, which is made of the cores first."""
+        return merge_cost(tensorization.core_shapes(tt_ranks)) + self.dense()
+
+    def factored(
+        self, tensorization: Tensorization, tt_ranks: Sequence[int], training: bool = False, kept: bool = True
+    ) -> Cost:
+        """By the cores; `kept` if what is made of them alone is at hand."""
+        shapes = tensorization.core_shapes(tt_ranks)
+        if is_swept(self.weight_shape, tensorization):
+            window = len(shapes) > len(swept_shapes(shapes))
+            plan = sweep_plan(swept_shapes(shapes), training)
+            cost = plan.cost(self.calls.pixels, kept)
+            return cost if len(self.weight_shape) == 2 else cost + self._windows(shapes[0][4] if window else 1)
+        cost = sum(
+            (self._conv_cost(tensorization, k, *pair) for k, pair in enumerate(pairwise(tt_ranks))),
+            Cost(0, self._moved),
+        )
+        head = shapes[:1] if tensorization.format == "chain" else shapes[:-1]
+        return cost if kept else cost + merge_cost(head)
+
+    def core(self, tensorization: Tensorization, index: int, left: Any, right: Any) -> Cost:
+        """What the core between these TT-ranks (numbers or arrays) adds to `factored`, for chains exactly.
+
+        Where inputs are swept over the cores, neighbours are not merged here, and the sweep is from the last core.
+        """
+        if not is_swept(self.weight_shape, tensorization):
+            return self._conv_cost(tensorization, index, left, right)
+        shapes = tensorization.core_shapes([1] * (len(tensorization.modes) + 1))
+        swept = swept_shapes(shapes)
+        before = len(shapes) - len(swept)
+        if index < before:
+            return self._windows(right) + Cost(0 * left, 0)
+        step = _step_cost(swept, index - before, left, right)
+        return Cost(*(self.calls.pixels * each for each in step))
+
+    def _windows(self, rank: Any) -> Cost:
+        """A convolution of its own for each output, to one channel, after the channels have been swept."""
+        out, _, *window = self.weight_shape
+        madds = self.calls.out_pixels * out * prod(window) * self.unit.blocked(rank) * self.unit.blocked(1)
+        return Cost(madds, 2 * self.calls.pixels * out * rank + self._moved)
+
+    def _conv_cost(self, tensorization: Tensorization, index: int, left: Any, right: Any) -> Cost:
+        """1x1, kh x kw, 1x1 convolutions, or kh x kw, 1x1 with everything before the last core merged into one."""
+        out, inp, *window = self.weight_shape
+        blocked, (pixels, out_pixels) = self.unit.blocked, self.calls
+        last = len(tensorization.modes) - 1
+        if index == last:
+            return Cost(out_pixels * blocked(left) * blocked(out), 0)
+        if tensorization.format == "chain" and index == 0:
+            return Cost(pixels * blocked(inp) * blocked(right), BETWEEN * pixels * right)
+        if index < last - 1:
+            return Cost(0 * left * right, 0)
+        channels = left if tensorization.format == "chain" else inp
+        return Cost(out_pixels * blocked(channels) * prod(window) * blocked(right), BETWEEN * out_pixels * right)
+
+
+def swept_shapes(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
+    """Of the cores that inputs are swept over: all but one that carries the window."""
+    return tuple(shapes[1:] if shapes[0][3] > 1 else shapes)
