@@ -17,7 +17,7 @@ from ttcompress.allocate import (
     LayerOptions,
     fewest_params,
     nearest_below,
-    total_params,
+    total_cost,
     within_budget,
 )
 from ttcompress.errors import PlanError
@@ -101,7 +101,7 @@ def test_spectra_bound_every_choice_as_numpy_says(shape: tuple[int, ...]) -> Non
         oracle = dict(every_choice(shape, modes))
         assert candidate.choice(tops).error == 0
         ones = candidate.choice((1,) * len(tops))
-        assert oracle[ones.params] == pytest.approx(ones.error, rel=1e-9)
+        assert oracle[ones.cost] == pytest.approx(ones.error, rel=1e-9)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -111,13 +111,13 @@ def test_best_at_a_price_is_the_best_of_all_rank_choices(shape: tuple[int, ...],
     for candidate in options.candidates:
         oracle = every_choice(shape, tuple(map(tuple, candidate.tensorization.modes)))
         best = candidate.best_at(price)
-        assert best.params == candidate.tensorization.num_params(best.tt_ranks)
-        assert best.error + price * best.params == pytest.approx(
+        assert best.cost == candidate.tensorization.num_params(best.tt_ranks)
+        assert best.error + price * best.cost == pytest.approx(
             min(error + price * params for params, error in oracle), rel=1e-9, abs=1e-14
         )
     layer = options.best_at(price)
-    assert layer.error + price * layer.params <= price * options.dense_params
-    assert layer.params <= options.dense_params
+    assert layer.error + price * layer.cost <= price * options.dense_params
+    assert layer.cost <= options.dense_params
 
 
 def network(seed: int = 0) -> tuple[list[LayerOptions], list[Menu]]:
@@ -132,15 +132,15 @@ def test_a_budget_is_never_exceeded_and_no_layer_grows(seed: int) -> None:
     dense = sum(each.dense_params for each in options)
     for budget in range(least, dense, 31):
         choices = within_budget(options, budget)
-        assert total_params(choices) <= budget
-        assert sum(choice.params for choice in choices) == total_params(choices)
-        assert all(choice.params <= each.dense_params for choice, each in zip(choices, options, strict=True))
+        assert total_cost(choices) <= budget
+        assert sum(choice.cost for choice in choices) == total_cost(choices)
+        assert all(choice.cost <= each.dense_params for choice, each in zip(choices, options, strict=True))
 
 
 def test_a_budget_below_all_ranks_one_is_refused() -> None:
     options, menus = network()
     least = sum(min(params for params, _ in menu) for menu in menus)
-    assert total_params(within_budget(options, least)) == least
+    assert total_cost(within_budget(options, least)) == least
     with pytest.raises(PlanError, match=f"needs {least}"):
         within_budget(options, least - 1)
 
@@ -175,9 +175,9 @@ def test_nearest_below_reaches_the_total_nearest_to_the_budget(seed: int) -> Non
         totals = np.unique(totals[:, None] + np.array(sorted({params for params, _ in menu}))[None, :])
     for budget in range(least, int(totals[-1]), 43):
         found = nearest_below(options, within_budget(options, budget), budget)
-        assert total_params(found) == totals[totals <= budget].max()
+        assert total_cost(found) == totals[totals <= budget].max()
         for choice, menu in zip(found, menus, strict=True):
-            best = min(error for params, error in menu if params == choice.params)
+            best = min(error for params, error in menu if params == choice.cost)
             assert choice.error == pytest.approx(best, rel=1e-9, abs=1e-14)
 
 
@@ -216,7 +216,7 @@ def test_fewest_params_is_no_larger_than_the_same_share_of_eps_for_every_cut(
             tails = [values[rank:].sum() / values.sum() for rank in range(len(values) + 1)]
             ranks.append(next(rank for rank in range(1, len(tails)) if tails[rank] <= share))
         plain = sum(left * size * right for left, size, right in zip(ranks, viewed.shape, [*ranks[1:], 1], strict=True))
-        assert choice.params <= min(plain, options.dense_params)
+        assert choice.cost <= min(plain, options.dense_params)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -224,4 +224,4 @@ def test_fewest_params_is_no_larger_than_the_same_share_of_eps_for_every_cut(
 def test_fewest_params_against_brute_force(shape: tuple[int, ...], eps: float) -> None:
     options = options_of(shape)
     best = min(params for params, error in menu_of(options, shape) if sqrt(error) <= eps)
-    assert best <= fewest_params(options, eps).params <= 1.1 * best
+    assert best <= fewest_params(options, eps).cost <= 1.1 * best

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import ttcompress
-from ttcompress import bench, cli
+from ttcompress import bench, cli, timing
 from ttcompress.checkpoint import write_dense
 from ttcompress.header import read_metadata
 from ttcompress.layers import TTConv2d, TTLinear
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "SECONDS", 0.01)
+    monkeypatch.setattr(timing, "SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -131,8 +131,8 @@ def test_the_command_prints_and_saves(file: Path, capsys: pytest.CaptureFixture[
 def test_the_gate(file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to five percent are noise."""
     for slow, expected in ((1.04, 0), (1.06, 1)):
-        timings = bench.Timings([1.0] * 3, [slow] * 3)
-        monkeypatch.setattr(bench, "_by_turns", lambda *given, timings=timings: timings)
+        timings = timing.Timings([1.0] * 3, [slow] * 3)
+        monkeypatch.setattr(bench, "by_turns", lambda *given, timings=timings: timings)
         code, _, err = run(capsys, "bench", file, "--fail-if-slower")
         assert code == expected
         assert ("slower" in err) == bool(expected)
@@ -153,5 +153,5 @@ def test_what_cannot_be_measured(file: Path, capsys: pytest.CaptureFixture[str])
 def test_the_layers_of_a_network_get_what_they_get_in_it() -> None:
     model = network()
     x = torch.randn(2, 3, 8, 8)
-    received: Tensor = bench._input_of(model, model[2], x)
+    received: Tensor = timing.input_of(model, model[2], x)
     torch.testing.assert_close(received, model[1](model[0](x)))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -14,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from ttcompress.checkpoint import load_compressed, write_safetensors
 from ttcompress.errors import PlanError
@@ -23,28 +20,9 @@ from ttcompress.header import read_metadata
 from ttcompress.layers import TTConv2d, TTLinear
 from ttcompress.network import input_shape, open_any
 from ttcompress.surgery import expand_layers
+from ttcompress.timing import NOISE, at_its_best, by_turns, device_name, input_of, runner
 from ttcompress.types import Json, Progress
-
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-NOISE = 1.05
-"""Ratios of time up to this one do not count as slower."""
-SECONDS = 6.0
-"""About as long is each network timed at each batch size."""
-ROUNDS = 7, 60
-Run = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds of the same number of rounds of a dense and a compressed side, taken by turns."""
-
-    dense: Sequence[float]
-    compressed: Sequence[float]
-
-    @property
-    def ratio(self) -> float:
-        """Median over the rounds of compressed / dense."""
-        return median(ours / theirs for ours, theirs in zip(self.compressed, self.dense, strict=True))
+from ttcompress.usage import multiply_adds
 
 
 def bench_file(
@@ -84,9 +62,7 @@ def bench_file(
         entries.append(_compare(dense, compressed, images, names, training))
     return {
         "file": source.name,
-        "device": torch.cuda.get_device_name(where)
-        if where.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
+        "device": device_name(where),
         "torch": torch.__version__,
         "dtype": str(input_dtype(dense)).removeprefix("torch."),
         "input_size": list(shape),
@@ -110,12 +86,11 @@ def _compare(dense: nn.Module, compressed: nn.Module, images: Tensor, names: Seq
     models = {"dense": dense, "compressed": compressed}
     with torch.no_grad():
         forward(compressed, images)
-    formats = {side: _faster_format(model, images, training) for side, model in models.items()}
+    inputs, formats = {}, {}
     for side, model in models.items():
-        _set_format(model, formats[side])
-    inputs = {side: _formatted(images, formats[side]) for side in models}
-    runs = [_run(models[side], inputs[side], training) for side in models]
-    timings = _by_turns(runs[0], runs[1], images.device)
+        inputs[side], formats[side] = at_its_best(model, images, training)
+    runs = [runner(models[side], inputs[side], training) for side in models]
+    timings = by_turns(runs[0], runs[1], images.device)
     entry: Json = {"batch": len(images), "time_ratio": timings.ratio}
     for side, model in models.items():
         seconds = getattr(timings, side)
@@ -124,7 +99,7 @@ def _compare(dense: nn.Module, compressed: nn.Module, images: Tensor, names: Seq
             "p90": quantiles(seconds, n=10)[-1],
             "throughput": len(images) / median(seconds),
             "memory_format": formats[side],
-            "multiply_adds": _multiply_adds(model, inputs[side]),
+            "multiply_adds": multiply_adds(model, inputs[side]),
             "peak_memory": None if training else _peak_memory(model, inputs[side]),
         }
     if not training:
@@ -135,97 +110,16 @@ def _compare(dense: nn.Module, compressed: nn.Module, images: Tensor, names: Seq
 
 def _compare_layers(models: dict[str, nn.Module], inputs: dict[str, Tensor], name: str, training: bool) -> Json:
     layers = {side: model.get_submodule(name) for side, model in models.items()}
-    received = {side: _input_of(models[side], layers[side], inputs[side]) for side in models}
-    runs = [_run(layers[side], received[side], training) for side in models]
-    timings = _by_turns(runs[0], runs[1], received["dense"].device, SECONDS / 10)
+    received = {side: input_of(models[side], layers[side], inputs[side]) for side in models}
+    runs = [runner(layers[side], received[side], training) for side in models]
+    timings = by_turns(runs[0], runs[1], received["dense"].device, 1 / 10)
     return {
         "fqn": name,
         "dense": median(timings.dense),
         "compressed": median(timings.compressed),
         "time_ratio": timings.ratio,
-        "multiply_adds": {side: _multiply_adds(layers[side], received[side]) for side in models},
+        "multiply_adds": {side: multiply_adds(layers[side], received[side]) for side in models},
     }
-
-
-def _input_of(model: nn.Module, layer: nn.Module, images: Tensor) -> Tensor:
-    """What a layer receives in the network."""
-    received: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, given: received.append(given[0].detach().clone()))
-    with handle, torch.no_grad():
-        model(images)
-    if not received:
-        return images
-    return received[0]
-
-
-def _run(module: nn.Module, x: Tensor, training: bool) -> Run:
-    """A forward pass, or one with its backward pass."""
-
-    @torch.inference_mode()
-    def infer() -> None:
-        module(x)
-
-    def step() -> None:
-        module.zero_grad()
-        y = module(x)
-        y.backward(torch.ones_like(y))
-
-    return step if training else infer
-
-
-def _faster_format(model: nn.Module, images: Tensor, training: bool) -> str:
-    if images.dim() != 4:
-        return "contiguous"
-    seconds = {}
-    for name in FORMATS:
-        _set_format(model, name)
-        run = _run(model, _formatted(images, name), training)
-        run()
-        seconds[name] = min(_seconds(run, images.device) for _ in range(3))
-    return min(seconds, key=lambda name: seconds[name])
-
-
-def _set_format(model: nn.Module, name: str) -> None:
-    for parameter in model.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=FORMATS[name])
-
-
-def _formatted(images: Tensor, name: str) -> Tensor:
-    return images.contiguous(memory_format=FORMATS[name]) if images.dim() == 4 else images
-
-
-def _by_turns(dense: Run, compressed: Run, device: torch.device, seconds: float = SECONDS) -> Timings:
-    """As many rounds as fit, after one that does not count."""
-    for run in (dense, compressed):
-        run()
-    first = _seconds(dense, device) + _seconds(compressed, device)
-    least, most = ROUNDS
-    rounds = max(least, min(most, int(seconds / max(first, 1e-6))))
-    pairs = [(_seconds(dense, device), _seconds(compressed, device)) for _ in range(rounds)]
-    return Timings([pair[0] for pair in pairs], [pair[1] for pair in pairs])
-
-
-def _seconds(run: Run, device: torch.device) -> float:
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize(device)
-        return float(start.elapsed_time(end)) / 1000
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
-
-
-@torch.no_grad()
-def _multiply_adds(module: nn.Module, x: Tensor) -> int:
-    # What layers keep is made in the first call and not counted.
-    module(x)
-    with FlopCounterMode(display=False) as counter:
-        module(x)
-    return int(counter.get_total_flops()) // 2
 
 
 def _peak_memory(model: nn.Module, images: Tensor) -> int:

@@ -18,8 +18,7 @@ from torch.nn import functional
 
 from ttcompress.errors import DataError
 from ttcompress.evaluate import forward
-from ttcompress.layers import tt_layer
-from ttcompress.surgery import swap
+from ttcompress.surgery import layer_from, swap
 from ttcompress.tt.contract import dense_weight
 from ttcompress.tt.decompose import decompose_weight, spread_norm
 from ttcompress.tt.fit import fit_cores, output_error
@@ -290,7 +289,7 @@ def swap_in(model: nn.Module, dense: nn.Module, layer: LayerPlan, cores: Sequenc
     module = dense.get_submodule(layer.fqn)
     like: Tensor = module.weight  # type: ignore[assignment]
     spread = [core.to(like) for core in spread_norm(cores)]
-    swap(model, layer.fqn, tt_layer(layer.spec).from_cores(module, layer.tensorization, spread))
+    swap(model, layer.fqn, layer_from(layer, module, spread))
 
 
 # --------------------------------------------------------------------------------------------------------------- sweeps

@@ -14,13 +14,16 @@ from torch import nn
 from ttcompress.calibrate import Calibration, LayerStatistics, measure
 from ttcompress.errors import DataError, PlanError, shortlist
 from ttcompress.evaluate import input_dtype
-from ttcompress.plan import Planner, Results, adopt_plan
+from ttcompress.latency import Bed, within_latency
+from ttcompress.plan import Budget, Planner, Results, adopt_plan
 from ttcompress.recipe import Recipe
+from ttcompress.runtime import threads_as_set
 from ttcompress.stages import adopt, compress_calibrated
 from ttcompress.surgery import apply_plan
 from ttcompress.tt.shapes import Tensorization
 from ttcompress.tt.whiten import ModeMetric
 from ttcompress.types import CompressionPlan, Json, Progress
+from ttcompress.usage import Usage, usage_of
 
 SEARCH_STEP = 1.05
 """The search for the smallest network ends when the next point would be nearer than this factor."""
@@ -41,6 +44,7 @@ class Compressor:
     """How one network is compressed; what does not depend on the target is computed once.
 
     `dtype` is the storage type of the cores, by default that of each weight; `results` may compute spectra elsewhere.
+    `input_shape` is that of one input, which multiply-adds and latency depend on.
     """
 
     model: nn.Module
@@ -50,6 +54,7 @@ class Compressor:
     calibration: Calibration | None = None
     progress: Progress | None = None
     results: Results | None = None
+    input_shape: tuple[int, ...] = ()
 
     def plan(self, recipe: Recipe, given: CompressionPlan | None = None) -> CompressionPlan:
         """The plan for a recipe, or the one given, checked against the network.
@@ -57,11 +62,44 @@ class Compressor:
         Raises:
             PlanError: a plan beside another target, one that does not fit, or one that would replace nothing.
         """
-        plan = self._planner.plan(recipe) if given is None else adopt_plan(self.model, recipe, given)
+        _check_execution(recipe)
+        plan = self._planned(recipe) if given is None else adopt_plan(self.model, recipe, given)
         if not plan.layers:
             reasons = sorted({kept.reason for kept in plan.kept if kept.kind})
             raise PlanError(f"nothing would be compressed, every layer stays dense: {shortlist(reasons)}")
+        if recipe.exec is not None:
+            return _run_as(recipe.exec, plan)
+        if recipe.tune:
+            with threads_as_set():
+                return self._bed.tuned(plan, self.progress)
         return plan
+
+    def _planned(self, recipe: Recipe) -> CompressionPlan:
+        if recipe.latency_ratio is not None:
+            counting = self._planner.time(self._usage)
+            # A little less than the most, which as a fraction may be a little more.
+            most = 0.999 * self._planner.most(counting)
+
+            def plan_at(ratio: float) -> CompressionPlan:
+                return self._planner.within(Budget.of_ratio("cost ratio", counting, ratio))
+
+            with threads_as_set():
+                return within_latency(recipe.latency_ratio, plan_at, most, self._bed, self.progress)
+        return self._planner.plan(recipe, self._usage if recipe.macs_ratio is not None else None)
+
+    @cached_property
+    def _usage(self) -> Usage:
+        return usage_of(self.model, self._shape)
+
+    @cached_property
+    def _bed(self) -> Bed:
+        return Bed(self.model, self._shape, self.device)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        if not self.input_shape:
+            raise PlanError("the size of an input is not known; give it with --input-size, such as 3,224,224")
+        return self.input_shape
 
     def apply(self, plan: CompressionPlan, inplace: bool = False) -> Compressed:
         """The network, or a copy of it, compressed."""
@@ -152,3 +190,23 @@ class Compressor:
         """The network as it was, frozen, on the device, in a type that can be computed in."""
         dense = copy.deepcopy(self.model).requires_grad_(False).eval().to(self.device)
         return dense.float() if input_dtype(dense) in (torch.float16, torch.bfloat16) else dense
+
+
+def _check_execution(recipe: Recipe) -> None:
+    if recipe.tune and recipe.exec is not None:
+        raise PlanError("--tune decides by measurement how layers run: leave out --exec")
+    if recipe.macs_ratio is not None and (recipe.tune or recipe.exec == "dense"):
+        raise PlanError("--macs-ratio counts layers that run by their cores: leave out --tune and --exec dense")
+
+
+def _run_as(way: str, plan: CompressionPlan) -> CompressionPlan:
+    """The plan with every layer that can run in this way forced to."""
+    able = [way in layer.executions for layer in plan.layers]
+    if not any(able):
+        raise PlanError(f"--exec {way}: no layer of the plan can run so; they are {shortlist(_formats(plan))}")
+    forced = [replace(layer, execution=way) if can else layer for layer, can in zip(plan.layers, able, strict=True)]
+    return plan.with_layers(forced)
+
+
+def _formats(plan: CompressionPlan) -> list[str]:
+    return sorted({f"{layer.spec.kind} {layer.tensorization.format}" for layer in plan.layers})

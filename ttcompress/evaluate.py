@@ -106,7 +106,7 @@ def forward(model: nn.Module, images: Tensor) -> Tensor:
         raise DataError(f"the network does not take images of shape {tuple(images.shape[1:])}: {reason}") from error
     if not isinstance(output, Tensor):
         raise DataError(f"accuracy, calibration and export need a tensor; the network returns {type(output).__name__}")
-    if not bool(output.isfinite().all()):
+    if not output.is_meta and not bool(output.isfinite().all()):
         raise DataError("the network returns NaN or Inf on this data")
     return output
 

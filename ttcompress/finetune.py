@@ -13,19 +13,18 @@ from torch import nn
 
 from ttcompress import __version__
 from ttcompress.checkpoint import check_output, file_digest, is_compressed, tensor_bytes, write_dense, write_safetensors
+from ttcompress.compression import Compressor
 from ttcompress.data import Images, open_data
 from ttcompress.distributed import World, expected_rank, joined
 from ttcompress.errors import CheckpointError, DataError, PlanError
 from ttcompress.evaluate import Predictions, compare, forward
-from ttcompress.layers import tt_layer
 from ttcompress.network import Network, open_any, open_dense, open_fresh, stored_tensors, tied_parameters
-from ttcompress.plan import Planner, adopt_plan
 from ttcompress.recipe import Recipe
 from ttcompress.runtime import device_of, seeded
 from ttcompress.shards import read_metadata
 from ttcompress.sources import BATCH_SIZE, images_meter, labelled, preprocessing_for
 from ttcompress.stream import Stream
-from ttcompress.surgery import swap
+from ttcompress.surgery import fresh_layer, swap
 from ttcompress.train import Course, Options, State, best_epoch, train
 from ttcompress.tt.decompose import frobenius_norm
 from ttcompress.types import CompressionPlan, Json, KeptParameter, LayerPlan, Preprocessing, Progress, Report
@@ -129,7 +128,8 @@ def _write(output: Path, student: Student, report: Report) -> None:
 
 
 def _open_student(source: Path, recipe: Recipe, plan: CompressionPlan | None, origin: Path | None) -> Student:
-    if recipe.from_scratch or (origin is None and (plan or recipe.has_target)):
+    planned = plan or recipe.has_target or recipe.exec or recipe.tune or recipe.input_size
+    if recipe.from_scratch or (origin is None and planned):
         raise PlanError(f"{source} is trained as it is: ranks, budgets and plans are for --arch with --from-scratch")
     network = open_any(source, recipe.arch, recipe.key or "")
     if not is_compressed(source):
@@ -149,11 +149,11 @@ def _from_scratch(recipe: Recipe, plan: CompressionPlan | None) -> Student:
         network = open_fresh(recipe.arch)
         if plan is None and not recipe.has_target:
             return Student(network, digest=recipe.arch)
-        plan = adopt_plan(network.model, recipe, plan) if plan else Planner(network.model, recipe).plan(recipe)
+        size = recipe.input_size or (network.preprocessing and network.preprocessing.input_size) or ()
+        plan = Compressor(network.model, recipe, device_of(recipe), input_shape=size).plan(recipe, plan)
         before = tensor_bytes(network.tensors)
         for layer in plan.layers:
-            fresh = tt_layer(layer.spec)(layer.spec, layer.tensorization, layer.tt_ranks)
-            swap(network.model, layer.fqn, fresh)
+            swap(network.model, layer.fqn, fresh_layer(layer))
     state = network.model.state_dict()
     report = Report(plan, before, tensor_bytes(state), __version__, recipe.seed or 0, {}, network.architecture)
     named = ", ".join(f"{layer.fqn} {layer.tensorization.format} {layer.tt_ranks}" for layer in plan.layers)

@@ -170,7 +170,7 @@ class _TTLayer(nn.Module):
 
     def _is_dense_cheaper(self, calls: cost.Calls, kept: bool) -> bool:
         """Whether the dense weight costs less, what is made of the cores at hand (`kept`) or not."""
-        layer, form = cost.Layer(self.spec.weight_shape, calls), (self.tensorization, self.tt_ranks)
+        layer, form = cost.LayerCosts(self.spec.weight_shape, calls), (self.tensorization, self.tt_ranks)
         dense = layer.dense() if kept else layer.rebuilt(*form)
         return bool(cost.TIME.total(dense) < cost.TIME.total(layer.factored(*form, self._trains(), kept)))
 

@@ -119,7 +119,7 @@ def plan_file(
     before = tensor_bytes(stored_tensors(network.model, network.tensors))
     with seeded(recipe):
         searches = _is_search(recipe, plan)
-        compressor = _compressor(network.model, recipe, sources, searches, progress)
+        compressor = _compressor(network, recipe, sources, searches, progress)
         with fixed_threads():
             if searches:
                 done = compressor.search(sources.judge)
@@ -285,7 +285,7 @@ def compress_network(
     bytes_before = tensor_bytes(stored_tensors(network.model, network.tensors))
     with seeded(recipe):
         searches = _is_search(recipe, plan)
-        compressor = _compressor(network.model, recipe, sources, searches, progress)
+        compressor = _compressor(network, recipe, sources, searches, progress)
         dense = meter.run(network.model) if meter else None
         with fixed_threads():
             if searches:
@@ -311,11 +311,20 @@ def _is_search(recipe: Recipe, plan: CompressionPlan | None) -> bool:
 
 
 def _compressor(
-    model: nn.Module, recipe: Recipe, sources: Sources, searches: bool, progress: Progress | None
+    network: Network, recipe: Recipe, sources: Sources, searches: bool, progress: Progress | None
 ) -> Compressor:
     for option, value in (("--calib-images", recipe.calib_images), ("--effort", recipe.effort)):
         if value is not None and sources.calibration is None:
             raise DataError(f"{option} needs --calib, the images to calibrate on")
     if sources.judge and not searches:
         raise DataError("--val is what --max-drop without another target searches by: leave it out")
-    return Compressor(model, recipe, device_of(recipe), dtype_of(recipe), sources.calibration, progress)
+    known = network.preprocessing and network.preprocessing.input_size
+    return Compressor(
+        network.model,
+        recipe,
+        device_of(recipe),
+        dtype_of(recipe),
+        sources.calibration,
+        progress,
+        input_shape=recipe.input_size or known or (),
+    )

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -24,15 +24,17 @@ from ttcompress.allocate import (
     Candidate,
     Choice,
     LayerOptions,
+    Running,
     fewest_params,
     nearest_below,
-    total_params,
+    total_cost,
     within_budget,
 )
 from ttcompress.checkpoint import replacing
 from ttcompress.errors import PlanError, ShapeError, shortlist
 from ttcompress.layers import layer_spec
 from ttcompress.recipe import TARGETS, LayerRule, Recipe
+from ttcompress.tt.cost import MULTIPLY_ADDS, TIME, Calls, LayerCosts, Unit
 from ttcompress.tt.decompose import frobenius_norm, smallest_eps, squared_spectra
 from ttcompress.tt.shapes import FORMATS, Tensorization, feasible_ranks, tensorize_shape
 from ttcompress.tt.whiten import ModeMetric, whitened
@@ -45,6 +47,7 @@ from ttcompress.types import (
     Progress,
     format_compression,
 )
+from ttcompress.usage import Usage
 from ttcompress.weights import Weights
 
 WINDOW = 1.02
@@ -177,6 +180,46 @@ Outcome = dict[str, LayerPlan | str]
 """By fqn: the plan of a layer, or the reason why it stays dense after all."""
 
 
+@dataclass(frozen=True)
+class Counting:
+    """What a budget counts and how much of it the dense network has: parameters, or what one input costs in a unit.
+
+    `calls` says by fqn how often each layer applies its weight for that input; a layer without any costs nothing.
+    """
+
+    what: str
+    dense: int
+    unit: Unit | None = None
+    calls: Mapping[str, Calls] = field(default_factory=dict)
+
+    def costs(self, layer: Layer | LayerPlan) -> LayerCosts | None:
+        """Of running one layer; None where parameters count."""
+        calls = self.calls.get(layer.fqn, Calls(0, 0))
+        return LayerCosts(layer.spec.weight_shape, calls, self.unit) if self.unit else None
+
+    def saved(self, plan: LayerPlan) -> int:
+        """By a layer that is replaced."""
+        costs = self.costs(plan)
+        if costs is None:
+            return plan.params_before - plan.params_after
+        dense, factored = costs.dense(), costs.factored(plan.tensorization, plan.tt_ranks)
+        return int(costs.unit.total(dense) - costs.unit.total(factored))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most so much of what is counted, as `asked` for on the command line."""
+
+    asked: str
+    counting: Counting
+    most: int
+
+    @classmethod
+    def of_ratio(cls, asked: str, counting: Counting, ratio: float) -> Budget:
+        """The dense network's share 1 / ratio, exactly."""
+        return cls(f"{asked} {ratio:g}", counting, floor(counting.dense / Fraction(str(ratio))))
+
+
 class Planner:
     """Plans of one network; the spectra are computed once, however many targets are planned.
 
@@ -212,12 +255,27 @@ class Planner:
         return [layer.fqn for layer in self._layers if not layer.kept]
 
     @cached_property
-    def _options(self) -> list[LayerOptions]:
+    def _found(self) -> list[dict[str, Tensor]]:
         """The spectra of every layer in every tensorization, one layer in memory at a time."""
         weights = [request.layer.module.weight for request in self._searched]
         if any(weight.is_meta for weight in weights):
-            raise PlanError("--eps, --ratio and --params need the weights: give a checkpoint")
-        return _options(self._searched, self.results([weight.numel() for weight in weights], self._spectra))
+            raise PlanError("--eps and budgets need the weights: give a checkpoint")
+        return self.results([weight.numel() for weight in weights], self._spectra)
+
+    @cached_property
+    def parameters(self) -> Counting:
+        """Parameters of the network as what a budget counts."""
+        return Counting("parameters", sum(parameter.numel() for parameter in self._model.parameters()))
+
+    def multiply_adds(self, usage: Usage) -> Counting:
+        """Multiply-adds of the network for one input, those outside its Linear and Conv2d layers included."""
+        return Counting("multiply-adds", usage.multiply_adds, MULTIPLY_ADDS, usage.calls)
+
+    def time(self, usage: Usage) -> Counting:
+        """What the time of the Linear and Conv2d layers goes with by the cost model; the rest is not in it."""
+        counting = Counting("time", 0, TIME, usage.calls)
+        costs = [costs.dense() for layer in self._layers if (costs := counting.costs(layer))]
+        return replace(counting, dense=sum(int(TIME.total(cost)) for cost in costs))
 
     def _spectra(self, index: int) -> dict[str, Tensor]:
         """By number of the tensorization and of the cut, and under `norm` the norms of the tensorizations."""
@@ -233,29 +291,64 @@ class Planner:
         spectra = {f"{k}.{cut}": each for k, (cuts, _) in enumerate(found) for cut, each in enumerate(cuts)}
         return {**spectra, "norm": norms}
 
-    def plan(self, recipe: Recipe) -> CompressionPlan:
+    def plan(self, recipe: Recipe, usage: Usage | None = None) -> CompressionPlan:
         """The plan for the target of a recipe that differs from the first one in nothing else.
+
+        Args:
+            usage: what `macs_ratio` counts.
 
         Raises:
             PlanError: a budget out of reach (naming the most that can be reached), or an eps that is.
         """
-        outcome, notes = dict(self._by_hand), list[str]()
-        if recipe.eps is not None:
-            _check_eps(recipe.eps, self._searched)
-            choices = [fewest_params(each, recipe.eps) for each in self._options]
-            outcome |= _outcome(self._searched, choices, "within eps")
-        elif recipe.ratio is not None or recipe.params is not None:
-            choices, notes = _by_budget(self._model, outcome, self._options, recipe)
-            outcome |= _outcome(self._searched, choices, "pays under this budget")
-        else:
-            outcome |= {r.layer.fqn: f"no {_rank_option(r.layer)} given" for r in self._searched}
-        return _assemble(self._model, self._layers, outcome, notes)
+        if recipe.ratio is not None:
+            return self.within(Budget.of_ratio("--ratio", self.parameters, recipe.ratio))
+        if recipe.params is not None:
+            return self.within(Budget(f"--params {recipe.params:,}", self.parameters, recipe.params))
+        if recipe.macs_ratio is not None and usage is not None:
+            return self.within(Budget.of_ratio("--macs-ratio", self.multiply_adds(usage), recipe.macs_ratio))
+        if recipe.macs_ratio is not None or recipe.latency_ratio is not None:
+            raise PlanError("--macs-ratio and --latency-ratio are budgets of compress, which knows what runs")
+        if recipe.eps is None:
+            dense: Outcome = {r.layer.fqn: f"no {_rank_option(r.layer)} given" for r in self._searched}
+            return _assemble(self._model, self._layers, self._by_hand | dense)
+        _check_eps(recipe.eps, self._searched)
+        options = _options(self._searched, self._found, self.parameters)
+        outcome = _outcome(self._searched, [fewest_params(each, recipe.eps) for each in options], "within eps")
+        return _assemble(self._model, self._layers, self._by_hand | outcome)
 
-    def most(self) -> float:
-        """The largest compression that a budget can reach."""
-        before = sum(parameter.numel() for parameter in self._model.parameters())
-        saved = _saved(self._by_hand) + sum(each.dense_params - each.smallest().params for each in self._options)
-        return before / (before - saved)
+    def within(self, budget: Budget) -> CompressionPlan:
+        """The plan of least error within a budget, which it uses up to 2 % if ranks can.
+
+        Raises:
+            PlanError: the budget is out of reach, naming the most that can be reached, or asks for nothing.
+        """
+        counting, options = budget.counting, _options(self._searched, self._found, budget.counting)
+        choices, after = _by_budget(budget, self._fixed(options, counting), options)
+        outcome = self._by_hand | _outcome(self._searched, choices, "pays under this budget")
+        notes = []
+        if after * WINDOW < budget.most:
+            notes = [
+                f"no rank choice lies within 2 % of {budget.asked}; "
+                f"the nearest above it is taken, {after:,} {counting.what}"
+            ]
+        plan = _assemble(self._model, self._layers, outcome, notes)
+        if counting.unit != MULTIPLY_ADDS:
+            return plan
+        # What the plan promises is what runs.
+        factored = [replace(layer, execution=layer.executions[1]) for layer in plan.layers]
+        return replace(plan.with_layers(factored), multiply_adds=(counting.dense, after))
+
+    def most(self, counting: Counting | None = None) -> float:
+        """The largest ratio that a budget can reach; by default of parameters."""
+        counting = counting or self.parameters
+        options = _options(self._searched, self._found, counting)
+        return counting.dense / max(1, self._fixed(options, counting) + sum(each.smallest().cost for each in options))
+
+    def _fixed(self, options: Sequence[LayerOptions], counting: Counting) -> int:
+        """What is spent whatever the choices are: by other layers, and by those with ranks given by hand."""
+        by_hand = [plan for plan in self._by_hand.values() if isinstance(plan, LayerPlan)]
+        saved = sum(counting.saved(plan) for plan in by_hand)
+        return counting.dense - saved - sum(each.dense.cost for each in options)
 
 
 def make_plan(
@@ -268,11 +361,6 @@ def make_plan(
         ShapeError: modes or TT-ranks that do not fit a layer.
     """
     return Planner(model, recipe, device, progress).plan(recipe)
-
-
-def _saved(by_hand: Outcome) -> int:
-    plans = [plan for plan in by_hand.values() if isinstance(plan, LayerPlan)]
-    return sum(plan.params_before - plan.params_after for plan in plans)
 
 
 def _check_eps(eps: float, requests: Sequence[_Request]) -> None:
@@ -349,8 +437,10 @@ def _inner(tt_ranks: Sequence[int]) -> str:
     return ",".join(map(str, tt_ranks[1:-1])) or "(none)"
 
 
-def _options(requests: Sequence[_Request], found: Sequence[dict[str, Tensor]]) -> list[LayerOptions]:
-    """What the layers can be, from the spectra and norms that were found of each.
+def _options(
+    requests: Sequence[_Request], found: Sequence[dict[str, Tensor]], counting: Counting
+) -> list[LayerOptions]:
+    """What the layers can be, from the spectra and norms that were found of each, at what is counted.
 
     Without metrics, errors are weighed against each other as they are, not relative to each weight: under weight decay
     a weight is large where it matters (docs/cli.md has the measurement).
@@ -359,11 +449,17 @@ def _options(requests: Sequence[_Request], found: Sequence[dict[str, Tensor]]) -
     largest = max((norm for each in found for norm in each["norm"].tolist()), default=0.0) or 1.0
     options = []
     for request, each in zip(requests, found, strict=True):
+        layer, costs = request.layer, counting.costs(request.layer)
         candidates = []
         for k, (tensorization, norm) in enumerate(zip(request.tensorizations, each["norm"].tolist(), strict=True)):
+            if costs and tensorization.format == "naive" and len(request.tensorizations) > 1:
+                continue  # `lowrank` runs the same convolutions with fewer parameters.
             spectra = [each[f"{k}.{cut}"] for cut in range(len(tensorization.modes) - 1)]
-            candidates.append(Candidate(tensorization, spectra, (norm / largest) ** 2))
-        options.append(LayerOptions(request.layer.module.weight.numel(), tuple(candidates)))
+            running = costs and Running(tensorization, costs)
+            candidates.append(Candidate(tensorization, spectra, (norm / largest) ** 2, running))
+        params = layer.module.weight.numel()
+        dense = int(costs.unit.total(costs.dense())) if costs else params
+        options.append(LayerOptions(params, tuple(candidates), dense))
     return options
 
 
@@ -395,32 +491,26 @@ def _outcome(requests: Sequence[_Request], choices: Sequence[Choice], why: str) 
     return outcome
 
 
-def _by_budget(
-    model: nn.Module, by_hand: Outcome, options: Sequence[LayerOptions], recipe: Recipe
-) -> tuple[list[Choice], list[str]]:
-    """Choices within the budget for all parameters of the network, and a note where they miss its window."""
-    before = sum(parameter.numel() for parameter in model.parameters())
-    asked = f"--ratio {recipe.ratio:g}" if recipe.ratio else f"--params {recipe.params:,}"
-    most = floor(before / Fraction(str(recipe.ratio))) if recipe.ratio else recipe.params or 0
+def _by_budget(budget: Budget, fixed: int, options: Sequence[LayerOptions]) -> tuple[list[Choice], int]:
+    """Choices within the budget for the whole network, of which `fixed` is spent, and what it comes to with them."""
+    before, most, what = budget.counting.dense, budget.most, budget.counting.what
     if most >= before:
-        raise PlanError(f"{asked} asks for nothing: the network has {before:,} parameters")
-    fixed = before - _saved(by_hand) - sum(each.dense_params for each in options)
-    least = fixed + sum(each.smallest().params for each in options)
+        raise PlanError(f"{budget.asked} asks for nothing: the network has {before:,} {what}")
+    least = fixed + sum(each.smallest().cost for each in options)
     if least > most:
         reach = format_compression(before // least if before >= 1000 * least else 10 * before // least / 10)
         raise PlanError(
-            f"{asked} is out of reach: the most that these layers can give is {reach} ({least:,} parameters)"
+            f"{budget.asked} is out of reach: the most that these layers can give is {reach} ({least:,} {what})"
         )
     choices = within_budget(options, most - fixed)
-    if (fixed + total_params(choices)) * WINDOW < most:
+    if (fixed + total_cost(choices)) * WINDOW < most:
         choices = nearest_below(options, choices, most - fixed)
-    after = fixed + total_params(choices)
-    if after * WINDOW >= most:
-        return choices, []
-    return choices, [f"no rank choice lies within 2 % of {asked}; the nearest above it is taken, {after:,} parameters"]
+    return choices, fixed + total_cost(choices)
 
 
-def _assemble(model: nn.Module, layers: Sequence[Layer], outcome: Outcome, notes: Sequence[str]) -> CompressionPlan:
+def _assemble(
+    model: nn.Module, layers: Sequence[Layer], outcome: Outcome, notes: Sequence[str] = ()
+) -> CompressionPlan:
     """Every parameter of the network, replaced or kept with the reason."""
     plans = [plan for layer in layers if isinstance(plan := outcome.get(layer.fqn), LayerPlan)]
     replaced = {f"{plan.fqn}.weight" for plan in plans}
@@ -450,7 +540,7 @@ def adopt_plan(model: nn.Module, recipe: Recipe, plan: CompressionPlan) -> Compr
         PlanError: another target beside it, a layer that cannot be replaced, or one that would grow.
     """
     if any(getattr(recipe, name) is not None for group in TARGETS for name in group) or recipe.layers:
-        raise PlanError("--plan states everything: leave out ranks, --eps, --ratio, --params and [[layers]]")
+        raise PlanError("--plan states everything: leave out ranks, --eps, budgets and [[layers]]")
     find_layers(model, [layer.fqn for layer in plan.layers])
     adopted = []
     for layer in plan.layers:
@@ -461,7 +551,7 @@ def adopt_plan(model: nn.Module, recipe: Recipe, plan: CompressionPlan) -> Compr
         if layer.params_after >= layer.params_before:
             raise PlanError(f"{layer.fqn}: {layer.params_after:,} parameters in TT form, {layer.params_before:,} dense")
         adopted.append(layer)
-    return plan.with_layers(adopted)
+    return replace(plan.with_layers(adopted), multiply_adds=None, latency=None)
 
 
 def write_plan(path: Path, plan: CompressionPlan) -> None:

@@ -14,13 +14,14 @@ from ttcompress.errors import PlanError
 from ttcompress.tt.shapes import FORMATS
 
 Ranks = int | tuple[int, ...]
+EXECUTIONS = ("auto", "contract", "chain", "dense")
 EFFORTS = ("fast", "default", "max")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "step")
 AUGMENTATIONS = ("none", "shift", "flip")
 PRECISIONS = ("float32", "bfloat16", "float16")
-TARGETS = (("ranks", "conv_ranks"), ("eps",), ("ratio",), ("params",))
+TARGETS = (("ranks", "conv_ranks"), ("eps",), ("ratio",), ("params",), ("macs_ratio",), ("latency_ratio",))
 """What a run can aim at; the options of one group go together."""
 
 
@@ -62,6 +63,7 @@ _COUNTS = _Check("a list of whole numbers above 0", _each(_is_count))
 _FROM_ZERO = _Check("a whole number, 0 or above", lambda value: _is_int(value) and value >= 0)
 _RANKS = _Check("a whole number above 0 or a list of them", lambda value: _is_count(value) or _each(_is_count)(value))
 _FORMAT = _one_of(("auto", *FORMATS))
+_ABOVE_ONE = _Check("above 1", lambda value: _is_number(value) and value > 1)
 _ABOVE_ZERO = _Check("a number above 0", lambda value: _is_number(value) and value > 0)
 _FROM_ZERO_ON = _Check("a number, 0 or above", lambda value: _is_number(value) and value >= 0)
 _SHARE = _Check("a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1)
@@ -75,8 +77,13 @@ _CHECKS = {
     "key": _TEXT,
     "conv_ranks": _RANKS,
     "eps": _Check("above 0 and below 1", lambda value: _is_number(value) and 0 < value < 1),
-    "ratio": _Check("above 1", lambda value: _is_number(value) and value > 1),
+    "ratio": _ABOVE_ONE,
     "params": _COUNT,
+    "macs_ratio": _ABOVE_ONE,
+    "latency_ratio": _ABOVE_ONE,
+    "exec": _one_of(EXECUTIONS),
+    "tune": _SWITCH,
+    "input_size": _COUNTS,
     "include": _PATTERNS,
     "exclude": _PATTERNS,
     "data": _TEXT,
@@ -116,7 +123,8 @@ _CHECKS = {
     "from_scratch": _SWITCH,
 }
 _FLOATS = (
-    "eps", "ratio", "mean", "std", "max_drop", "lr", "warm_up", "weight_decay", "clip", "ema", "label_smoothing",
+    "eps", "ratio", "macs_ratio", "latency_ratio", "mean", "std", "max_drop",
+    "lr", "warm_up", "weight_decay", "clip", "ema", "label_smoothing",
     "distill", "temperature", "mixup", "cutmix",
 )  # fmt: skip
 
@@ -155,8 +163,13 @@ class Recipe:
     eps: float | None = None
     ratio: float | None = None
     params: int | None = None
+    macs_ratio: float | None = None
+    latency_ratio: float | None = None
     max_drop: float | None = None
     format: str | None = None
+    exec: str | None = None
+    tune: bool | None = None
+    input_size: tuple[int, ...] = ()
     in_modes: tuple[int, ...] = ()
     out_modes: tuple[int, ...] = ()
     include: tuple[str, ...] = ()
@@ -226,7 +239,7 @@ class Recipe:
 
     @property
     def target(self) -> str:
-        """What the run aims at: `ranks`, `eps`, `ratio`, `params` or `max_drop`.
+        """What the run aims at: `ranks`, `eps`, `ratio`, `params`, `macs_ratio`, `latency_ratio` or `max_drop`.
 
         It is `ranks` also where every layer rule has its own. `max_drop` is the aim where it stands alone; beside
         another target it is a gate.

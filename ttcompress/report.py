@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ttcompress.header import blaming
 from ttcompress.shards import read_metadata, stored_bytes
-from ttcompress.types import Json, LayerPlan, Report, compression, format_compression
+from ttcompress.types import CompressionPlan, Json, LayerPlan, Report, compression, format_compression
 
 
 def read_report(path: Path) -> Json:
@@ -91,7 +91,7 @@ def _layer_table(layers: Sequence[LayerPlan]) -> Table:
         table.add_row(
             Text(layer.fqn),  # A plain string would be searched for markup.
             "x".join(map(str, layer.spec.weight_shape)),
-            layer.tensorization.format,
+            layer.tensorization.format + ("" if layer.execution == "auto" else f" run {layer.execution}"),
             _modes(layer),
             ",".join(map(str, layer.tt_ranks[1:-1])),
             f"{layer.params_before:,}",
@@ -133,6 +133,7 @@ def _summary(report: Report, data: Json) -> list[str]:
         f"all parameters    {plan.params_before:,} -> {plan.params_after:,}  {format_compression(plan.compression)}",
         f"tensors           {format_bytes(report.bytes_before)} -> {format_bytes(report.bytes_after)}",
     ]
+    lines += _running_lines(plan)
     if data["file_bytes"] is not None:
         lines.append(f"file              {data['file']}, {format_bytes(data['file_bytes'])}")
         lines += _accuracy_lines(report.accuracy)
@@ -141,6 +142,17 @@ def _summary(report: Report, data: Json) -> list[str]:
     lines += [f"kept dense        {line}" for line in _kept(report)]
     lines += [f"note              {layer.fqn}: {layer.note}" for layer in plan.layers if layer.note]
     return lines + [f"note              {note}" for note in plan.notes]
+
+
+def _running_lines(plan: CompressionPlan) -> list[str]:
+    lines = []
+    if plan.multiply_adds:
+        madds, fewer = plan.multiply_adds
+        lines.append(f"multiply-adds     {madds:,} -> {fewer:,}  {format_compression(compression(madds, fewer))}")
+    if latency := plan.latency:
+        times = f"{_time(latency['dense'])} -> {_time(latency['compressed'])}"
+        lines.append(f"latency           {times}  {latency['ratio']:.2f}x (one input, {latency['device']})")
+    return lines
 
 
 def _accuracy_lines(accuracy: Json | None) -> list[str]:

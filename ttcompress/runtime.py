@@ -18,10 +18,24 @@ def fixed_threads() -> Iterator[None]:
 
     Processes that torchrun started on one machine share its processors.
     """
-    before = torch.get_num_threads()
+    _replaced.append(torch.get_num_threads())
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, min(16, usable // sharing)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(_replaced.pop())
+
+
+_replaced: list[int] = []
+
+
+@contextmanager
+def threads_as_set() -> Iterator[None]:
+    """Within `fixed_threads`, as many threads as there were before: for measurements, which are of that setting."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(_replaced[0] if _replaced else before)
     try:
         yield
     finally:

@@ -23,9 +23,8 @@ from ttcompress.calibrate import (
     weight_only,
 )
 from ttcompress.errors import DataError
-from ttcompress.layers import tt_layer
 from ttcompress.refine import refine
-from ttcompress.surgery import swap
+from ttcompress.surgery import layer_from, swap
 from ttcompress.tt.decompose import frobenius_norm
 from ttcompress.types import CompressionPlan, Json, LayerPlan, Progress
 
@@ -147,7 +146,7 @@ def adopt(model: nn.Module, compressed: nn.Module, plan: CompressionPlan, dtype:
         own: Tensor = module.weight  # type: ignore[assignment]
         fitted: Any = compressed.get_submodule(layer.fqn)
         cores = [core.to(own.device, dtype or own.dtype) for core in fitted.cores]
-        swap(model, layer.fqn, tt_layer(layer.spec).from_cores(module, layer.tensorization, cores))
+        swap(model, layer.fqn, layer_from(layer, module, cores))
     values = compressed.state_dict()
     for name, tensor in model.state_dict().items():
         tensor.copy_(values[name])

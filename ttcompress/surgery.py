@@ -69,11 +69,27 @@ def apply_plan(
         weight = dense.weight.detach()  # type: ignore[operator]
         result = decompose(layer, weight.to(device), dtype)
         cores = [core.to(weight.device) for core in result.cores]
-        layers.append(tt_layer(layer.spec).from_cores(dense, layer.tensorization, cores))
+        layers.append(layer_from(layer, dense, cores))
         done.append(replace(layer, relative_error=result.relative_error))
     for layer, compressed in zip(done, layers, strict=True):
         swap(model, layer.fqn, compressed)
     return plan.with_layers(done)
+
+
+def layer_from(layer: LayerPlan, dense: nn.Module, cores: Sequence[Tensor]) -> TTLinear | TTConv2d:
+    """The planned layer with these cores, in the place of the dense one."""
+    made = tt_layer(layer.spec).from_cores(dense, layer.tensorization, cores)
+    made.execution = layer.execution
+    return made
+
+
+def fresh_layer(
+    layer: LayerPlan, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> TTLinear | TTConv2d:
+    """The planned layer with random cores."""
+    made = tt_layer(layer.spec)(layer.spec, layer.tensorization, layer.tt_ranks, device, dtype)
+    made.execution = layer.execution
+    return made
 
 
 def decompose(layer: LayerPlan, weight: Tensor, dtype: torch.dtype | None = None) -> TTSVD:
@@ -91,8 +107,7 @@ def decompose(layer: LayerPlan, weight: Tensor, dtype: torch.dtype | None = None
 def insert_empty(model: nn.Module, layers: Sequence[LayerPlan]) -> None:
     """Swap in layers on the meta device, for a state dict to be assigned to."""
     for layer in layers:
-        empty = tt_layer(layer.spec)(layer.spec, layer.tensorization, layer.tt_ranks, device="meta")
-        swap(model, layer.fqn, empty.train(model.training))
+        swap(model, layer.fqn, fresh_layer(layer, "meta").train(model.training))
 
 
 def expand_layers(model: nn.Module) -> nn.Module:

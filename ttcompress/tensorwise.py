@@ -38,7 +38,19 @@ from ttcompress.work import Work, work_folder, work_on
 
 PATIENCE = timedelta(days=30)
 """Processes wait for each other's layers; torchrun sees to it that none waits for one that is dead."""
-NEEDS_A_NETWORK = ("data", "val", "calib", "calib_images", "effort", "train", "epochs", "max_drop")
+NEEDS_A_NETWORK = (
+    "data",
+    "val",
+    "calib",
+    "calib_images",
+    "effort",
+    "train",
+    "epochs",
+    "max_drop",
+    "macs_ratio",
+    "latency_ratio",
+    "tune",
+)
 
 
 def compress_weights(

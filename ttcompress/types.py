@@ -104,9 +104,9 @@ class LayerPlan:
     execution: str = "auto"
 
     def __post_init__(self) -> None:
-        ways = executions(self.spec, self.tensorization)
-        if self.execution not in ways:
-            raise ShapeError(f"{self.fqn}: execution must be one of {', '.join(ways)}, not {self.execution!r}")
+        if self.execution not in self.executions:
+            ways = ", ".join(self.executions)
+            raise ShapeError(f"{self.fqn}: execution must be one of {ways}, not {self.execution!r}")
 
     @property
     def params_before(self) -> int:
@@ -117,6 +117,11 @@ class LayerPlan:
     def params_after(self) -> int:
         """Entries of the TT-cores."""
         return self.tensorization.num_params(self.tt_ranks)
+
+    @property
+    def executions(self) -> tuple[str, ...]:
+        """The ways this layer can run."""
+        return executions(self.spec, self.tensorization)
 
     @property
     def core_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -201,11 +206,16 @@ class KeptParameter:
 
 @dataclass(frozen=True)
 class CompressionPlan:
-    """What is to be done to a network, and every parameter of it, so that the totals add up."""
+    """What is to be done to a network, and every parameter of it, so that the totals add up.
+
+    `multiply_adds` of one input before and after and `latency` are known where they were the target.
+    """
 
     layers: tuple[LayerPlan, ...]
     kept: tuple[KeptParameter, ...]
     notes: tuple[str, ...] = ()
+    multiply_adds: tuple[int, int] | None = None
+    latency: Json | None = None
 
     @property
     def params_before(self) -> int:
@@ -236,6 +246,8 @@ class CompressionPlan:
             "layers": [layer.to_json() for layer in self.layers] + [kept.to_json() for kept in weights],
             "kept_parameters": [kept.to_json() for kept in self.kept if not kept.kind],
             "notes": list(self.notes),
+            **({"multiply_adds": list(self.multiply_adds)} if self.multiply_adds else {}),
+            **({"latency": self.latency} if self.latency else {}),
         }
 
     @classmethod
@@ -251,7 +263,14 @@ class CompressionPlan:
             layers = [LayerPlan.from_json(entry) for entry in entries if "kept" not in entry]
             kept = [KeptParameter.from_json(entry) for entry in entries if "kept" in entry]
             kept += [KeptParameter.from_json(entry) for entry in data["kept_parameters"]]
-            return cls(tuple(layers), tuple(kept), tuple(data.get("notes", ())))
+            before_and_after = data.get("multiply_adds")
+            return cls(
+                tuple(layers),
+                tuple(kept),
+                tuple(data.get("notes", ())),
+                before_and_after and (index(before_and_after[0]), index(before_and_after[1])),
+                data.get("latency"),
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"not a readable plan: {type(error).__name__}: {error}") from error
 

@@ -153,7 +153,7 @@ def merge_cost(shapes: Sequence[Shape]) -> Cost:
     return Cost(madds, elements)
 
 
-class Layer(NamedTuple):
+class LayerCosts(NamedTuple):
     """A weight (out, in) or (out, in, kh, kw), how much it has to do, and what costs are counted in."""
 
     weight_shape: tuple[int, ...]
@@ -206,7 +206,7 @@ class Layer(NamedTuple):
         swept = swept_shapes(shapes)
         before = len(shapes) - len(swept)
         if index < before:
-            return self._windows(right) + Cost(0 * left, 0)
+            return self._windows(right)
         step = _step_cost(swept, index - before, left, right)
         return Cost(*(self.calls.pixels * each for each in step))
 
@@ -226,7 +226,7 @@ class Layer(NamedTuple):
         if tensorization.format == "chain" and index == 0:
             return Cost(pixels * blocked(inp) * blocked(right), BETWEEN * pixels * right)
         if index < last - 1:
-            return Cost(0 * left * right, 0)
+            return Cost(0 * left, 0)
         channels = left if tensorization.format == "chain" else inp
         return Cost(out_pixels * blocked(channels) * prod(window) * blocked(right), BETWEEN * out_pixels * right)
 

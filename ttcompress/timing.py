@@ -1,0 +1,118 @@
+"""Time of networks and layers: by turns in one process, each in the memory format that is faster for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+NOISE = 1.05
+"""Ratios of time up to this one do not count as slower."""
+SECONDS = 6.0
+"""About as long is each network timed at each batch size."""
+ROUNDS = 7, 60
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of the same number of rounds of a dense and a compressed side, taken by turns."""
+
+    dense: Sequence[float]
+    compressed: Sequence[float]
+
+    @property
+    def ratio(self) -> float:
+        """Median over the rounds of compressed / dense."""
+        return median(ours / theirs for ours, theirs in zip(self.compressed, self.dense, strict=True))
+
+
+def input_of(model: nn.Module, layer: nn.Module, images: Tensor) -> Tensor:
+    """What a layer receives in the network."""
+    received: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, given: received.append(given[0].detach().clone()))
+    with handle, torch.no_grad():
+        model(images)
+    if not received:
+        return images
+    return received[0]
+
+
+def runner(module: nn.Module, x: Tensor, training: bool) -> Run:
+    """A forward pass, or one with its backward pass."""
+
+    @torch.inference_mode()
+    def infer() -> None:
+        module(x)
+
+    def step() -> None:
+        module.zero_grad()
+        y = module(x)
+        y.backward(torch.ones_like(y))
+
+    return step if training else infer
+
+
+def at_its_best(model: nn.Module, images: Tensor, training: bool = False) -> tuple[Tensor, str]:
+    """Bring a network into the memory format that is faster for it; the images in that format, and its name."""
+    name = _faster_format(model, images, training)
+    _set_format(model, name)
+    return _formatted(images, name), name
+
+
+def _faster_format(model: nn.Module, images: Tensor, training: bool) -> str:
+    if images.dim() != 4:
+        return "contiguous"
+    seconds = {}
+    for name in FORMATS:
+        _set_format(model, name)
+        run = runner(model, _formatted(images, name), training)
+        run()
+        seconds[name] = min(_seconds_of(run, images.device) for _ in range(3))
+    return min(seconds, key=lambda name: seconds[name])
+
+
+def _set_format(model: nn.Module, name: str) -> None:
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=FORMATS[name])
+
+
+def _formatted(images: Tensor, name: str) -> Tensor:
+    return images.contiguous(memory_format=FORMATS[name]) if images.dim() == 4 else images
+
+
+def by_turns(dense: Run, compressed: Run, device: torch.device, share: float = 1.0) -> Timings:
+    """As many rounds as fit into this share of SECONDS, after one that does not count."""
+    for run in (dense, compressed):
+        run()
+    first = _seconds_of(dense, device) + _seconds_of(compressed, device)
+    least, most = ROUNDS
+    rounds = max(least, min(most, int(share * SECONDS / max(first, 1e-6))))
+    pairs = [(_seconds_of(dense, device), _seconds_of(compressed, device)) for _ in range(rounds)]
+    return Timings([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+
+
+def device_name(device: torch.device) -> str:
+    """As results name it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _seconds_of(run: Run, device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize(device)
+        return float(start.elapsed_time(end)) / 1000
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
