@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ttcompress.errors import PlanError, ShapeError
@@ -322,6 +324,44 @@ def test_what_is_kept_for_evaluation_follows_the_cores(case: Any, change: str) -
             after = layer(x)
         assert torch.equal(after, fresh(layer, x))
         assert not close(after, before)
+
+
+def scaled(layer: Any, x: Tensor) -> Tensor:
+    layer.bias = nn.Parameter(torch.full_like(layer.bias, 0.25)) if layer.bias is not None else None
+    return x
+
+
+STEPS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    **{name: lambda layer, x, change=change: change(layer) or x for name, change in changes().items()},
+    "other bias": scaled,
+    "train": lambda layer, x: layer.train() and x,
+    "eval": lambda layer, x: layer.eval() and x,
+    "frozen": lambda layer, x: layer.requires_grad_(False) and x,
+    "thawed": lambda layer, x: layer.requires_grad_() and x,
+    "double": lambda layer, x: (layer.double(), x.double())[1],
+    "float": lambda layer, x: (layer.float(), x.float())[1],
+    "other images": lambda layer, x: torch.cat([x, x.flip(0)])[:3] * 1.5,
+    "channels last": lambda layer, x: x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x,
+    "contiguous": lambda layer, x: x.contiguous(),
+    "forced": lambda layer, x: setattr(layer, "execution", layer.executions[1]) or x,
+    "dense": lambda layer, x: setattr(layer, "execution", "dense") or x,
+    "auto": lambda layer, x: setattr(layer, "execution", "auto") or x,
+}
+MODES = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "grad": torch.enable_grad}
+
+
+@every_layer
+@settings(max_examples=25, deadline=None)
+@given(steps=st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.sampled_from(sorted(MODES))), max_size=8))
+def test_no_history_of_calls_and_changes_is_seen_in_the_result(case: Any, steps: list[tuple[str, str]]) -> None:
+    layer, _, x = small(case)
+    layer.eval()
+    for step, mode in steps:
+        x = STEPS[step](layer, x)
+        with MODES[mode]():
+            results = [layer(x) for _ in range(2)]
+        expected = fresh(layer, x)
+        assert all(result.dtype == x.dtype and close(result, expected) for result in results)
 
 
 @every_layer

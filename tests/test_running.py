@@ -22,7 +22,7 @@ from ttcompress.plan import WINDOW
 from ttcompress.recipe import Recipe
 from ttcompress.types import executions
 from ttcompress.usage import multiply_adds
-from ttcompress.zoo import CifarResNet, Mlp
+from ttcompress.zoo import CifarResNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -19,15 +19,21 @@ from ttcompress.tt.shapes import Tensorization, is_swept, tensorize_shape
 from ttcompress.types import ConvSpec, LayerSpec, LinearSpec, executions
 
 T = TypeVar("T")
+Way = Callable[[Any, Tensor, Any], Tensor]
+"""Called with a layer, its input, and what was made of its cores for this way to run it."""
 MOST_CHOICES = 256
 
 
-def _state(cores: Sequence[Tensor]) -> tuple[tuple[int, int], ...] | None:
+def _state(cores: Sequence[Tensor]) -> tuple[int, ...] | None:
     """What changes when the cores do; None for tensors without memory of their own, as under vmap."""
     try:
-        return tuple((core.data_ptr(), core._version) for core in cores)
+        return tuple([number for core in cores for number in (core.data_ptr(), core._version)])
     except RuntimeError:
         return None
+
+
+def _autocast(kind: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def layer_spec(module: nn.Linear | nn.Conv2d) -> LayerSpec:
@@ -72,6 +78,7 @@ class _TTLayer(nn.Module):
         bias = nn.Parameter(torch.empty(spec.weight_shape[0], device=device, dtype=dtype)) if spec.bias else None
         self.register_parameter("bias", bias)
         self._kept: dict[Hashable, Any] = {}
+        self._ready: tuple[Hashable, Way, Any] | None = None
         self._choices: dict[Hashable, bool] = {}
         self._plans = self._sweep_plans()
         self.reset_parameters()
@@ -148,7 +155,37 @@ class _TTLayer(nn.Module):
     def execution(self, name: str) -> None:
         if name not in self.executions:
             raise ShapeError(f"execution must be one of {', '.join(self.executions)}, not {name!r}")
-        self._execution = name
+        self._execution, self._ready = name, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer: TTLinear to (..., in_features), TTConv2d to ([batch,] in_channels, height, width).
+
+        Raises:
+            ShapeError: input of another shape, or of whole numbers.
+        """
+        signature = self._signature(x)
+        if signature is not None and self._ready is not None and self._ready[0] == signature:
+            return self._ready[1](self, x, self._ready[2])
+        way, made = self._chosen(x)
+        self._ready = None if signature is None else (signature, way, made)
+        return way(self, x, made)
+
+    def _signature(self, x: Tensor) -> Hashable | None:
+        """All that the way to run depends on, where the next call may be the same; what is chosen then serves it too.
+
+        To choose takes as long as a small convolution.
+        """
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        state = _state(self._listed_cores())
+        if state is None:
+            return None
+        how = torch.is_inference_mode_enabled(), _autocast(x.device.type)
+        return x.shape, x.stride(), x.dtype, x.device, how, state
+
+    def _chosen(self, x: Tensor) -> tuple[Way, Any]:
+        """The way to run a call, checked, and what it needs of the cores."""
+        raise NotImplementedError
 
     def _is_decided(self) -> bool:
         """No choice by cost: one is forced, or `torch.export` asks for one graph for all call shapes, the factored."""
@@ -172,11 +209,12 @@ class _TTLayer(nn.Module):
         """Whether the dense weight costs less, what is made of the cores at hand (`kept`) or not."""
         layer, form = cost.LayerCosts(self.spec.weight_shape, calls), (self.tensorization, self.tt_ranks)
         dense = layer.dense() if kept else layer.rebuilt(*form)
-        return bool(cost.TIME.total(dense) < cost.TIME.total(layer.factored(*form, self._trains(), kept)))
+        plan = self._plan() if self._plans else None
+        return bool(cost.TIME.total(dense) < cost.TIME.total(layer.factored(*form, kept, plan)))
 
     def _listed_cores(self) -> list[Tensor]:
         # ParameterList looks every entry up by name, which takes longer than a small layer.
-        return list(self.cores._parameters.values())  # type: ignore[arg-type]
+        return list(self._modules["cores"]._parameters.values())  # type: ignore[union-attr, arg-type]
 
     def _trains(self) -> bool:
         return torch.is_grad_enabled() and any(core.requires_grad for core in self._listed_cores())
@@ -198,9 +236,8 @@ class _TTLayer(nn.Module):
         state = _state(cores) if self._keeps() else None
         if state is None:
             return make([core.to(x.dtype) for core in cores])
-        kind = x.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        key = what, x.dtype, autocast, x.is_contiguous(), torch.is_inference_mode_enabled(), state
+        inference = torch.is_inference_mode_enabled()
+        key = what, x.dtype, _autocast(x.device.type), x.is_contiguous(), inference, state
         if key not in self._kept:
             # As long as the memory is held its address is not given to other cores.
             held = [core.detach() for core in cores]
@@ -231,21 +268,22 @@ class _TTLayer(nn.Module):
         return found
 
     def _bias_as(self, x: Tensor) -> Tensor | None:
-        return None if self.bias is None else self.bias.to(x.dtype)
+        bias = self._parameters["bias"]
+        return None if bias is None else bias.to(x.dtype)
 
     def train(self, mode: bool = True) -> Self:
         """As in torch; what was made of the cores for evaluation is dropped."""
-        self._kept = {}
+        self._kept, self._ready = {}, None
         return super().train(mode)
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:
-        self._kept = {}
+        self._kept, self._ready = {}, None
         moved: Self = super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
         return moved
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was made of the cores, so that copies do not hold it twice."""
-        return {**vars(self), "_kept": {}}
+        return {**vars(self), "_kept": {}, "_ready": None}
 
     def extra_repr(self) -> str:
         """Shape, format and TT-ranks."""
@@ -265,24 +303,24 @@ class TTLinear(_TTLayer):
     in_features: int
     out_features: int
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to (..., in_features).
-
-        Raises:
-            ShapeError: another last dimension.
-        """
+    def _chosen(self, x: Tensor) -> tuple[Way, Any]:
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"the layer takes (..., {self.in_features}), not {tuple(x.shape)}")
-        bias = self._bias_as(x)
-        rows = x.reshape(-1, self.in_features)
-        if self._runs_dense(rows.shape[0], rows.shape[0]):
-            weight = self._made("dense", x, lambda cores: dense_weight(cores, self.spec.weight_shape))
-            return functional.linear(x, weight, bias)
+        rows = x.numel() // max(1, x.shape[-1])
+        if self._runs_dense(rows, rows):
+            return TTLinear._dense, self._made("dense", x, lambda cores: dense_weight(cores, self.spec.weight_shape))
         plan = self._plan()
-        groups = self._made("groups", x, lambda cores: merge_groups(cores, plan))
-        padded = pad_features(rows, prod(self.tensorization.in_modes))
+        return TTLinear._swept, (plan, self._made("groups", x, lambda cores: merge_groups(cores, plan)))
+
+    def _dense(self, x: Tensor, weight: Tensor) -> Tensor:
+        return functional.linear(x, weight, self._bias_as(x))
+
+    def _swept(self, x: Tensor, made: tuple[cost.SweepPlan, list[Tensor]]) -> Tensor:
+        plan, groups = made
+        padded = pad_features(x.reshape(-1, self.in_features), prod(self.tensorization.in_modes))
         y = sweep_groups(groups, padded, plan)[:, : self.out_features]
         y = y.reshape(*x.shape[:-1], self.out_features)
+        bias = self._bias_as(x)
         return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -304,36 +342,34 @@ class TTConv2d(_TTLayer):
     padding_mode: str
     groups = 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer.
-
-        Raises:
-            ShapeError: another number of channels or of axes.
-        """
+    def _chosen(self, x: Tensor) -> tuple[Way, Any]:
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
             raise ShapeError(f"the layer takes ([batch,] {self.in_channels}, height, width), not {tuple(x.shape)}")
-        batch = x if x.dim() == 4 else x[None]
-        bias = self._bias_as(x)
-        pixels = batch.shape[0] * batch.shape[2] * batch.shape[3]
+        pixels = x.numel() // max(1, self.in_channels)
         if self._runs_dense(pixels, pixels // (self.stride[0] * self.stride[1])):
-            y = self._window(batch, self._made("dense", batch, lambda cores: self._dense_kernel(cores, batch)), bias)
-        elif self.tensorization.format == "matrix":
-            y = self._contract(batch)
-            y = y if bias is None else y + bias[:, None, None].to(y.dtype)
-        else:
-            y = self._chain(batch, bias)
-        return y if x.dim() == 4 else y[0]
+            return TTConv2d._dense, self._made("dense", x, lambda cores: self._dense_kernel(cores, x))
+        if self.tensorization.format == "matrix":
+            plan = self._plan()
+            return TTConv2d._mixed, (plan, *self._made("groups", x, lambda cores: self._window_and_groups(cores, plan)))
+        return TTConv2d._chain, self._made("chain", x, lambda cores: self._chain_kernels(cores, x))
+
+    def _dense(self, x: Tensor, kernel: Tensor) -> Tensor:
+        return self._window(x, kernel, self._bias_as(x))
 
     def _dense_kernel(self, cores: list[Tensor], x: Tensor) -> Tensor:
-        return _in_format_of(x, dense_weight(cores, self.spec.weight_shape))
+        kernel = dense_weight(cores, self.spec.weight_shape)
+        # A convolution brings it into order itself; done once it pays where the kernel is kept.
+        return _in_format_of(x, kernel) if self._keeps() else kernel
 
-    def _chain(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _chain(self, x: Tensor, kernels: tuple[Tensor | None, Tensor, Tensor]) -> Tensor:
         """1x1, kh x kw, 1x1; or kh x kw, 1x1 with everything before the output core merged into one kernel."""
-        images = x
-        first, kernel, last = self._made("chain", x, lambda cores: self._chain_kernels(cores, images))
+        first, kernel, last = kernels
+        bias = self._bias_as(x)
+        images = x if x.dim() == 4 else x[None]
         if first is not None:
-            x = _pointwise(x, first)
-        return _pointwise(self._window(x, kernel), last, bias)
+            images = _pointwise(images, first)
+        y = _pointwise(self._window(images, kernel), last, bias)
+        return y if x.dim() == 4 else y[0]
 
     def _chain_kernels(self, cores: list[Tensor], x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         head, last = cores[:-1], cores[-1]
@@ -347,18 +383,21 @@ class TTConv2d(_TTLayer):
         kernel = _in_format_of(x, kernel.reshape(*kernel.shape[:2], *self.kernel_size))
         return first, kernel, last[:, :, 0, 0, 0].T
 
-    def _contract(self, x: Tensor) -> Tensor:
+    def _mixed(self, x: Tensor, made: tuple[cost.SweepPlan, Tensor, list[Tensor]]) -> Tensor:
         """Channel cores pixel by pixel, then the window core for all outputs (Garipov et al. 2016, section 4)."""
-        plan = self._plan()
-        window, groups = self._made("groups", x, lambda cores: self._window_and_groups(cores, plan))
-        n, _, height, width = x.shape
-        pixels = pad_features(x.permute(0, 2, 3, 1), prod(self.tensorization.in_modes)).flatten(0, 2)
+        plan, window, groups = made
+        images = x if x.dim() == 4 else x[None]
+        n, _, height, width = images.shape
+        pixels = pad_features(images.permute(0, 2, 3, 1), prod(self.tensorization.in_modes)).flatten(0, 2)
         mixed = sweep_groups(groups, pixels, plan)
         padded_out = prod(self.tensorization.out_modes)
         mixed = mixed.reshape(n, height, width, window.shape[0], padded_out)[..., : self.out_channels]
-        images = mixed.permute(0, 4, 3, 1, 2).flatten(0, 1)
-        y = self._window(images, window.reshape(1, -1, *self.kernel_size))
-        return y.reshape(n, self.out_channels, *y.shape[2:])
+        mixed = mixed.permute(0, 4, 3, 1, 2).flatten(0, 1)
+        y = self._window(mixed, window.reshape(1, -1, *self.kernel_size))
+        y = y.reshape(n, self.out_channels, *y.shape[2:])
+        bias = self._bias_as(x)
+        y = y if bias is None else y + bias[:, None, None].to(y.dtype)
+        return y if x.dim() == 4 else y[0]
 
     def _window_and_groups(self, cores: list[Tensor], plan: cost.SweepPlan) -> tuple[Tensor, list[Tensor]]:
         if self._is_windowed():

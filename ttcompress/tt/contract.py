@@ -33,8 +33,21 @@ def merge_all(cores: Sequence[Tensor]) -> Tensor:
 
 
 def dense_weight(cores: Sequence[Tensor], weight_shape: Shape) -> Tensor:
-    """The weight (out, in) or (out, in, kh, kw) that the cores stand for, padding cut away."""
-    whole = merge_all(cores)[0, : weight_shape[0], : weight_shape[1], :, 0]
+    """The weight (out, in) or (out, in, kh, kw) that the cores stand for, padding cut away.
+
+    Modes are brought into order once, at the end: layers of training networks do this at every step, and small ones
+    pay for each operation.
+    """
+    chain = reduce(
+        lambda left, core: (left @ core.flatten(1)).reshape(-1, core.shape[4]), cores[1:], cores[0].flatten(0, 3)
+    )
+    sizes = [size for core in cores for size in core.shape[1:4]]
+    order = [axis for kind in range(3) for axis in range(kind, len(sizes), 3) if sizes[axis] > 1]
+    places = {axis: place for place, axis in enumerate(sorted(order))}
+    whole = chain.reshape([sizes[axis] for axis in sorted(order)]).permute([places[axis] for axis in order])
+    outs, ins, windows = (prod(sizes[kind::3]) for kind in range(3))
+    if (outs, ins) != tuple(weight_shape[:2]):
+        whole = whole.reshape(outs, ins, windows)[: weight_shape[0], : weight_shape[1]]
     return whole.reshape(tuple(weight_shape))
 
 

@@ -179,15 +179,19 @@ class LayerCosts(NamedTuple):
         return merge_cost(tensorization.core_shapes(tt_ranks)) + self.dense()
 
     def factored(
-        self, tensorization: Tensorization, tt_ranks: Sequence[int], training: bool = False, kept: bool = True
+        self,
+        tensorization: Tensorization,
+        tt_ranks: Sequence[int],
+        kept: bool = True,
+        plan: SweepPlan | None = None,
     ) -> Cost:
-        """By the cores; `kept` if what is made of them alone is at hand."""
+        """By the cores; `kept` if what is made of them alone is at hand, `plan` if there is one already."""
         shapes = tensorization.core_shapes(tt_ranks)
         if is_swept(self.weight_shape, tensorization):
-            window = len(shapes) > len(swept_shapes(shapes))
-            plan = sweep_plan(swept_shapes(shapes), training)
-            cost = plan.cost(self.calls.pixels, kept)
-            return cost if len(self.weight_shape) == 2 else cost + self._windows(shapes[0][4] if window else 1)
+            swept = swept_shapes(shapes)
+            cost = (plan or sweep_plan(swept)).cost(self.calls.pixels, kept)
+            rank = shapes[0][4] if len(swept) < len(shapes) else 1
+            return cost if len(self.weight_shape) == 2 else cost + self._windows(rank)
         cost = sum(
             (self._conv_cost(tensorization, k, *pair) for k, pair in enumerate(pairwise(tt_ranks))),
             Cost(0, self._moved),
