@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from itertools import product
 from math import prod
@@ -347,7 +348,11 @@ STEPS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "dense": lambda layer, x: setattr(layer, "execution", "dense") or x,
     "auto": lambda layer, x: setattr(layer, "execution", "auto") or x,
 }
-MODES = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "grad": torch.enable_grad}
+MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "grad": torch.enable_grad,
+}
 
 
 @every_layer
@@ -358,6 +363,8 @@ def test_no_history_of_calls_and_changes_is_seen_in_the_result(case: Any, steps:
     layer.eval()
     for step, mode in steps:
         x = STEPS[step](layer, x)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert x.dtype == torch.float64 or layer(x).dtype == torch.bfloat16
         with MODES[mode]():
             results = [layer(x) for _ in range(2)]
         expected = fresh(layer, x)

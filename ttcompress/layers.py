@@ -27,13 +27,9 @@ MOST_CHOICES = 256
 def _state(cores: Sequence[Tensor]) -> tuple[int, ...] | None:
     """What changes when the cores do; None for tensors without memory of their own, as under vmap."""
     try:
-        return tuple([number for core in cores for number in (core.data_ptr(), core._version)])
+        return tuple([number for core in cores for number in (core._version, core.data_ptr())])
     except RuntimeError:
         return None
-
-
-def _autocast(kind: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def layer_spec(module: nn.Linear | nn.Conv2d) -> LayerSpec:
@@ -173,15 +169,14 @@ class _TTLayer(nn.Module):
     def _signature(self, x: Tensor) -> Hashable | None:
         """All that the way to run depends on, where the next call may be the same; what is chosen then serves it too.
 
-        To choose takes as long as a small convolution.
+        To choose takes as long as a small convolution. Autocast is not part of it: nothing is kept in its type.
         """
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         state = _state(self._listed_cores())
         if state is None:
             return None
-        how = torch.is_inference_mode_enabled(), _autocast(x.device.type)
-        return x.shape, x.stride(), x.dtype, x.device, how, state
+        return x.shape, x.is_contiguous(), x.dtype, torch.is_inference_mode_enabled(), state
 
     def _chosen(self, x: Tensor) -> tuple[Way, Any]:
         """The way to run a call, checked, and what it needs of the cores."""
@@ -236,12 +231,13 @@ class _TTLayer(nn.Module):
         state = _state(cores) if self._keeps() else None
         if state is None:
             return make([core.to(x.dtype) for core in cores])
-        inference = torch.is_inference_mode_enabled()
-        key = what, x.dtype, _autocast(x.device.type), x.is_contiguous(), inference, state
+        key = what, x.dtype, x.is_contiguous(), torch.is_inference_mode_enabled(), state
         if key not in self._kept:
             # As long as the memory is held its address is not given to other cores.
             held = [core.detach() for core in cores]
-            self._kept = {key: (make([core.to(x.dtype) for core in cores]), held)}
+            # What is kept outlives an autocast, which casts it as it does weights.
+            with torch.autocast(x.device.type, enabled=False):
+                self._kept = {key: (make([core.to(x.dtype) for core in cores]), held)}
         made: T = self._kept[key][0]
         return made
 
@@ -425,21 +421,29 @@ class TTConv2d(_TTLayer):
         return sides
 
 
+def _is_channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
 def _in_format_of(x: Tensor, kernel: Tensor) -> Tensor:
     """A kernel in the memory format of the images."""
-    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return kernel.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return kernel.contiguous(memory_format=torch.channels_last if _is_channels_last(x) else torch.contiguous_format)
 
 
 def _pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """A 1x1 convolution by a matrix (out, in).
 
-    On images in torch's default memory format a product of matrices needs no other order of the channels, which a
-    convolution makes and undoes.
+    A product of matrices needs no other order of the channels, which a convolution makes and undoes; but only a
+    convolution of channels_last adds the bias in passing.
     """
-    if x.is_contiguous() and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        y = (matrix @ x.flatten(2)).reshape(len(x), len(matrix), *x.shape[2:])
-        return y if bias is None else y + bias[:, None, None].to(y.dtype)
+    if torch.compiler.is_compiling():
+        return functional.conv2d(x, matrix[:, :, None, None], bias)
+    if bias is None and _is_channels_last(x):
+        return functional.linear(x.permute(0, 2, 3, 1), matrix).permute(0, 3, 1, 2)
+    if x.is_contiguous() and not torch.is_grad_enabled():
+        # matmul would bring the images into another order, to have one large product.
+        y = torch.bmm(matrix.expand(len(x), -1, -1), x.flatten(2)).reshape(len(x), len(matrix), *x.shape[2:])
+        return y if bias is None else y.add_(bias[:, None, None].to(y.dtype))
     return functional.conv2d(x, matrix[:, :, None, None], bias)
 
 

@@ -24,6 +24,8 @@ TYPICAL_ROWS = 64
 MOST_GROUPS = 4
 CHANNEL_BLOCK = 16
 """Vector units take so many channels of a convolution at a time."""
+CONVOLUTION = 750_000
+"""Multiply-adds that take as long as it takes to begin one more convolution (docs/speed.md)."""
 BETWEEN = 5
 """How often what lies between two convolutions is moved: written, read, and brought into order for the next."""
 
@@ -50,11 +52,15 @@ class Calls(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """What a cost is counted in: convolutions take channels `block` at a time, an element counts `element`."""
+    """What a cost is counted in.
+
+    Convolutions take channels `block` at a time, an element counts `element`, beginning a convolution `convolution`.
+    """
 
     name: str
     block: int
     element: int
+    convolution: int
 
     def total(self, cost: Cost) -> Any:
         """A cost as one number."""
@@ -65,8 +71,8 @@ class Unit(NamedTuple):
         return -(-channels // self.block) * self.block
 
 
-MULTIPLY_ADDS = Unit("multiply-adds", 1, 0)
-TIME = Unit("time", CHANNEL_BLOCK, ELEMENT_COST)
+MULTIPLY_ADDS = Unit("multiply-adds", 1, 0, 0)
+TIME = Unit("time", CHANNEL_BLOCK, ELEMENT_COST, CONVOLUTION)
 
 
 class SweepPlan(NamedTuple):
@@ -172,7 +178,8 @@ class LayerCosts(NamedTuple):
         if not window:
             return Cost(self.calls.pixels * out * inp, out * inp)
         blocked = self.unit.blocked
-        return Cost(self.calls.out_pixels * blocked(inp) * blocked(out) * prod(window), self._moved)
+        madds = self.calls.out_pixels * blocked(inp) * blocked(out) * prod(window)
+        return Cost(madds + self.unit.convolution, self._moved)
 
     def rebuilt(self, tensorization: Tensorization, tt_ranks: Sequence[int]) -> Cost:
         """By the dense weight, which is made of the cores first."""
@@ -218,7 +225,7 @@ class LayerCosts(NamedTuple):
         """A convolution of its own for each output, to one channel, after the channels have been swept."""
         out, _, *window = self.weight_shape
         madds = self.calls.out_pixels * out * prod(window) * self.unit.blocked(rank) * self.unit.blocked(1)
-        return Cost(madds, 2 * self.calls.pixels * out * rank + self._moved)
+        return Cost(madds + self.unit.convolution, 2 * self.calls.pixels * out * rank + self._moved)
 
     def _conv_cost(self, tensorization: Tensorization, index: int, left: Any, right: Any) -> Cost:
         """1x1, kh x kw, 1x1 convolutions, or kh x kw, 1x1 with everything before the last core merged into one."""
@@ -226,13 +233,15 @@ class LayerCosts(NamedTuple):
         blocked, (pixels, out_pixels) = self.unit.blocked, self.calls
         last = len(tensorization.modes) - 1
         if index == last:
-            return Cost(out_pixels * blocked(left) * blocked(out), 0)
+            return Cost(out_pixels * blocked(left) * blocked(out) + self.unit.convolution, 0)
         if tensorization.format == "chain" and index == 0:
-            return Cost(pixels * blocked(inp) * blocked(right), BETWEEN * pixels * right)
+            madds = pixels * blocked(inp) * blocked(right)
+            return Cost(madds + self.unit.convolution, BETWEEN * pixels * right)
         if index < last - 1:
             return Cost(0 * left, 0)
         channels = left if tensorization.format == "chain" else inp
-        return Cost(out_pixels * blocked(channels) * prod(window) * blocked(right), BETWEEN * out_pixels * right)
+        madds = out_pixels * blocked(channels) * prod(window) * blocked(right)
+        return Cost(madds + self.unit.convolution, BETWEEN * out_pixels * right)
 
 
 def swept_shapes(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
