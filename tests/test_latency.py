@@ -74,6 +74,12 @@ def test_a_latency_out_of_reach_names_the_most_that_was_measured() -> None:
         within_latency(2.0, plan_at, 20.0, Clock(lambda ratio: min(1.5, ratio)))  # type: ignore[arg-type]
 
 
+def test_a_network_that_no_tt_form_makes_faster() -> None:
+    small = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
+    with pytest.raises(PlanError, match="no TT form of a layer is faster"):
+        ttcompress.compress(small, latency_ratio=1.5, input_size=(3, 8, 8))
+
+
 def test_ways_to_run_are_fixed_where_one_wins_at_every_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(ranks=2, conv_ranks=3)
     bed = Bed(network(), (3, 8, 8), torch.device("cpu"))

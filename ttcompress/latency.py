@@ -112,6 +112,8 @@ def within_latency(
     Raises:
         PlanError: not even the plan for `most` does, with what it reaches.
     """
+    if most <= 1:
+        raise PlanError(f"--latency-ratio {asked:g} is out of reach: by the cost model no TT form of a layer is faster")
     points = 0
 
     def latency_at(ratio: float, share: float) -> tuple[CompressionPlan, Json]:

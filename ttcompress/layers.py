@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from math import prod
 from typing import Any, Self, TypeVar
@@ -48,7 +49,7 @@ def _pair(value: Sequence[int]) -> tuple[int, int]:
     return int(value[0]), int(value[1])
 
 
-class _TTLayer(nn.Module):
+class _TTLayer(nn.Module, ABC):
     """What both layers share: cores, bias, initialisation, the dense weight, the choice of how to run."""
 
     bias: nn.Parameter | None
@@ -178,9 +179,9 @@ class _TTLayer(nn.Module):
             return None
         return x.shape, x.is_contiguous(), x.dtype, torch.is_inference_mode_enabled(), state
 
+    @abstractmethod
     def _chosen(self, x: Tensor) -> tuple[Way, Any]:
         """The way to run a call, checked, and what it needs of the cores."""
-        raise NotImplementedError
 
     def _is_decided(self) -> bool:
         """No choice by cost: one is forced, or `torch.export` asks for one graph for all call shapes, the factored."""
@@ -265,7 +266,7 @@ class _TTLayer(nn.Module):
 
     def _bias_as(self, x: Tensor) -> Tensor | None:
         bias = self._parameters["bias"]
-        return None if bias is None else bias.to(x.dtype)
+        return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
     def train(self, mode: bool = True) -> Self:
         """As in torch; what was made of the cores for evaluation is dropped."""
