@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
-# Processes that share the machine (`pytest -n`) share its cores too. Must be set before torch is loaded.
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+# Processes that share the machine (`pytest -n`) share its cores out, and so do the commands that they start: threads that
+# wait for each other on cores that others hold take many times as long. Must be done before torch is loaded.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[number::workers] or cores)
 
 import torch
 
