@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-# Processes that share the machine (`pytest -n`) share its cores out, and so do the commands that they start: threads that
-# wait for each other on cores that others hold take many times as long. Must be done before torch is loaded.
+# Processes that share the machine (`pytest -n`) share its cores out, for themselves and the commands that they start:
+# threads that wait for each other on cores that others hold take many times as long. To be done before torch is loaded.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
     if hasattr(os, "sched_setaffinity"):
