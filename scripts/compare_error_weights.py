@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.allocate import Candidate, LayerOptions, within_budget
+from ttcompress.candidates import find_layers
 from ttcompress.data import open_data
 from ttcompress.layers import tt_layer
 from ttcompress.network import open_dense
-from ttcompress.plan import find_layers
 from ttcompress.surgery import swap
 from ttcompress.tt.decompose import decompose_weight, frobenius_norm, squared_spectra
 from ttcompress.tt.shapes import FORMATS, tensorize_shape

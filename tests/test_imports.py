@@ -36,8 +36,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "usage": {"evaluate", "tt.cost"},
     "timing": set(),
     "latency": {"evaluate", "surgery", "timing"},
+    "candidates": {"layers", "weights"},
     "plan": {
-        "allocate", "checkpoint", "layers", "recipe", "tt.cost", "tt.decompose", "tt.shapes", "tt.whiten", "usage",
+        "allocate", "candidates", "checkpoint", "recipe", "tt.cost", "tt.decompose", "tt.shapes", "tt.whiten", "usage",
         "weights",
     },
     "calibrate": {

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from ttcompress.candidates import find_layers, matches
 from ttcompress.errors import PlanError, ShapeError
-from ttcompress.plan import adopt_plan, find_layers, make_plan, matches, read_plan, write_plan
+from ttcompress.plan import adopt_plan, make_plan, read_plan, write_plan
 from ttcompress.recipe import LayerRule, Recipe
 from ttcompress.surgery import apply_plan
 from ttcompress.types import CompressionPlan

@@ -6,11 +6,8 @@ Reads a model, never changes it. Hand-given ranks need shapes only, so a model o
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from fractions import Fraction
 from functools import cached_property
 from math import floor
@@ -30,9 +27,9 @@ from ttcompress.allocate import (
     total_cost,
     within_budget,
 )
+from ttcompress.candidates import Layer, find_layers, matches, require_match
 from ttcompress.checkpoint import replacing
 from ttcompress.errors import PlanError, ShapeError, shortlist
-from ttcompress.layers import layer_spec
 from ttcompress.recipe import TARGETS, LayerRule, Recipe
 from ttcompress.tt.cost import MULTIPLY_ADDS, TIME, Calls, LayerCosts, Unit
 from ttcompress.tt.decompose import frobenius_norm, smallest_eps, squared_spectra
@@ -43,7 +40,6 @@ from ttcompress.types import (
     CompressionPlan,
     KeptParameter,
     LayerPlan,
-    LayerSpec,
     Progress,
     format_compression,
 )
@@ -55,108 +51,6 @@ WINDOW = 1.02
 TRUSTED = 0.5
 """Share of a weight's norm in the metric of all its inputs and outputs, below which the product of the metrics of the
 single modes is not believed: sweeps would not reach what it promises (docs/calibration.md)."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A Linear or Conv2d of the network, and why its weight stays dense, if it does."""
-
-    fqn: str
-    module: nn.Linear | nn.Conv2d
-    kept: str = ""
-
-    @property
-    def spec(self) -> LayerSpec:
-        """Shape and geometry."""
-        return layer_spec(self.module)
-
-    @property
-    def weight_dtype(self) -> str:
-        """As safetensors and users spell it: float32 and so on."""
-        return str(self.module.weight.dtype).removeprefix("torch.")
-
-
-def matches(pattern: str, fqn: str) -> bool:
-    """A glob on the fqn (`*` crosses dots), or `re:` and a regular expression that matches all of it.
-
-    Raises:
-        PlanError: not a regular expression.
-    """
-    if not pattern.startswith("re:"):
-        return pattern == fqn or fnmatchcase(fqn, pattern)
-    try:
-        return re.fullmatch(pattern[3:], fqn) is not None
-    except re.error as error:
-        raise PlanError(f"{pattern!r} is not a regular expression: {error}") from error
-
-
-def find_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Layer]:
-    """All Linear and Conv2d layers in `named_modules()` order, those that stay dense with the reason.
-
-    By default the candidates are all but the first convolution and the last Linear, or without an architecture all but
-    `weights.LEFT_OUT`; `include` replaces them by what it matches, `exclude` is subtracted last.
-
-    Raises:
-        PlanError: a pattern that matches no layer, or names outright one that cannot be decomposed.
-    """
-    layers = list(_dense_layers(model))
-    names = [layer.fqn for layer in layers]
-    for pattern in (*include, *exclude):
-        _require_match(pattern, names)
-    for layer in layers:
-        if layer.kept and layer.fqn in include:
-            raise PlanError(f"{layer.fqn} cannot be compressed ({layer.kept}); leave it out of --include")
-    ends = model.left_out() if isinstance(model, Weights) else _ends(layers)
-    return [replace(layer, kept=layer.kept or _left_out(layer.fqn, ends, include, exclude)) for layer in layers]
-
-
-def _require_match(pattern: str, names: Sequence[str]) -> None:
-    if any(matches(pattern, name) for name in names):
-        return
-    near = [name for name in names if pattern.strip("*.") in name] or get_close_matches(pattern, names, 5, 0.3)
-    raise PlanError(f"pattern {pattern!r} matches no Linear or Conv2d layer; near ones: {shortlist(near or names)}")
-
-
-def _dense_layers(model: nn.Module) -> Iterator[Layer]:
-    attention = tuple(name + "." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
-    homes: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        homes.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            own = dict(module.named_parameters(recurse=False)).get("weight")
-            others = [home for home in homes.get(id(own), []) if home != name]
-            obstacle = _obstacle(module, others, name.startswith(attention))
-            yield Layer(name, module, obstacle if name else "it is the whole network")
-
-
-def _obstacle(module: nn.Linear | nn.Conv2d, others: Sequence[str], in_attention: bool) -> str:
-    """Why a layer can never be replaced, or nothing."""
-    if in_attention:
-        return "nn.MultiheadAttention reads this weight directly"
-    if others:
-        return f"weight shared with {shortlist(others)}"
-    if "weight" not in dict(module.named_parameters(recurse=False)):
-        return "weight is computed by a parametrization"
-    if type(module) not in (nn.Linear, nn.Conv2d):
-        return f"{type(module).__name__} may do more than its base class"
-    if isinstance(module, nn.Conv2d) and module.groups != 1:
-        return f"groups={module.groups}"
-    return ""
-
-
-def _ends(layers: Sequence[Layer]) -> dict[str, str]:
-    convs = [layer.fqn for layer in layers if isinstance(layer.module, nn.Conv2d)]
-    linears = [layer.fqn for layer in layers if isinstance(layer.module, nn.Linear)]
-    return {**dict.fromkeys(convs[:1], "first convolution"), **dict.fromkeys(linears[-1:], "last Linear")}
-
-
-def _left_out(fqn: str, ends: dict[str, str], include: Sequence[str], exclude: Sequence[str]) -> str:
-    if include and not any(matches(pattern, fqn) for pattern in include):
-        return "not selected"
-    if any(matches(pattern, fqn) for pattern in exclude):
-        return "--exclude"
-    return "" if include or fqn not in ends else f"{ends[fqn]} (--include replaces this default)"
 
 
 @dataclass(frozen=True)
@@ -380,7 +274,7 @@ def _requests(layers: Sequence[Layer], recipe: Recipe) -> list[_Request]:
     chosen = [layer for layer in layers if not layer.kept]
     names = [layer.fqn for layer in layers]
     for rule in recipe.layers:
-        _require_match(rule.match, names)
+        require_match(rule.match, names)
         matched = [layer for layer in layers if matches(rule.match, layer.fqn)]
         if all(layer.kept for layer in matched):
             reasons = shortlist(dict.fromkeys(f"{layer.fqn}: {layer.kept}" for layer in matched))
