@@ -80,11 +80,11 @@ def test_cores_in_a_narrower_type_than_the_network(file: Path) -> None:
     assert result["dtype"] == "float32"
 
 
-def test_peak_memory_is_weights_and_what_is_alive_together() -> None:
+def testpeak_memory_is_weights_and_what_is_alive_together() -> None:
     model = nn.Sequential(nn.Linear(100, 200), nn.ReLU(), nn.Linear(200, 50), nn.Linear(50, 20)).eval()
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     # The largest moment: the ReLU's input and output, both of 10 x 200 numbers.
-    assert bench._peak_memory(model, torch.randn(10, 100)) == weights + 4 * 10 * (200 + 200)
+    assert bench.peak_memory(model, torch.randn(10, 100)) == weights + 4 * 10 * (200 + 200)
 
 
 @pytest.mark.parametrize("execution", ["contract", "dense"])
@@ -94,7 +94,7 @@ def test_what_a_layer_keeps_counts_as_memory(execution: str) -> None:
     kept = {"contract": 0, "dense": 4 * 100 * 200}[execution]
     results = {"contract": 10 * (5 + 200), "dense": 10 * 200}[execution]
     cores = 4 * 5 * (100 + 200)
-    assert bench._peak_memory(layer, torch.randn(10, 100)) == cores + kept + 4 * results
+    assert bench.peak_memory(layer, torch.randn(10, 100)) == cores + kept + 4 * results
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:

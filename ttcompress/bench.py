@@ -100,7 +100,7 @@ def _compare(dense: nn.Module, compressed: nn.Module, images: Tensor, names: Seq
             "throughput": len(images) / median(seconds),
             "memory_format": formats[side],
             "multiply_adds": multiply_adds(model, inputs[side]),
-            "peak_memory": None if training else _peak_memory(model, inputs[side]),
+            "peak_memory": None if training else peak_memory(model, inputs[side]),
         }
     if not training:
         entry["memory_ratio"] = entry["compressed"]["peak_memory"] / entry["dense"]["peak_memory"]
@@ -122,7 +122,7 @@ def _compare_layers(models: dict[str, nn.Module], inputs: dict[str, Tensor], nam
     }
 
 
-def _peak_memory(model: nn.Module, images: Tensor) -> int:
+def peak_memory(model: nn.Module, images: Tensor) -> int:
     """Bytes of weights, of what layers keep, and of the tensors of a forward pass that are alive together."""
     with torch.no_grad():
         model(images)
