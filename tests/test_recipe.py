@@ -35,6 +35,9 @@ key = "ema"
 ranks = [2, 3]
 conv-ranks = 8
 format = "auto"
+exec = "contract"
+tune = false
+input-size = [3, 32, 32]
 in-modes = [2, 3]
 out_modes = [3, 2]
 include = ["features.*"]
@@ -161,6 +164,9 @@ def test_all_options_are_read_with_hyphens_or_underscores(tmp_path: Path) -> Non
         ranks=(2, 3),
         conv_ranks=8,
         format="auto",
+        exec="contract",
+        tune=False,
+        input_size=(3, 32, 32),
         in_modes=(2, 3),
         out_modes=(3, 2),
         max_drop=1.0,
@@ -213,7 +219,8 @@ def test_to_json_holds_what_is_stated_and_nothing_else(tmp_path: Path) -> None:
         "include": ["a"],
         "layers": [{"match": "x", "ranks": [1, 2]}],
     }
-    assert set(read(tmp_path, FULL).to_json()) == {field.name for field in fields(Recipe)} - {"eps", "ratio", "params"}
+    other_targets = {"eps", "ratio", "params", "macs_ratio", "latency_ratio"}
+    assert set(read(tmp_path, FULL).to_json()) == {field.name for field in fields(Recipe)} - other_targets
 
 
 def test_the_same_options_are_the_same_recipe_wherever_they_come_from(tmp_path: Path) -> None:
@@ -360,7 +367,8 @@ def test_one_target_is_what_the_run_aims_at(stated: dict[str, Any], target: str)
     ],
 )
 def test_no_target_or_several_are_refused(stated: dict[str, Any], got: str) -> None:
-    expected = f"state exactly one of --ranks/--conv-ranks, --eps, --ratio, --params, --max-drop, --plan: got {got}"
+    targets = "--ranks/--conv-ranks, --eps, --ratio, --params, --macs-ratio, --latency-ratio, --max-drop, --plan"
+    expected = f"state exactly one of {targets}: got {got}"
     with pytest.raises(PlanError) as caught:
         _ = Recipe(**stated).target
     assert str(caught.value) == expected
@@ -383,6 +391,8 @@ def test_the_command_line_beats_the_recipe_option_by_option() -> None:
         ({"ranks": 4, "conv_ranks": 8}, {"ratio": 2}, {"ratio": 2}),
         ({"ranks": 4, "conv_ranks": 8}, {"ranks": 2}, {"ranks": 2, "conv_ranks": 8}),
         ({"params": 9}, {"conv_ranks": (2, 3)}, {"conv_ranks": (2, 3)}),
+        ({"ratio": 2}, {"macs_ratio": 3}, {"macs_ratio": 3}),
+        ({"macs_ratio": 3}, {"latency_ratio": 1.5}, {"latency_ratio": 1.5}),
         ({"params": 9}, {"eps": 0.1, "ratio": 2}, {"eps": 0.1, "ratio": 2}),
     ],
 )
