@@ -114,4 +114,5 @@ def test_a_network_whose_layers_are_far_too_wide_meets_its_latency() -> None:
     assert report.plan.latency is not None
     assert report.plan.latency["ratio"] >= 1.2
     assert report.recipe["latency_ratio"] == 1.2
+    assert not report.plan.notes
     assert isinstance(model[1], ttcompress.TTLinear)

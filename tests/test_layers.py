@@ -372,6 +372,14 @@ def test_no_history_of_calls_and_changes_is_seen_in_the_result(case: Any, steps:
 
 
 @every_layer
+@pytest.mark.parametrize("mode", MODES)
+def test_layers_on_the_meta_device_give_shapes(case: Any, mode: str) -> None:
+    layer, dense, x = small(case)
+    with MODES[mode]():
+        assert layer.eval().to("meta")(x.to("meta")).shape == dense(x).shape
+
+
+@every_layer
 def test_nothing_is_kept_where_gradients_flow_or_types_change(case: Any) -> None:
     layer, _, x = small(case)
     layer.eval()

@@ -89,6 +89,8 @@ plan_options = _options(
     click.option("--eps", type=float, help="Largest relative error of each weight, fewest parameters for it."),
     click.option("--ratio", type=float, help="Compression over all parameters, least error for it."),
     click.option("--params", type=int, help="The same as a number of parameters."),
+    click.option("--macs-ratio", type=float, help="The same over multiply-adds, layers run by their cores."),
+    click.option("--latency-ratio", type=float, help="The same over the time of one input, measured on --device."),
     click.option(
         "--max-drop", type=float, metavar="P", help="Alone: smallest network within P points on --val; else a gate."
     ),
@@ -97,8 +99,6 @@ plan_options = _options(
     click.option("--calib-images", type=int, metavar="N", help="How many of them, drawn by the seed (default 1024)."),
     click.option("--effort", type=click.Choice(["fast", "default", "max"]), help="How long --calib may take."),
     click.option("--plan", "plan_path", type=PATH, metavar="FILE", help="A plan written by `plan -o`, edited or not."),
-    click.option("--macs-ratio", type=float, help="Likewise over multiply-adds, layers run by their cores."),
-    click.option("--latency-ratio", type=float, help="Likewise over the latency of one input, measured on --device."),
     click.option(
         "--format",
         type=click.Choice(["auto", "matrix", "chain", "naive", "lowrank"]),

@@ -81,7 +81,8 @@ class Compressor:
             most = 0.999 * self._planner.most(counting)
 
             def plan_at(ratio: float) -> CompressionPlan:
-                return self._planner.within(Budget.of_ratio("cost ratio", counting, ratio))
+                # How near a plan comes to what the model says is of no interest, only how fast it runs.
+                return replace(self._planner.within(Budget.of_ratio("cost ratio", counting, ratio)), notes=())
 
             with threads_as_set():
                 return within_latency(recipe.latency_ratio, plan_at, most, self._bed, self.progress)
@@ -193,10 +194,13 @@ class Compressor:
 
 
 def _check_execution(recipe: Recipe) -> None:
-    if recipe.tune and recipe.exec is not None:
+    running = recipe.macs_ratio or recipe.latency_ratio
+    if running and (recipe.tune or recipe.exec):
+        raise PlanError("--macs-ratio and --latency-ratio say how layers run, as counted or timed: no --exec or --tune")
+    if recipe.tune and recipe.exec:
         raise PlanError("--tune decides by measurement how layers run: leave out --exec")
-    if recipe.macs_ratio is not None and (recipe.tune or recipe.exec == "dense"):
-        raise PlanError("--macs-ratio counts layers that run by their cores: leave out --tune and --exec dense")
+    if recipe.input_size and not (running or recipe.tune):
+        raise PlanError("--input-size is for --macs-ratio, --latency-ratio and --tune: leave it out")
 
 
 def _run_as(way: str, plan: CompressionPlan) -> CompressionPlan:

@@ -26,7 +26,9 @@ MOST_CHOICES = 256
 
 
 def _state(cores: Sequence[Tensor]) -> tuple[int, ...] | None:
-    """What changes when the cores do; None for tensors without memory of their own, as under vmap."""
+    """What changes when the cores do; None for tensors without memory of their own, as under vmap or on meta."""
+    if cores[0].is_meta:
+        return None
     try:
         return tuple([number for core in cores for number in (core._version, core.data_ptr())])
     except RuntimeError:

@@ -57,7 +57,6 @@ class Unit(NamedTuple):
     Convolutions take channels `block` at a time, an element counts `element`, beginning a convolution `convolution`.
     """
 
-    name: str
     block: int
     element: int
     convolution: int
@@ -71,8 +70,8 @@ class Unit(NamedTuple):
         return -(-channels // self.block) * self.block
 
 
-MULTIPLY_ADDS = Unit("multiply-adds", 1, 0, 0)
-TIME = Unit("time", CHANNEL_BLOCK, ELEMENT_COST, CONVOLUTION)
+MULTIPLY_ADDS = Unit(1, 0, 0)
+TIME = Unit(CHANNEL_BLOCK, ELEMENT_COST, CONVOLUTION)
 
 
 class SweepPlan(NamedTuple):
