@@ -311,7 +311,7 @@ BAD_OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "device cuda:99": (["--ranks", "2", "--device", "cuda:99"], ["cuda:99"]),
     "device cpu:x": (["--ranks", "2", "--device", "cpu:x"], ["cpu:x"]),
     "unknown format": (["--ranks", "2", "--format", "tucker"], ["tucker", "matrix"]),
-    "unknown dtype": (["--ranks", "2", "--dtype", "int8"], ["int8", "float16"]),
+    "unknown dtype": (["--ranks", "2", "--dtype", "int4"], ["int4", "float16"]),
     "batch size 0": (["--ranks", "2", "--data", "digits", "--batch-size", "0"], ["--batch-size"]),
     "seed -1": (["--ranks", "2", "--seed=-1"], ["--seed"]),
     "unknown option": (["--rank", "2"], ["--rank"]),

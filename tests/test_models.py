@@ -200,11 +200,19 @@ def test_resolve_names() -> None:
     assert models.resolve("zoo:resnet20") == Architecture("zoo", "resnet20")
     assert models.resolve("torchvision:resnet18") == Architecture("torchvision", "resnet18")
     assert models.resolve("lenet5") == Architecture("zoo", "lenet5")
+    assert models.resolve("mlp-784-300-10") == models.resolve("zoo:mlp-784-300-10") == MLP
 
 
 @pytest.mark.parametrize(
     ("reference", "named"),
-    [("vgg61", "vgg16"), ("zoo:resnet18", "resnet"), ("timm:resnet18", "resnet18"), ("xyzzy", "conv-fc")],
+    [
+        ("vgg61", "vgg16"),
+        ("zoo:resnet18", "resnet"),
+        ("timm:resnet18", "resnet18"),
+        ("xyzzy", "conv-fc"),
+        ("mlp-784-0-10", "mlp"),
+        ("mlp-", "mlp"),
+    ],
 )
 def test_resolve_unknown_name(reference: str, named: str) -> None:
     with pytest.raises(ArchitectureError, match=re.escape(f"unknown architecture {reference!r}")) as error:
@@ -215,6 +223,13 @@ def test_resolve_unknown_name(reference: str, named: str) -> None:
 def test_resolve_fills_in_classes() -> None:
     shapes = shapes_of(torchvision.models.resnet18(num_classes=37))
     assert models.resolve("torchvision:resnet18", shapes).arguments == {"num_classes": 37}
+
+
+def test_stated_widths_have_to_be_those_of_the_checkpoint() -> None:
+    shapes = shapes_of(models.build(MLP))
+    assert models.resolve("mlp-784-300-10", shapes) == MLP
+    with pytest.raises(ArchitectureError, match=r"does not fit the checkpoint: other shapes: fc1\.bias is \(300,\)"):
+        models.resolve("mlp-784-200-10", shapes)
 
 
 def test_resolve_explains_what_does_not_fit() -> None:

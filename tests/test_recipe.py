@@ -263,7 +263,7 @@ WRONG_VALUES: list[tuple[str, Any, str]] = [
     ("format", "tucker", "--format must be one of auto, matrix, chain, naive, lowrank, not 'tucker'"),
     ("in_modes", [2, 0], "--in-modes must be a list of whole numbers above 0, not [2, 0]"),
     ("out_modes", 4, "--out-modes must be a list of whole numbers above 0, not 4"),
-    ("dtype", "int8", "--dtype must be one of float16, bfloat16, float32, float64, not 'int8'"),
+    ("dtype", "int4", "--dtype must be one of float16, bfloat16, float32, float64, int8, not 'int4'"),
     ("include", "a", "--include must be a list of patterns, not 'a'"),
     ("exclude", ["a", 1], "--exclude must be a list of patterns, not ['a', 1]"),
     ("arch", "", "--arch must be a text, not ''"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
@@ -19,7 +19,9 @@ from ttcompress.layers import TTConv2d, TTLinear
 from ttcompress.plan import make_plan
 from ttcompress.recipe import Recipe
 from ttcompress.stages import Effort, Stages, adopt, compress_calibrated
-from ttcompress.surgery import apply_plan
+from ttcompress.surgery import apply_plan, store_cores
+from ttcompress.tt.contract import dense_weight
+from ttcompress.tt.quantize import dequantize, quantize
 from ttcompress.types import CompressionPlan, Json
 
 EFFORTS = {"fast": Effort(0, 0), "default": Effort(1, 4), "max": Effort(0, 3)}
@@ -270,20 +272,24 @@ def test_the_first_stage_is_kept_whatever_comes_of_it() -> None:
 
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.float64])
 @pytest.mark.parametrize("own", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_a_network_adopts_the_values_in_its_own_types(
+def test_a_network_adopts_the_cores_as_they_are_and_all_else_in_its_own_types(
     toy: Toy, done: Any, own: torch.dtype, dtype: torch.dtype | None
 ) -> None:
     compressed, plan, _ = done
+    if dtype:
+        name = str(dtype).removeprefix("torch.")
+        compressed = deepcopy(compressed)
+        store_cores(compressed, plan.with_layers([replace(layer, core_dtype=name) for layer in plan.layers]))
     model = deepcopy(toy.dense).to(own)
     frozen = [name for k, (name, _) in enumerate(model.named_parameters()) if k % 2]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
     model.train()
-    adopt(model, compressed, plan, dtype)
+    adopt(model, compressed, plan)
     values = compressed.state_dict()
     assert model.state_dict().keys() == values.keys()
     for key, value in model.state_dict().items():
-        wanted = (dtype or own) if ".cores." in key else own if value.is_floating_point() else value.dtype
+        wanted = (dtype or torch.float32) if ".cores." in key else own if value.is_floating_point() else value.dtype
         assert value.dtype == wanted
         assert torch.equal(value, values[key].to(wanted))
     layers = {layer.fqn for layer in plan.layers}
@@ -300,10 +306,24 @@ def test_a_network_adopts_the_values_in_its_own_types(
             assert torch.equal(model.eval()(images), compressed(images))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_errors_are_those_of_the_stored_cores(toy: Toy, dtype: str) -> None:
+    plan = toy.plan.with_layers([replace(layer, core_dtype=dtype) for layer in toy.plan.layers])
+    model, stored, _ = compress_calibrated(toy.dense, plan, toy.statistics, toy.calibration, "fast", 0)
+    for layer in stored.layers:
+        cores = list(model.get_submodule(layer.fqn).cores)  # type: ignore[arg-type]
+        assert all(core.dtype == (torch.float16 if dtype == "float16" else torch.float32) for core in cores)
+        if dtype == "int8":
+            assert all(torch.equal(core, dequantize(*quantize(core))) for core in cores)
+        dense = toy.dense.get_submodule(layer.fqn).weight.detach().double()  # type: ignore[operator]
+        missed = dense - dense_weight([core.detach().double() for core in cores], layer.spec.weight_shape)
+        assert layer.relative_error == pytest.approx(float(missed.norm() / dense.norm()), rel=1e-3)
+
+
 def test_what_is_kept_takes_the_refined_values(toy: Toy, done: Any) -> None:
     compressed, plan, log = done
     model = deepcopy(toy.dense)
-    adopt(model, compressed, plan, None)
+    adopt(model, compressed, plan)
     kept = {name for name, _ in toy.dense.named_parameters()} & model.state_dict().keys()
     changed = {name for name in kept if not torch.equal(model.state_dict()[name], toy.state[name])}
     assert bool(changed) == (log[-1]["kept"] or any(entry["kept"] for entry in log if entry["stage"] == "sweeps"))

@@ -472,7 +472,7 @@ def watch():
         peak = max(peak, anonymous())
         time.sleep(0.01)
 
-def random_cores(layer, weight, dtype):
+def random_cores(layer, weight):
     return TTSVD(tuple(torch.rand(shape) for shape in layer.core_shapes.values()), 0.5)
 
 tensorwise.decompose = random_cores

@@ -117,7 +117,7 @@ plan_options = _options(
     click.option("--exclude", multiple=True, metavar="P", help="Layers to leave dense."),
     click.option(
         "--dtype",
-        type=click.Choice(["float16", "bfloat16", "float32", "float64"]),
+        type=click.Choice(["float16", "bfloat16", "float32", "float64", "int8"]),
         help="Storage type of the cores (default: that of the weight).",
     ),
     click.option("--seed", type=int, help="Seed, recorded in the file (default 0); draws the calibration images."),

@@ -43,14 +43,12 @@ class Compressed:
 class Compressor:
     """How one network is compressed; what does not depend on the target is computed once.
 
-    `dtype` is the storage type of the cores, by default that of each weight; `results` may compute spectra elsewhere.
-    `input_shape` is that of one input, which multiply-adds and latency depend on.
+    `results` may compute spectra elsewhere. Multiply-adds and latency depend on `input_shape`, that of one input.
     """
 
     model: nn.Module
     recipe: Recipe
     device: torch.device
-    dtype: torch.dtype | None = None
     calibration: Calibration | None = None
     progress: Progress | None = None
     results: Results | None = None
@@ -67,6 +65,8 @@ class Compressor:
         if not plan.layers:
             reasons = sorted({kept.reason for kept in plan.kept if kept.kind})
             raise PlanError(f"nothing would be compressed, every layer stays dense: {shortlist(reasons)}")
+        if recipe.dtype is not None:
+            plan = plan.with_layers([replace(layer, core_dtype=recipe.dtype) for layer in plan.layers])
         if recipe.exec is not None:
             return _run_as(recipe.exec, plan)
         if recipe.tune:
@@ -107,14 +107,14 @@ class Compressor:
         images = self._images
         if images is None:
             model = self.model if inplace else copy.deepcopy(self.model)
-            return Compressed(model, apply_plan(model, plan, self.device, self.dtype, self.progress))
+            return Compressed(model, apply_plan(model, plan, self.device, self.progress))
         effort, seed = self.recipe.effort or "default", self.recipe.seed or 0
         statistics = self._statistics(tuple(layer.fqn for layer in plan.layers))
         compressed, plan, stages = compress_calibrated(
             self._dense, plan, statistics, images, effort, seed, self.progress
         )
         model = self.model if inplace else copy.deepcopy(self.model)
-        adopt(model, compressed, plan, self.dtype)
+        adopt(model, compressed, plan)
         return Compressed(model, plan, self.calibrated_on(stages))
 
     def calibrated_on(self, stages: Sequence[Json] = ()) -> Json | None:

@@ -24,7 +24,7 @@ from ttcompress.runtime import device_of, seeded
 from ttcompress.shards import read_metadata
 from ttcompress.sources import BATCH_SIZE, images_meter, labelled, preprocessing_for
 from ttcompress.stream import Stream
-from ttcompress.surgery import fresh_layer, swap
+from ttcompress.surgery import fresh_layer, store_cores, swap
 from ttcompress.train import Course, Options, State, best_epoch, train
 from ttcompress.tt.decompose import frobenius_norm
 from ttcompress.types import CompressionPlan, Json, KeptParameter, LayerPlan, Preprocessing, Progress, Report
@@ -92,6 +92,8 @@ def finetune_file(
         state = train(model, _options(recipe, world), course, resume)
         model.load_state_dict(state.best)
         _retyped(model, types)
+        if student.report:
+            store_cores(model, student.report.plan)
         report = _report(student, recipe, course, state, facts, progress)
         if world.leads:
             _write(output, student, report)
@@ -117,7 +119,8 @@ def _retyped(model: nn.Module, types: Mapping[str, torch.dtype]) -> None:
 
 
 def _write(output: Path, student: Student, report: Report) -> None:
-    tensors = stored_tensors(student.network.model, student.network.tensors)
+    plan = student.report.plan if student.report else None
+    tensors = stored_tensors(student.network.model, student.network.tensors, plan)
     if student.report:
         write_safetensors(output, tensors, report.to_json())
     else:
@@ -155,7 +158,8 @@ def _from_scratch(recipe: Recipe, plan: CompressionPlan | None) -> Student:
         for layer in plan.layers:
             swap(network.model, layer.fqn, fresh_layer(layer))
     state = network.model.state_dict()
-    report = Report(plan, before, tensor_bytes(state), __version__, recipe.seed or 0, {}, network.architecture)
+    after = tensor_bytes(stored_tensors(network.model, state, plan))
+    report = Report(plan, before, after, __version__, recipe.seed or 0, {}, network.architecture)
     named = ", ".join(f"{layer.fqn} {layer.tensorization.format} {layer.tt_ranks}" for layer in plan.layers)
     return Student(replace(network, tensors=state), report, None, f"{recipe.arch} with {named}")
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ttcompress.errors import ArchitectureError, shortlist
 from ttcompress.types import Architecture, Preprocessing
-from ttcompress.zoo import DEFAULT_CLASSES, ZOO, mlp_widths, zoo_preprocessing
+from ttcompress.zoo import DEFAULT_CLASSES, ZOO, mlp_widths, named_widths, zoo_preprocessing
 
 Shapes = Mapping[str, tuple[int, ...]]
 Factory = Callable[[], nn.Module]
@@ -209,7 +209,7 @@ def load_factory(reference: str) -> Factory:
 
 
 def resolve(reference: str, shapes: Shapes | None = None) -> Architecture:
-    """Turn `vgg16`, `zoo:resnet20`, `torchvision:resnet18` or `path/to/net.py:factory` into an `Architecture`.
+    """Turn `vgg16`, `zoo:resnet20`, `mlp-784-300-10`, `torchvision:resnet18` or `net.py:build` into an `Architecture`.
 
     A bare name is looked up in the zoo, then in torchvision. With `shapes` (a checkpoint's keys -> shapes) arguments
     are filled in such that the network fits.
@@ -221,14 +221,15 @@ def resolve(reference: str, shapes: Shapes | None = None) -> Architecture:
         raise ArchitectureError("--arch none is for compress and plan of a checkpoint: it makes no network")
     if _is_factory(reference):
         return _resolve_factory(reference, shapes)
-    prefix, _, name = reference.rpartition(":")
+    prefix, _, named = reference.rpartition(":")
+    name, arguments = named_widths(named)
     kinds = [prefix] if prefix else list(_CLASSES)
     kind = next((kind for kind in kinds if name in _names(kind)), None)
     if kind is None:
         raise ArchitectureError(_unknown(reference))
     if shapes is None:
-        return Architecture(kind, name)
-    architecture, difference = _fit(kind, name, shapes)
+        return Architecture(kind, name, arguments)
+    architecture, difference = _fit(kind, name, shapes, arguments)
     if difference.keys:
         raise ArchitectureError(f"{reference} does not fit the checkpoint: {difference}")
     return architecture
@@ -254,10 +255,12 @@ def _unknown(reference: str) -> str:
     return f"unknown architecture {reference!r}: {hint}; else name one of torchvision.models or path/to/net.py:factory"
 
 
-def _fit(kind: str, name: str, shapes: Shapes) -> tuple[Architecture, _Difference]:
+def _fit(
+    kind: str, name: str, shapes: Shapes, stated: Mapping[str, int] | None = None
+) -> tuple[Architecture, _Difference]:
     """The arguments with which the network comes nearest to `shapes`, and what then still differs."""
-    choices: list[dict[str, int]] = [{}]
-    if name == "mlp":
+    choices: list[dict[str, int]] = [dict(stated or {})]
+    if name == "mlp" and not stated:
         choices = [mlp_widths(shapes)]
     elif name in _WITH_AUX:
         # torchvision drops the heads when it loads the weights of googlenet, so checkpoints come with and without.

@@ -7,15 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ttcompress import models
 from ttcompress.checkpoint import Checkpoint, is_compressed, load_checkpoint, load_compressed
-from ttcompress.errors import ArchitectureError, CheckpointError, PlanError
+from ttcompress.errors import ArchitectureError, CheckpointError, PlanError, shortlist
 from ttcompress.header import blaming
 from ttcompress.shards import read_metadata
 from ttcompress.surgery import check_layers, insert_empty
-from ttcompress.types import Architecture, Json, Preprocessing, Report
+from ttcompress.tt.quantize import dequantize, quantize
+from ttcompress.types import Architecture, CompressionPlan, Json, LayerPlan, Preprocessing, Report
 from ttcompress.weights import Weights
 
 Factory = Callable[[], nn.Module]
@@ -56,6 +58,11 @@ def open_compressed(path: Path, factory: Factory | None = None) -> tuple[nn.Modu
 def _rebuilt(report: Report, tensors: Mapping[str, Tensor], factory: Factory | None) -> nn.Module:
     if factory is None and report.architecture is None:
         raise ArchitectureError("records no architecture; pass factory= (or --arch net.py:build)")
+    tensors = dict(tensors)
+    for layer in report.plan.layers:
+        tensors |= core_values(tensors, layer)
+        for name in layer.scale_shapes:
+            del tensors[name]
     state = {**tensors, **{alias: tensors[name] for alias, name in report.tied.items()}}
     architecture = report.architecture or Architecture("factory", "factory")
     if factory is not None:
@@ -189,11 +196,58 @@ def tied_parameters(model: nn.Module) -> dict[str, str]:
     return tied
 
 
-def stored_tensors(model: nn.Module, original: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a file holds: the state dict without tied copies, and without counters that the original lacked."""
+def stored_tensors(
+    model: nn.Module, original: Mapping[str, Tensor], plan: CompressionPlan | None = None
+) -> dict[str, Tensor]:
+    """What a file holds: the state dict without tied copies, and without counters that the original lacked.
+
+    With a plan, the cores are as it says that they are stored.
+    """
     tied = tied_parameters(model)
-    return {
+    tensors = {
         name: tensor
         for name, tensor in model.state_dict().items()
         if name not in tied and (name in original or not name.endswith("num_batches_tracked"))
     }
+    for layer in plan.layers if plan else ():
+        tensors |= stored_cores([tensors[name] for name in layer.core_shapes], layer)
+    return tensors
+
+
+def stored_cores(cores: Sequence[Tensor], layer: LayerPlan) -> dict[str, Tensor]:
+    """What a file holds of a weight, by name: its cores, and the scales of int8 ones."""
+    if layer.scale_shapes:
+        codes, scales = zip(*map(quantize, cores), strict=True)
+        return dict(zip(layer.stored_shapes, (*codes, *scales), strict=True))
+    return {
+        name: core.to(getattr(torch, layer.stored_dtype)) for name, core in zip(layer.core_shapes, cores, strict=True)
+    }
+
+
+def core_values(tensors: Mapping[str, Tensor], layer: LayerPlan) -> dict[str, Tensor]:
+    """The cores of a weight that a file holds, by name; int8 ones become the float32 numbers that they stand for.
+
+    Raises:
+        CheckpointError: see `check_cores`.
+    """
+    check_cores(tensors, layer)
+    if not layer.scale_shapes:
+        return {name: tensors[name] for name in layer.core_shapes}
+    pairs = zip(layer.core_shapes, layer.scale_shapes, strict=True)
+    return {core: dequantize(tensors[core], tensors[scales]) for core, scales in pairs}
+
+
+def check_cores(tensors: Mapping[str, Tensor], layer: LayerPlan) -> None:
+    """See that a file holds what its plan says of a weight.
+
+    Raises:
+        CheckpointError: tensors that are missing, or that have another type or shape.
+    """
+    types = {**dict.fromkeys(layer.core_shapes, layer.stored_dtype), **dict.fromkeys(layer.scale_shapes, "float32")}
+    wrong = [
+        name
+        for name, shape in layer.stored_shapes.items()
+        if name not in tensors or (tensors[name].shape, tensors[name].dtype) != (shape, getattr(torch, types[name]))
+    ]
+    if wrong:
+        raise CheckpointError(f"lacks {shortlist(wrong)}, or they have another shape or type")

@@ -30,9 +30,17 @@ from ttcompress.compression import Compressed, Compressor
 from ttcompress.errors import CheckpointError, DataError, PlanError, differences, shortlist
 from ttcompress.evaluate import Predictions
 from ttcompress.header import TensorInfo, blaming
-from ttcompress.network import Network, open_any, open_dense, open_empty, stored_tensors
+from ttcompress.network import (
+    Network,
+    check_cores,
+    core_values,
+    open_any,
+    open_dense,
+    open_empty,
+    stored_tensors,
+)
 from ttcompress.recipe import Recipe
-from ttcompress.runtime import device_of, dtype_of, fixed_threads, seeded
+from ttcompress.runtime import device_of, fixed_threads, seeded
 from ttcompress.shards import Index, read_index, read_metadata
 from ttcompress.sources import (
     Meter,
@@ -79,7 +87,7 @@ def compress_file(
     network = open_dense(source, recipe.arch, recipe.key or "")
     network, sources = with_sources(network, recipe, progress)
     report = compress_network(network, recipe, plan, sources, progress)
-    write_safetensors(output, stored_tensors(network.model, network.tensors), report.to_json())
+    write_safetensors(output, stored_tensors(network.model, network.tensors, report.plan), report.to_json())
     return report
 
 
@@ -125,7 +133,7 @@ def plan_file(
                 done = compressor.search(sources.judge)
             else:
                 done = Compressed(network.model, compressor.plan(recipe, plan), compressor.calibrated_on())
-    return report_of(network, done, recipe, (before, promised_bytes(before, done.plan, dtype_of(recipe))))
+    return report_of(network, done, recipe, (before, promised_bytes(before, done.plan)))
 
 
 def expand_file(source: Path, output: Path, force: bool = False) -> Report:
@@ -151,10 +159,8 @@ def expand_file(source: Path, output: Path, force: bool = False) -> Report:
 
 def _expanded(report: Report, tensors: Mapping[str, Tensor]) -> LazyTensors:
     layers = {f"{layer.fqn}.weight": layer for layer in report.plan.layers}
-    shapes = {name: shape for layer in layers.values() for name, shape in layer.core_shapes.items()}
-    wrong = [name for name, shape in shapes.items() if name not in tensors or tuple(tensors[name].shape) != shape]
-    if wrong:
-        raise CheckpointError(f"lacks {shortlist(wrong)}, or they have another shape")
+    for layer in layers.values():
+        check_cores(tensors, layer)
     if missing := [kept.name for kept in report.plan.kept if kept.name not in tensors]:
         raise CheckpointError(f"lacks {shortlist(missing)}; of a sharded checkpoint name the folder")
 
@@ -164,11 +170,13 @@ def _expanded(report: Report, tensors: Mapping[str, Tensor]) -> LazyTensors:
         if name not in layers:
             return tensors[name]
         layer = layers[name]
-        weight = dense_weight([tensors[core].double() for core in layer.core_shapes], layer.spec.weight_shape)
+        cores = [core.double() for core in core_values(tensors, layer).values()]
+        weight = dense_weight(cores, layer.spec.weight_shape)
         return weight.to(getattr(torch, layer.weight_dtype)).contiguous()
 
+    stored = {name for layer in layers.values() for name in layer.stored_shapes}
     infos = {
-        **tensor_infos({name: tensor for name, tensor in tensors.items() if name not in shapes}),
+        **tensor_infos({name: tensor for name, tensor in tensors.items() if name not in stored}),
         **{name: _dense_info(layer) for name, layer in layers.items()},
     }
     return LazyTensors({**infos, **{alias: infos[name] for alias, name in report.tied.items()}}, make)
@@ -182,7 +190,7 @@ def _expanded_index(report: Report, index: Index) -> Index:
     """Every weight is where its cores are, every tied tensor where that is whose values it has."""
     homes = dict(index.homes)
     for layer in report.plan.layers:
-        first, *_ = [homes.pop(core) for core in layer.core_shapes]
+        first, *_ = [homes.pop(name) for name in layer.stored_shapes]
         homes[f"{layer.fqn}.weight"] = first
     return index.moved({**homes, **{alias: homes[name] for alias, name in report.tied.items()}})
 
@@ -269,7 +277,7 @@ def save(module: nn.Module, report: Report, path: str | os.PathLike[str], force:
         CheckpointError: the file exists and `force` is not set, or its folder does not.
     """
     check_output(Path(path), force)
-    write_safetensors(Path(path), stored_tensors(module, module.state_dict()), report.to_json())
+    write_safetensors(Path(path), stored_tensors(module, module.state_dict(), report.plan), report.to_json())
 
 
 def compress_network(
@@ -290,11 +298,11 @@ def compress_network(
         with fixed_threads():
             if searches:
                 done = compressor.search(sources.judge)
-                adopt(network.model, done.model, done.plan, compressor.dtype)
+                adopt(network.model, done.model, done.plan)
             else:
                 done = compressor.apply(compressor.plan(recipe, plan), inplace=True)
         accuracy = meter.summary(dense, meter.run(network.model)) if meter else None
-    bytes_after = tensor_bytes(stored_tensors(network.model, network.tensors))
+    bytes_after = tensor_bytes(stored_tensors(network.model, network.tensors, done.plan))
     return report_of(network, done, recipe, (bytes_before, bytes_after), accuracy)
 
 
@@ -323,7 +331,6 @@ def _compressor(
         network.model,
         recipe,
         device_of(recipe),
-        dtype_of(recipe),
         sources.calibration,
         progress,
         input_shape=recipe.input_size or known or (),

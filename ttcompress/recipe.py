@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 from ttcompress.errors import PlanError
 from ttcompress.tt.shapes import FORMATS
+from ttcompress.types import CORE_DTYPES
 
 Ranks = int | tuple[int, ...]
 EXECUTIONS = ("auto", "contract", "chain", "dense")
 EFFORTS = ("fast", "default", "max")
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "step")
 AUGMENTATIONS = ("none", "shift", "flip")
@@ -89,7 +89,7 @@ _CHECKS = {
     "data": _TEXT,
     "mean": _Check("a list of numbers", _each(_is_number)),
     "std": _Check("a list of numbers above 0", _each(lambda value: _is_number(value) and value > 0)),
-    "dtype": _one_of(DTYPES),
+    "dtype": _one_of(CORE_DTYPES),
     "device": _TEXT,
     "batch_size": _COUNT,
     "workers": _FROM_ZERO,

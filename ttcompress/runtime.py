@@ -59,11 +59,6 @@ def device_of(recipe: Recipe) -> torch.device:
         raise PlanError(f"--device {name} is not available: {str(error).splitlines()[0]}") from error
 
 
-def dtype_of(recipe: Recipe) -> torch.dtype | None:
-    """Storage type of the cores; None keeps that of each weight."""
-    return getattr(torch, recipe.dtype) if recipe.dtype else None
-
-
 @contextmanager
 def seeded(recipe: Recipe) -> Iterator[None]:
     """Random numbers from the recipe's seed; the caller's own state is put back."""

@@ -24,7 +24,7 @@ from ttcompress.calibrate import (
 )
 from ttcompress.errors import DataError
 from ttcompress.refine import refine
-from ttcompress.surgery import layer_from, swap
+from ttcompress.surgery import layer_from, store_cores, swap
 from ttcompress.tt.decompose import frobenius_norm
 from ttcompress.types import CompressionPlan, Json, LayerPlan, Progress
 
@@ -106,6 +106,7 @@ def compress_calibrated(
     stages.run("batch norm", lambda model: recalibrate_batch_norm(model, calibration))
     if amount.steps:
         stages.run("refinement", refined)
+    store_cores(stages.model, plan)
     layers = [
         replace(
             layer, relative_error=_relative_error(dense, stages.model, layer), output_error=stages.errors[layer.fqn]
@@ -136,16 +137,13 @@ def _relative_error(dense: nn.Module, model: nn.Module, layer: LayerPlan) -> flo
 
 
 @torch.no_grad()
-def adopt(model: nn.Module, compressed: nn.Module, plan: CompressionPlan, dtype: torch.dtype | None) -> None:
-    """Give a network the layers and values of its compressed copy, in its own types and on its own device.
-
-    `dtype` is the storage type of the cores, by default that of each weight.
-    """
+def adopt(model: nn.Module, compressed: nn.Module, plan: CompressionPlan) -> None:
+    """Give a network the layers and values of its compressed copy; its own device and, but for cores, types stay."""
     for layer in plan.layers:
         module = model.get_submodule(layer.fqn)
         own: Tensor = module.weight  # type: ignore[assignment]
         fitted: Any = compressed.get_submodule(layer.fqn)
-        cores = [core.to(own.device, dtype or own.dtype) for core in fitted.cores]
+        cores = [core.to(own.device) for core in fitted.cores]
         swap(model, layer.fqn, layer_from(layer, module, cores))
     values = compressed.state_dict()
     for name, tensor in model.state_dict().items():

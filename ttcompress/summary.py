@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from ttcompress import __version__
@@ -42,10 +44,11 @@ def recorded(recipe: Recipe) -> Json:
     return {key: value for key, value in recipe.to_json().items() if key not in ELSEWHERE}
 
 
-def promised_bytes(bytes_before: int, plan: CompressionPlan, dtype: torch.dtype | None) -> int:
+def promised_bytes(bytes_before: int, plan: CompressionPlan) -> int:
     """Bytes of all tensors once the plan is applied."""
     saved = 0
     for layer in plan.layers:
-        dense: torch.dtype = getattr(torch, layer.weight_dtype)
-        saved += layer.params_before * dense.itemsize - layer.params_after * (dtype or dense).itemsize
+        dense, stored = (getattr(torch, name).itemsize for name in (layer.weight_dtype, layer.stored_dtype))
+        scales = sum(map(prod, layer.scale_shapes.values())) * torch.float32.itemsize
+        saved += layer.params_before * dense - layer.params_after * stored - scales
     return bytes_before - saved

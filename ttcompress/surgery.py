@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from ttcompress.errors import PlanError, ShapeError
 from ttcompress.layers import TTConv2d, TTLinear, layer_spec, tt_layer
 from ttcompress.tt.decompose import TTSVD, decompose_weight
+from ttcompress.tt.quantize import as_stored
 from ttcompress.types import CompressionPlan, LayerPlan, LinearSpec, Progress
 
 
@@ -49,7 +52,6 @@ def apply_plan(
     model: nn.Module,
     plan: CompressionPlan,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> CompressionPlan:
     """Decompose the planned layers one at a time and swap them in; returns the plan with the measured errors.
@@ -58,7 +60,6 @@ def apply_plan(
 
     Args:
         device: where the decomposition runs; the cores come back to the device of the weight.
-        dtype: storage type of the cores, by default that of each weight.
     """
     check_plan(model, plan)
     done, layers = [], []
@@ -67,7 +68,7 @@ def apply_plan(
             progress(f"decomposing {layer.fqn}", index, len(plan.layers))
         dense = model.get_submodule(layer.fqn)
         weight = dense.weight.detach()  # type: ignore[operator]
-        result = decompose(layer, weight.to(device), dtype)
+        result = decompose(layer, weight.to(device))
         cores = [core.to(weight.device) for core in result.cores]
         layers.append(layer_from(layer, dense, cores))
         done.append(replace(layer, relative_error=result.relative_error))
@@ -83,6 +84,17 @@ def layer_from(layer: LayerPlan, dense: nn.Module, cores: Sequence[Tensor]) -> T
     return made
 
 
+@torch.no_grad()
+def store_cores(model: nn.Module, plan: CompressionPlan) -> None:
+    """Give the cores of the planned layers the values that they have after being stored, in that type."""
+    for layer in plan.layers:
+        module: Any = model.get_submodule(layer.fqn)
+        with _blaming(layer):
+            cores = as_stored(list(module.cores), getattr(torch, layer.stored_dtype))
+        for k, core in enumerate(cores):
+            module.cores[k] = nn.Parameter(core, requires_grad=module.cores[k].requires_grad)
+
+
 def fresh_layer(
     layer: LayerPlan, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> TTLinear | TTConv2d:
@@ -92,14 +104,20 @@ def fresh_layer(
     return made
 
 
-def decompose(layer: LayerPlan, weight: Tensor, dtype: torch.dtype | None = None) -> TTSVD:
+def decompose(layer: LayerPlan, weight: Tensor) -> TTSVD:
     """The weight of one layer decomposed as planned.
 
     Raises:
         ShapeError: values that cannot be, naming the layer.
     """
+    with _blaming(layer):
+        return decompose_weight(weight, layer.tensorization, layer.tt_ranks, dtype=getattr(torch, layer.stored_dtype))
+
+
+@contextmanager
+def _blaming(layer: LayerPlan) -> Iterator[None]:
     try:
-        return decompose_weight(weight, layer.tensorization, layer.tt_ranks, dtype=dtype)
+        yield
     except ShapeError as error:
         raise ShapeError(f"{layer.fqn}: {error}") from error
 

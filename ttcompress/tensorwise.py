@@ -27,9 +27,9 @@ from ttcompress.compression import Compressed, Compressor
 from ttcompress.distributed import World, joined
 from ttcompress.errors import PlanError, shortlist
 from ttcompress.header import TensorInfo, canonical_json
-from ttcompress.network import Network, open_weights, stored_tensors
+from ttcompress.network import Network, open_weights, stored_cores, stored_tensors
 from ttcompress.recipe import Recipe
-from ttcompress.runtime import device_of, dtype_of, fixed_threads, seeded
+from ttcompress.runtime import device_of, fixed_threads, seeded
 from ttcompress.shards import INDEX_SUFFIX, Index, read_index
 from ttcompress.summary import promised_bytes, recorded, report_of
 from ttcompress.surgery import check_plan, decompose
@@ -84,7 +84,7 @@ def compress_weights(
         files = _decomposed(network, recipe, planned, work, progress)
         report = _report(network, recipe, _with_errors(planned, files))
         if world.leads:
-            _write(output, index, report, _compressed(network, planned, files, dtype_of(recipe)))
+            _write(output, index, report, _compressed(network, planned, files))
     return report
 
 
@@ -126,12 +126,12 @@ def _planned(
     network: Network, recipe: Recipe, plan: CompressionPlan | None, work: Work | None, progress: Progress | None
 ) -> CompressionPlan:
     device = work.world.device if work else device_of(recipe)
-    compressor = Compressor(network.model, recipe, device, dtype_of(recipe), progress=progress)
+    compressor = Compressor(network.model, recipe, device, progress=progress)
     if work:
         compressor = replace(compressor, results=lambda sizes, compute: work.results("spectra", sizes, compute))
     planned = compressor.plan(recipe, plan)
     check_plan(network.model, planned)
-    taken = [name for layer in planned.layers for name in layer.core_shapes if name in network.tensors]
+    taken = [name for layer in planned.layers for name in layer.stored_shapes if name in network.tensors]
     if taken:
         raise PlanError(f"the checkpoint has tensors that are called as TT-cores would be: {shortlist(taken)}")
     return planned
@@ -149,9 +149,9 @@ def _decomposed(
         # Each on its own random numbers, so that it does not matter which were finished before, and where.
         with seeded(recipe):
             weight = network.tensors[f"{layer.fqn}.weight"].to(work.world.device)
-            result = decompose(layer, weight, dtype_of(recipe))
+            result = decompose(layer, weight)
         error = torch.tensor(result.relative_error, dtype=torch.float64)
-        return {**dict(zip(layer.core_shapes, result.cores, strict=True)), "relative_error": error}
+        return {**stored_cores(result.cores, layer), "relative_error": error}
 
     return work.files("cores", [layer.params_before for layer in plan.layers], cores)
 
@@ -165,22 +165,21 @@ def _with_errors(plan: CompressionPlan, files: Sequence[Path]) -> CompressionPla
 
 def _report(network: Network, recipe: Recipe, plan: CompressionPlan) -> Report:
     before = tensor_bytes(stored_tensors(network.model, network.tensors))
-    num_bytes = before, promised_bytes(before, plan, dtype_of(recipe))
+    num_bytes = before, promised_bytes(before, plan)
     return report_of(network, Compressed(network.model, plan), recipe, num_bytes)
 
 
-def _compressed(
-    network: Network, plan: CompressionPlan, files: Sequence[Path], dtype: torch.dtype | None
-) -> LazyTensors:
+def _compressed(network: Network, plan: CompressionPlan, files: Sequence[Path]) -> LazyTensors:
     """The stored tensors: those of the checkpoint, and in the place of planned weights the cores in the files."""
     kept = stored_tensors(network.model, network.tensors)
     cores: dict[str, Path] = {}
     infos: dict[str, TensorInfo] = {}
     for layer, file in zip(plan.layers, files, strict=True):
         del kept[f"{layer.fqn}.weight"]
-        stored_as = DTYPE_NAMES[dtype or getattr(torch, layer.weight_dtype)]
+        stored_as = DTYPE_NAMES[getattr(torch, layer.stored_dtype)]
         infos |= {name: TensorInfo(stored_as, shape) for name, shape in layer.core_shapes.items()}
-        cores |= dict.fromkeys(layer.core_shapes, file)
+        infos |= {name: TensorInfo("F32", shape) for name, shape in layer.scale_shapes.items()}
+        cores |= dict.fromkeys(layer.stored_shapes, file)
 
     def make(name: str) -> Tensor:
         return load_compressed(cores[name])[name] if name in cores else kept[name]
@@ -195,5 +194,5 @@ def _write(output: Path, index: Index | None, report: Report, tensors: Mapping[s
         return
     homes = dict(index.homes)
     for layer in report.plan.layers:
-        homes |= dict.fromkeys(layer.core_shapes, homes.pop(f"{layer.fqn}.weight"))
+        homes |= dict.fromkeys(layer.stored_shapes, homes.pop(f"{layer.fqn}.weight"))
     write_shards(output, index.moved(homes), tensors, metadata)

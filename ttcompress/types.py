@@ -13,6 +13,8 @@ from ttcompress.tt.shapes import Mode, Tensorization, is_swept, tensorize_shape
 
 FILE_SCHEMA = "ttcompress/1"
 PLAN_SCHEMA = "ttcompress-plan/1"
+CORE_DTYPES = ("float16", "bfloat16", "float32", "float64", "int8")
+"""Storage types of TT-cores."""
 
 Json = dict[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -89,7 +91,8 @@ class LayerPlan:
 
     `predicted_error` bounds the relative Frobenius error from the singular values (with calibration, that of the
     output), `relative_error` is measured. `output_error` is, by stage of a calibrated compression, the relative error
-    of the layer's output on held-out images. `execution` is how the layer is to run, one of `executions`.
+    of the layer's output on held-out images. `execution` is how the layer is to run, one of `executions`. `core_dtype`
+    is the storage type of the cores, `int8` with scales among them; none stands for that of the weight.
     """
 
     fqn: str
@@ -102,11 +105,15 @@ class LayerPlan:
     output_error: Mapping[str, float] | None = None
     note: str = ""
     execution: str = "auto"
+    core_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.execution not in self.executions:
             ways = ", ".join(self.executions)
             raise ShapeError(f"{self.fqn}: execution must be one of {ways}, not {self.execution!r}")
+        if self.core_dtype not in (None, *CORE_DTYPES):
+            types = ", ".join(CORE_DTYPES)
+            raise ShapeError(f"{self.fqn}: core_dtype must be one of {types}, not {self.core_dtype!r}")
 
     @property
     def params_before(self) -> int:
@@ -129,6 +136,23 @@ class LayerPlan:
         shapes = self.tensorization.core_shapes(self.tt_ranks)
         return {f"{self.fqn}.cores.{k}": shape for k, shape in enumerate(shapes)}
 
+    @property
+    def stored_dtype(self) -> str:
+        """Storage type of the cores."""
+        return self.core_dtype or self.weight_dtype
+
+    @property
+    def scale_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the scales of int8 cores by their names in a file; none for other types."""
+        if self.stored_dtype != "int8":
+            return {}
+        return {f"{self.fqn}.core_scales.{k}": (rank,) for k, rank in enumerate(self.tt_ranks[1:])}
+
+    @property
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all that a file holds of the weight, by name."""
+        return {**self.core_shapes, **self.scale_shapes}
+
     def to_json(self) -> Json:
         """The `layers` entry of plans, reports and files."""
         return {
@@ -148,6 +172,7 @@ class LayerPlan:
             "spec": _listed(self.spec),
             **({"note": self.note} if self.note else {}),
             **({"execution": self.execution} if self.execution != "auto" else {}),
+            **({"core_dtype": self.core_dtype} if self.core_dtype else {}),
         }
 
     @classmethod
@@ -163,7 +188,7 @@ class LayerPlan:
         _check_modes(data["fqn"], spec, tensorization)
         ranks = tensorization.expand_ranks([index(rank) for rank in data["tt_ranks"]])
         known: Json = {key: data.get(key) for key in ("predicted_error", "relative_error", "output_error")}
-        known |= {key: data[key] for key in ("note", "execution") if key in data}
+        known |= {key: data[key] for key in ("note", "execution", "core_dtype") if key in data}
         return cls(data["fqn"], spec, tensorization, ranks, data["weight_dtype"], **known)
 
 

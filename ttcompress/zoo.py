@@ -138,7 +138,7 @@ class Mlp(nn.Module):
         super().__init__()
         if len(widths) < 2 or set(widths) != {f"width{index}" for index in range(len(widths))}:
             raise ArchitectureError(
-                "zoo:mlp reads its widths off a checkpoint's fc1.weight, fc2.weight, ...: none given"
+                "zoo:mlp reads its widths off a checkpoint's fc1.weight, ...; without one write mlp-784-300-10"
             )
         sizes = [widths[f"width{index}"] for index in range(len(widths))]
         for index, (in_features, features) in enumerate(pairwise(sizes), start=1):
@@ -164,6 +164,14 @@ def mlp_widths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         weights.append(shape)
     sizes = [shape[1] for shape in weights[:1]] + [shape[0] for shape in weights]
     return {f"width{index}": size for index, size in enumerate(sizes)}
+
+
+def named_widths(name: str) -> tuple[str, dict[str, int]]:
+    """`mlp-784-300-10` as the name `mlp` and the arguments of `Mlp`; other names as they are, without arguments."""
+    network, *sizes = name.split("-")
+    if network != "mlp" or not sizes or not all(size.isdecimal() and int(size) for size in sizes):
+        return name, {}
+    return network, {f"width{index}": int(size) for index, size in enumerate(sizes)}
 
 
 ZOO: Mapping[str, Callable[..., nn.Module]] = {

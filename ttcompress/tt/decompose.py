@@ -20,6 +20,7 @@ from torch import Tensor
 from ttcompress.errors import ShapeError
 from ttcompress.tt.arithmetic import rank_for, right_orthogonalize, times_two_to
 from ttcompress.tt.contract import dense_weight, merge_all
+from ttcompress.tt.quantize import as_stored
 from ttcompress.tt.shapes import Mode, Tensorization, feasible_ranks
 from ttcompress.tt.unfolding import BLOCK, Folded, Side, fold, interleave, split, sweep_order
 
@@ -68,7 +69,8 @@ def tt_svd(
         max_rank: one cap for all cuts, or the d - 1 inner TT-ranks, or all d + 1; None does not cap.
         eps: relative accuracy; from 1e-6 for float32, 1e-12 for float64. It bounds the error before a cast to float16
             or bfloat16, and before the cap.
-        dtype: storage type of the cores, by default that of `tensor`. The reported error is the one after the cast.
+        dtype: storage type of the cores, by default that of `tensor`; int8 ones come as float32 of such values. The
+            reported error is the one after the cast.
 
     Raises:
         ShapeError: an empty or non-finite tensor, an eps or values that the type cannot carry, ranks that do not fit.
@@ -118,9 +120,7 @@ def _decomposed(
     folded = _scaled_fold(weight, tensorization, exponent)
     cores, error = _accurate_cores(folded, clipped_caps, eps, exponent, capped=max_rank is not None)
     if (dtype or weight.dtype) != work_dtype:
-        cores = [core.to(dtype or weight.dtype) for core in cores]
-        if not all(bool(core.isfinite().all()) for core in cores):
-            raise ShapeError(f"TT-cores of these values leave the range of {cores[0].dtype}: choose a wider dtype")
+        cores = as_stored(cores, dtype or weight.dtype)
         error = _relative_error(folded, cores, exponent)
     return TTSVD(tuple(cores), error, clipped)
 
