@@ -138,6 +138,33 @@ def test_vgg_rows_have_the_parameters_of_the_paper(net: str, row: str, counts: l
     assert recipe.target == "ranks"
 
 
+MNIST_MODES = {
+    "32x32": (32, 32),
+    "4x8x8x4": (4, 8, 8, 4),
+    "4_5": (4,) * 5,
+    "2x2x8x8x2x2": (2, 2, 8, 8, 2, 2),
+    "2_10": (2,) * 10,
+}
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("mnist/*.toml")), ids=lambda path: path.stem)
+def test_mnist_recipes_are_what_their_names_say(path: Path) -> None:
+    recipe = Recipe.from_toml(path)
+    first, rank = recipe.layers[0], int(path.stem.rpartition("r")[2])
+    assert {rule.ranks for rule in recipe.layers} == {rank}
+    name = path.stem.rpartition("-")[0]
+    assert recipe.arch == ("mlp-784-625-10" if name == "t3f" else "mlp-1024-1024-10")
+    if name in MNIST_MODES:
+        assert first.in_modes == first.out_modes == MNIST_MODES[name]
+        assert prod(first.in_modes) == 1024
+    elif not name:
+        assert (first.format, first.in_modes) == ("lowrank", ())
+    else:
+        assert [rule.match for rule in recipe.layers] == (["fc1"] if name == "t3f" else ["fc1", "fc2"])
+    head = path.read_text(encoding="utf-8").split("arch =")[0]
+    assert f"ttcompress finetune --recipe recipes/mnist/{path.name} --from-scratch" in head
+
+
 def test_fc6_and_fc7_together_have_3168_parameters() -> None:
     recipe = Recipe.from_toml(RECIPES / "vgg16-tt4-tt4-fc.toml")
     assert sum(map(rule_params, recipe.layers)) == 3168

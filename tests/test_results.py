@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 
@@ -13,44 +15,49 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def papers() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("papers", ROOT / "scripts" / "papers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
-    sys.modules["papers"] = module
-    spec.loader.exec_module(module)
-    return module
+def papers() -> Iterator[ModuleType]:
+    """`python -m scripts.papers` as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        yield importlib.import_module("scripts.papers.__main__")
 
 
-def test_the_page_is_generated(papers: ModuleType) -> None:
-    page = papers.page(papers.read(papers.RESULTS), papers.read(papers.FINETUNED))
-    assert papers.PAGE.read_text() == page
+def test_the_page_and_its_pictures_are_generated(papers: ModuleType) -> None:
+    rows = papers.read(papers.RESULTS)
+    assert papers.PAGE.read_text() == papers.page(rows)
+    for name, chart in papers.charts(rows).items():
+        assert (papers.DOCS / name).read_text() == chart
+        assert f"({name})" in papers.page(rows)
 
 
 def test_another_figure_changes_the_page(papers: ModuleType) -> None:
     rows = papers.read(papers.RESULTS)
-    page = papers.page(rows, [])
+    page = papers.page(rows)
     for index, row in enumerate(rows):
-        name = next(key for key in ("file_bytes", "forward", "compressed") if key in row["ours"])
+        name = next(key for key in ("file_bytes", "forward", "compressed", "error") if key in row["ours"])
         changed = {**row, "ours": {**row["ours"], name: 3 * row["ours"][name]}}
-        assert papers.page([*rows[:index], changed, *rows[index + 1 :]], []) != page, row["row"]
+        assert papers.page([*rows[:index], changed, *rows[index + 1 :]]) != page, row["row"]
 
 
 def test_rows_are_not_run_twice(
     papers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = tmp_path / "results.jsonl"
-    monkeypatch.setattr(sys, "argv", ["papers.py", "cost", "--row", "TT, modes 3", "--results", str(results)])
+    monkeypatch.setattr(sys, "argv", ["papers", "cost", "--row", "TT, modes 3", "--results", str(results)])
     papers.main()
     papers.main()
     (row,) = papers.read(results)
     # 4096 = 16 x 16 x 16: r (16 16) + r (16 16) r + (16 16) r at rank 4, and the bias.
     assert row["ours"]["params"] == 4 * 256 + 16 * 256 + 4 * 256 + 4096
     assert row["ours"]["forward"] > 0 < row["ours"]["backward"]
-    assert row["ours"]["saved_bytes"] >= 4 * papers.ROWS * 4096
+    assert row["ours"]["saved_bytes"] >= 4 * importlib.import_module("scripts.papers.cost").ROWS * 4096
     assert capsys.readouterr().out.count("TT, modes 3") == 1
+
+
+def test_every_row_names_a_recipe_that_is_there(papers: ModuleType) -> None:
+    for row in papers.read(papers.RESULTS):
+        if "recipe" in row:
+            assert (ROOT / "recipes" / f"{row['recipe']}.toml").is_file(), row["row"]
 
 
 def test_published_counts_agree_with_ours(papers: ModuleType) -> None:
@@ -61,3 +68,23 @@ def test_published_counts_agree_with_ours(papers: ModuleType) -> None:
         paper, ours = row["paper"], row["ours"]
         assert abs(ours["layers"] - paper["layers"]) <= 1
         assert abs(ours["network"] - paper["network"]) <= 0.1
+
+
+def test_a_chart_has_its_points_where_they_belong(papers: ModuleType) -> None:
+    plot = importlib.import_module("scripts.papers.plot")
+    series = {"a & b": [(10, 2), (1000, 1)], "c": [(100, 99)]}
+    picture = ElementTree.fromstring(plot.chart("title <1>", "x", "y", series, most=4))
+    space = "{http://www.w3.org/2000/svg}"
+    points = [(float(each.get("cx", 0)), float(each.get("cy", 0))) for each in picture.iter(f"{space}circle")]
+    dots = [point for point in points if point[0] <= plot.WIDTH - plot.RIGHT]
+    bottom, height = plot.HEIGHT - plot.BOTTOM, plot.HEIGHT - plot.BOTTOM - plot.TOP
+    # What lies above the axis is at its end.
+    assert [y for _, y in dots] == [bottom - height / 2, bottom - height / 4, plot.TOP]
+    middle = (plot.LEFT + plot.WIDTH - plot.RIGHT) / 2
+    assert [x for x, _ in dots] == [plot.LEFT, plot.WIDTH - plot.RIGHT, middle]
+    assert {"title <1>", "a & b", "c"} <= {each.text for each in picture.iter(f"{space}text")}
+
+
+def test_empty_results_make_an_empty_page(papers: ModuleType) -> None:
+    assert papers.page([]).splitlines()[0] == "# Results"
+    assert papers.charts([]) == {}

@@ -1,0 +1,81 @@
+"""The papers' experiments: python -m scripts.papers GROUP... [--row NAME] [--cifar10 DATA --mnist DATA ...]
+
+Runs the rows of the named groups and appends each, as one line of JSON, to docs/results.jsonl. Rows that are there are
+not run again and trainings that were stopped go on, so that the same command can be repeated until all is done.
+Without a group docs/results.md and its pictures are written from the lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from scripts.papers import cost, int8, mnist, modern, vgg
+from scripts.papers.rows import DOCS, PAGE, RESULTS, Row, Where, append, hardware, read
+
+GROUPS = {
+    "mnist": mnist.GROUP,
+    "vgg": vgg.GROUP,
+    "cost": cost.GROUP,
+    "int8": int8.GROUP,
+    "modern": modern.GROUP,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", metavar="GROUP", choices=[[], *GROUPS], help=", ".join(GROUPS))
+    parser.add_argument("--row", help="only this one")
+    parser.add_argument("--cifar10", help="cifar10:ROOT")
+    parser.add_argument("--mnist", help="mnist:ROOT")
+    parser.add_argument("--checkpoints", type=Path, help="folder of the published CIFAR-10 ResNets")
+    parser.add_argument("--work", type=Path, default=Where.work, help="keeps networks and the states of trainings")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    where = Where(arguments.cifar10, arguments.mnist, arguments.checkpoints, arguments.work)
+    for group in arguments.groups:
+        for name, run in GROUPS[group].runs(where):
+            done = any((row["group"], row["row"]) == (group, name) for row in read(arguments.results))
+            if not done and arguments.row in (None, name):
+                start = time.perf_counter()
+                row = {"group": group, "row": name, **run(), "hardware": hardware()}
+                append(arguments.results, {**row, "minutes": round((time.perf_counter() - start) / 60, 2)})
+    if not arguments.groups:
+        rows = read(arguments.results)
+        PAGE.write_text(page(rows))
+        for name, chart in charts(rows).items():
+            (DOCS / name).write_text(chart)
+
+
+def page(rows: Sequence[Row]) -> str:
+    """docs/results.md."""
+    lines = [
+        "# Results",
+        "",
+        "The papers' figures beside ours, written by `python -m scripts.papers` from results.jsonl and rows.jsonl",
+        "beside this page. One row again: `python -m scripts.papers GROUP --row NAME --results FILE`.",
+    ]
+    for name, group in GROUPS.items():
+        own = [row for row in rows if row["group"] == name]
+        lines += ["", f"## {group.title}", ""]
+        if own:
+            minutes = sum(row["minutes"] for row in own)
+            where = ", ".join(dict.fromkeys(row["hardware"] for row in own))
+            lines += [*group.section(own), "", f"Group `{name}`: {len(own)} rows, {minutes:.0f} minutes ({where})."]
+        else:
+            lines.append(f"Not run: `python -m scripts.papers {name}`.")
+    return "\n".join([*lines, ""])
+
+
+def charts(rows: Sequence[Row]) -> dict[str, str]:
+    """The pictures of the page by file name."""
+    own = {name: [row for row in rows if row["group"] == name] for name in GROUPS}
+    return {
+        file: chart for name, group in GROUPS.items() if own[name] for file, chart in group.charts(own[name]).items()
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""MNIST, Novikov et al. 2015, section 6.1: the first layer of 1024-1024-10 in TT form against its matrix rank."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+from scripts.papers.plot import chart
+from scripts.papers.rows import Group, Row, Runs, Where, cells, header, paragraph
+from scripts.papers.training import dense, dense_error, error, from_pretrained, from_scratch, recipe_of
+from ttcompress.types import Report
+
+SHAPES = {
+    "32x32": ("32x32", (1, 2, 4)),
+    "4x8x8x4": ("4x8x8x4", (2, 4, 8)),
+    "4^5": ("4_5", (2, 4, 8)),
+    "2x2x8x8x2x2": ("2x2x8x8x2x2", (2, 4, 8)),
+    "2^10": ("2_10", (4, 8, 16)),
+}
+MATRIX_RANKS = (1, 2, 4, 8, 32)
+BOTH = {6: "1.9 with 7,698 parameters", 8: "1.6 with 12,602 parameters"}
+PAPER_PEER = "HashedNet of the same architecture: 2.79 with 12,720 parameters"
+EPOCHS, DENSE_EPOCHS = 10, 5
+T3F_EPOCHS = 2
+
+
+def settings() -> Iterator[tuple[str, str]]:
+    """Rows and their recipes: the first layer by shape and TT-rank or by matrix rank, then both layers."""
+    for shape, (name, ranks) in SHAPES.items():
+        yield from ((f"TT {shape} rank {rank}", f"mnist/{name}-r{rank}") for rank in ranks)
+    yield from ((f"matrix rank {rank}", f"mnist/mr{rank}") for rank in MATRIX_RANKS)
+    yield from ((f"both layers TT 4x8x8x4 rank {rank}", f"mnist/both-r{rank}") for rank in BOTH)
+
+
+def runs(where: Where) -> Runs:
+    yield "dense", partial(dense_row, where, EPOCHS)
+    yield "dense, half the epochs", partial(dense_row, where, DENSE_EPOCHS)
+    for row, recipe in settings():
+        yield f"{row}, from scratch", partial(scratch_row, where, recipe)
+        yield f"{row}, from pretrained", partial(pretrained_row, where, recipe)
+    yield "t3f 784-625-10", partial(t3f_row, where)
+
+
+def dense_row(where: Where, epochs: int) -> Row:
+    file = where.work / f"mnist-dense-{epochs}.pt"
+    dense(file, recipe_of("mnist/mr1"), where.need("mnist"), epochs)
+    layer = 1024 * 1024
+    ours = {"error": dense_error(file, where.need("mnist")), "params": layer + 1024 + 10250, "layers": layer}
+    return {"ours": ours, "n": 10000, "seeds": 1, "epochs": epochs}
+
+
+def scratch_row(where: Where, recipe: str) -> Row:
+    output = where.work / f"{recipe.replace('/', '-')}-scratch.safetensors"
+    report = from_scratch(output, replace(recipe_of(recipe), epochs=EPOCHS), where.need("mnist"))
+    return {"recipe": recipe, "ours": {"error": error(report), **counts(report)}, **run_of(EPOCHS)}
+
+
+def pretrained_row(where: Where, recipe: str) -> Row:
+    own, data = recipe_of(recipe), where.need("mnist")
+    source = dense(where.work / f"mnist-dense-{DENSE_EPOCHS}.pt", own, data, DENSE_EPOCHS)
+    stem = where.work / f"{recipe.replace('/', '-')}-pretrained"
+    report, errors = from_pretrained(source, own, data, EPOCHS - DENSE_EPOCHS, stem)
+    return {"recipe": recipe, "ours": {**errors, **counts(report)}, **run_of(EPOCHS - DENSE_EPOCHS)}
+
+
+def t3f_row(where: Where) -> Row:
+    recipe, data = recipe_of("mnist/t3f-r16"), where.need("mnist")
+    source = dense(where.work / "mnist-t3f-dense.pt", recipe, data, T3F_EPOCHS)
+    report, errors = from_pretrained(source, recipe, data, T3F_EPOCHS, where.work / "mnist-t3f-pretrained")
+    paper = {"dense_error": 2.86, "decomposed": 35.57, "error": 2.35, "params": 21845}
+    return {"recipe": "mnist/t3f-r16", "paper": paper, "ours": {**errors, **counts(report)}, **run_of(T3F_EPOCHS)}
+
+
+def counts(report: Report) -> Row:
+    plan = report.plan
+    return {"params": plan.params_after, "layers": sum(layer.params_after for layer in plan.layers)}
+
+
+def run_of(epochs: int) -> Row:
+    return {"n": 10000, "seeds": 1, "epochs": epochs}
+
+
+# ----------------------------------------------------------------------------------------------------------------- page
+
+
+def section(rows: Sequence[Row]) -> Iterator[str]:
+    found = {row["row"]: row["ours"] for row in rows}
+    later = EPOCHS - DENSE_EPOCHS
+    yield from paragraph(f"""
+        1024-1024-10 on images padded to 32x32, test error in percent of 10,000 images, one seed,
+        {EPOCHS} epochs in all: from scratch as in the paper (SGD 0.1, cosine), or {DENSE_EPOCHS} epochs dense, TT-SVD,
+        calibration, and {later} epochs with the defaults of `finetune` and the dense network for a teacher. No
+        augmentation. The paper draws the first layer's errors and prints those of both layers in TT form:
+        {BOTH[8]}, {BOTH[6]} ({PAPER_PEER}).
+        """)
+    names = (("dense", EPOCHS), ("dense, half the epochs", DENSE_EPOCHS))
+    known = [f"{epochs} epochs {found[name]['error']:.2f}" for name, epochs in names if name in found]
+    if known:
+        yield f"Dense, 1,059,850 parameters: {', '.join(known)}."
+        yield ""
+    yield "![error against parameters, from scratch](mnist-scratch.svg)"
+    yield "![error against parameters, from the pretrained network](mnist-pretrained.svg)"
+    yield ""
+    yield from header(
+        "layer", "its parameters", "all", "from scratch", "TT-SVD", "calibrated", "from pretrained", "difference"
+    )
+    for name, _ in settings():
+        scratch, pretrained = (found.get(f"{name}, from {start}") for start in ("scratch", "pretrained"))
+        one = scratch or pretrained
+        if one:
+            yield cells(
+                name,
+                f"{one['layers']:,}",
+                f"{one['params']:,}",
+                f"{scratch['error']:.2f}" if scratch else "not run",
+                *(
+                    f"{pretrained[key]:.2f}" if pretrained else "not run"
+                    for key in ("decomposed", "calibrated", "error")
+                ),
+                f"{pretrained['error'] - scratch['error']:+.2f}" if scratch and pretrained else "",
+            )
+    pairs = [[found.get(f"{name}, from {start}") for start in ("scratch", "pretrained")] for name, _ in settings()]
+    both = [(scratch["error"], pretrained["error"]) for scratch, pretrained in pairs if scratch and pretrained]
+    better = sum(pretrained < scratch for scratch, pretrained in both)
+    yield ""
+    yield from paragraph(f"""
+        From pretrained is better in {better} of {len(both)} rows at equal total epochs; the last
+        column says where it is not.
+        """)
+    for row in rows:
+        if row["row"].startswith("t3f"):
+            yield from t3f_lines(row["paper"], row["ours"])
+
+
+def t3f_lines(paper: Row, ours: Row) -> Iterator[str]:
+    yield from paragraph(f"""
+        t3f's tutorial, 784-625-10 with the first layer at TT-rank 16, {ours["params"]:,} parameters
+        (theirs {paper["params"]:,}), {T3F_EPOCHS} epochs dense and {T3F_EPOCHS} in TT form; error, theirs and ours:
+        """)
+    yield from header("", "dense", "TT-SVD", "calibrated", "trained")
+    yield cells("theirs", paper["dense_error"], paper["decomposed"], "-", paper["error"])
+    yield cells("ours", *(f"{ours[key]:.2f}" for key in ("dense_error", "decomposed", "calibrated", "error")))
+
+
+def charts(rows: Sequence[Row]) -> dict[str, str]:
+    found = {row["row"]: row["ours"] for row in rows}
+    made = {}
+    for start in ("scratch", "pretrained"):
+        series: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for name, _ in settings():
+            ours = found.get(f"{name}, from {start}")
+            if ours and not name.startswith("both"):
+                series[name.rpartition(" rank")[0]].append((ours["layers"], ours["error"]))
+        if series:
+            title = f"MNIST, 1024-1024-10 from {start}: test error against parameters of the first layer"
+            made[f"mnist-{start}.svg"] = chart(title, "parameters of the first layer", "test error, %", series, 8)
+    return made
+
+
+GROUP = Group("MNIST (Novikov et al. 2015, section 6.1)", runs, section, charts)

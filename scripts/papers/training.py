@@ -1,0 +1,66 @@
+"""Trainings behind the rows: each goes on where it was stopped, and what others build on is trained once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from scripts.papers.rows import ROOT, Row
+from ttcompress.finetune import finetune_file, state_file
+from ttcompress.pipeline import compress_file, evaluate_file
+from ttcompress.recipe import Recipe
+from ttcompress.types import Json, Report
+
+
+def trained(output: Path, recipe: Recipe, source: Path | None = None, origin: Path | None = None) -> Report:
+    """`finetune`, going on with what an interrupted call has left."""
+    output.parent.mkdir(exist_ok=True)
+    return finetune_file(
+        source, output, recipe, force=True, resume=state_file(output).exists(), origin=origin, log=_told(output)
+    )
+
+
+def _told(output: Path) -> Any:
+    return lambda line: print(output.stem, line, flush=True)
+
+
+def from_scratch(output: Path, recipe: Recipe, data: str) -> Report:
+    """A network of random weights trained and measured, dense or in TT form as the recipe says."""
+    return trained(output, replace(recipe, from_scratch=True, train=data, data=data))
+
+
+def dense(output: Path, recipe: Recipe, data: str, epochs: int) -> Path:
+    """The network of a recipe without its layer rules, trained for some epochs; a file that is there is taken."""
+    if not output.exists():
+        from_scratch(output, replace(recipe, layers=(), include=(), epochs=epochs), data)
+    return output
+
+
+def from_pretrained(source: Path, recipe: Recipe, data: str, epochs: int, stem: Path) -> tuple[Report, Row]:
+    """TT-SVD, calibration and training of a dense network; the last report and the errors on the way.
+
+    The training has the defaults of `finetune`, and the dense network for a teacher.
+    """
+    goal = Recipe(arch=recipe.arch, layers=recipe.layers, include=recipe.include, seed=0, data=data)
+    start = stem.with_name(f"{stem.name}-start.safetensors")
+    plain = compress_file(source, start, goal, force=True)
+    calibrated = compress_file(source, start, replace(goal, calib=data), force=True)
+    training = Recipe(train=data, data=data, epochs=epochs, augment=recipe.augment, seed=0)
+    report = trained(stem.with_suffix(".safetensors"), training, start, source)
+    errors = {"decomposed": error(plain), "calibrated": error(calibrated), "error": error(report)}
+    return report, {"dense_error": round(100 - float((report.accuracy or {})["dense"]), 2), **errors}
+
+
+def error(report: Report) -> float:
+    """Percent wrong of the images that a report is about."""
+    accuracy: Json = report.accuracy or {}
+    return round(100 - float(accuracy["compressed"]), 2)
+
+
+def dense_error(file: Path, data: str) -> float:
+    return round(100 - evaluate_file(file, Recipe(data=data))[0].top1, 2)
+
+
+def recipe_of(name: str) -> Recipe:
+    return Recipe.from_toml(ROOT / "recipes" / f"{name}.toml")
