@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import ttcompress
-from ttcompress import pipeline
+from ttcompress import models, pipeline
 from ttcompress.checkpoint import write_dense
 from ttcompress.data import open_data
 from ttcompress.demo import train_digits
@@ -24,7 +24,9 @@ from ttcompress.errors import CheckpointError, DataError, PlanError
 from ttcompress.finetune import finetune_file
 from ttcompress.header import read_metadata
 from ttcompress.layers import TTLinear
+from ttcompress.network import initialise, open_fresh
 from ttcompress.recipe import Recipe
+from ttcompress.types import Report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = {"train": "digits", "epochs": 2, "lr": 0.02, "device": "cpu", "augment": "none"}
@@ -168,6 +170,46 @@ def test_narrow_types_are_trained_in_more_and_written_as_they_were(folder: Path,
 
 
 # --------------------------------------------------------------------------------------------------------- from scratch
+
+
+def test_layers_of_the_zoo_are_drawn_as_torch_draws_them() -> None:
+    for name, alike in (("conv-fc", True), ("resnet20", False)):
+        torch.manual_seed(3)
+        fresh = open_fresh(name).model
+        assert any(parameter.is_meta for parameter in fresh.parameters())
+        initialise(fresh)
+        torch.manual_seed(3)
+        built = models.build(models.resolve(name), device="cpu")
+        assert fresh.state_dict().keys() == built.state_dict().keys()
+        for key, value in built.state_dict().items():
+            ours = fresh.state_dict()[key]
+            # Residual stages are made in another order than that of their layers.
+            assert torch.equal(ours, value) or not alike
+            assert ours.dtype == value.dtype
+            if ours.numel() > 500:
+                assert float(ours.std()) == pytest.approx(float(value.std()), rel=0.1)
+            elif "bn" in key:
+                assert torch.equal(ours, value)
+
+
+def test_a_network_too_large_to_be_dense_is_trained_in_tt_form(tmp_path: Path) -> None:
+    """262,144 hidden units: 7.5 GB dense, and never held."""
+    code = (
+        "import resource, sys; from pathlib import Path; from ttcompress.finetune import finetune_file; "
+        "from ttcompress.recipe import Recipe; "
+        "finetune_file(None, Path(sys.argv[1]), Recipe(arch='wide', from_scratch=True, ranks=2, epochs=1, "
+        "train=sys.argv[2], batch_size=4, device='cpu')); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)"
+    )
+    pixels = np.random.default_rng(0).integers(0, 255, (16, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "few.npz", images=pixels, labels=np.arange(16) % 10)
+    output = tmp_path / "wide.safetensors"
+    command = [sys.executable, "-c", code, str(output), f"npz:{tmp_path / 'few.npz'}"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert float(done.stdout) < 2.5
+    report = Report.from_json(read_metadata(output))
+    assert report.plan.params_before > 1.8e9
+    assert report.plan.params_after < 600_000
 
 
 def test_from_scratch_dense_and_in_tt_form(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from ttcompress.errors import ArchitectureError
 from ttcompress.types import Architecture, Preprocessing
 
 MLP = Architecture("zoo", "mlp", {"width0": 784, "width1": 300, "width2": 10})
-ZOO = [Architecture("zoo", name) for name in zoo.ZOO if name != "mlp"] + [MLP]
+WIDE = Architecture("zoo", "wide")  # 7.5 GB
+ZOO = [Architecture("zoo", name) for name in zoo.ZOO if name not in ("mlp", "wide")] + [MLP]
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -53,6 +54,7 @@ def message(error: pytest.ExceptionInfo[ArchitectureError]) -> str:
         ("conv", 555_968 + 1_280),
         ("conv-fc", 554_688 + 8192 * 1536 + 1536 * 512 + 5120 + 10 + 1_280 + 4_096),
         ("lenet5", 61_706),
+        ("wide", 3072 * 8**6 + 8**6 * 4**6 + 2 * (8**6 + 4**6) + 40_970),
     ],
 )
 def test_zoo_parameter_counts(name: str, params: int) -> None:

@@ -84,13 +84,13 @@ def test_the_cosine_ends_at_almost_nothing(lengths: tuple[int, int]) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(lengths=LENGTHS)
-def test_the_steps_are_tenths_at_half_and_three_quarters(lengths: tuple[int, int]) -> None:
+def test_the_steps_are_tenths_at_three_six_and_nine_tenths(lengths: tuple[int, int]) -> None:
     """Of what comes after the warm-up; in whole numbers."""
     total, warm_up = lengths
     done, rest = np.arange(total - warm_up), total - warm_up
-    drops = (2 * done >= rest).astype(int) + (4 * done >= 3 * rest)
+    drops = sum((10 * done >= tenths * rest).astype(int) for tenths in (3, 6, 9))
     rates = [rate_at(step, total, warm_up, "step") for step in range(warm_up, total)]
-    np.testing.assert_allclose(rates, np.array([1, 0.1, 0.01])[drops], rtol=1e-12)
+    np.testing.assert_allclose(rates, np.array([1, 0.1, 0.01, 0.001])[drops], rtol=1e-12)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "step"])

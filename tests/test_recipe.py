@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from ttcompress.errors import PlanError
+from ttcompress.pipeline import plan_file
 from ttcompress.recipe import LayerRule, Recipe
 from ttcompress.tt.shapes import tensorize_shape
 
@@ -163,6 +165,31 @@ def test_mnist_recipes_are_what_their_names_say(path: Path) -> None:
         assert [rule.match for rule in recipe.layers] == (["fc1"] if name == "t3f" else ["fc1", "fc2"])
     head = path.read_text(encoding="utf-8").split("arch =")[0]
     assert f"ttcompress finetune --recipe recipes/mnist/{path.name} --from-scratch" in head
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("cifar10/*.toml")), ids=lambda path: path.stem)
+def test_cifar10_recipes_are_the_rows_of_the_papers(path: Path) -> None:
+    """Garipov et al. 2016, table 1: at least the compression of the name, at most 2 % more; wide: the logged counts."""
+    recipe = Recipe.from_toml(path)
+    head = path.read_text(encoding="utf-8").split("arch =")[0]
+    assert f"ttcompress finetune --recipe recipes/cifar10/{path.name} --from-scratch" in head
+    if path.stem.startswith("wide"):
+        (first, second), rank = plan_file(None, recipe).plan.layers, int(path.stem.removeprefix("wide-r"))
+        assert first.params_after == 32 * rank + 4 * 32 * rank**2 + 24 * rank
+        assert second.params_after == 32 * rank + 4 * 32 * rank**2 + 32 * rank
+        if rank == 10:
+            assert (first.params_after, second.params_after) == (13_360, 13_440)
+        return
+    assert (recipe.schedule, recipe.epochs, recipe.warm_up, recipe.batch_size) == ("step", 100, 0, 100)
+    assert recipe.lr == (0.03 if "tt-conv-tt-fc" in path.stem else 0.1)
+    if found := re.search(r"-([\d.]+)x$", path.stem):
+        plan = plan_file(None, recipe).plan
+        assert 1 <= plan.compression / float(found[1]) <= 1.02
+        assert {layer.tensorization.format for layer in plan.layers} == {"naive" if "naive" in path.stem else "matrix"}
+        assert "conv1" in {kept.name.removesuffix(".weight") for kept in plan.kept}
+    else:
+        assert path.stem == recipe.arch
+        assert not recipe.has_target
 
 
 def test_fc6_and_fc7_together_have_3168_parameters() -> None:

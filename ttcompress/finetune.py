@@ -18,7 +18,15 @@ from ttcompress.data import Images, open_data
 from ttcompress.distributed import World, expected_rank, joined
 from ttcompress.errors import CheckpointError, DataError, PlanError
 from ttcompress.evaluate import Predictions, compare, forward
-from ttcompress.network import Network, open_any, open_dense, open_fresh, stored_tensors, tied_parameters
+from ttcompress.network import (
+    Network,
+    initialise,
+    open_any,
+    open_dense,
+    open_fresh,
+    stored_tensors,
+    tied_parameters,
+)
 from ttcompress.recipe import Recipe
 from ttcompress.runtime import device_of, seeded
 from ttcompress.shards import read_metadata
@@ -151,12 +159,14 @@ def _from_scratch(recipe: Recipe, plan: CompressionPlan | None) -> Student:
     with seeded(recipe):
         network = open_fresh(recipe.arch)
         if plan is None and not recipe.has_target:
-            return Student(network, digest=recipe.arch)
+            initialise(network.model)
+            return Student(replace(network, tensors=network.model.state_dict()), digest=recipe.arch)
         size = recipe.input_size or (network.preprocessing and network.preprocessing.input_size) or ()
         plan = Compressor(network.model, recipe, device_of(recipe), input_shape=size).plan(recipe, plan)
         before = tensor_bytes(network.tensors)
         for layer in plan.layers:
             swap(network.model, layer.fqn, fresh_layer(layer))
+        initialise(network.model)
     state = network.model.state_dict()
     after = tensor_bytes(stored_tensors(network.model, state, plan))
     report = Report(plan, before, after, __version__, recipe.seed or 0, {}, network.architecture)

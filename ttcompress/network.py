@@ -116,10 +116,21 @@ def open_empty(arch: str) -> Network:
 
 
 def open_fresh(arch: str) -> Network:
-    """An architecture with random weights, drawn from torch's generator."""
+    """An architecture with random weights, drawn from torch's generator; those of the zoo wait for `initialise`.
+
+    Its layers that are large as they are may then first be replaced by smaller ones.
+    """
     architecture, factory = _resolve(arch, None)
-    model = models.build(architecture, factory, "cpu")
+    model = models.build(architecture, factory, "meta" if architecture.kind == "zoo" else "cpu")
     return Network(model, model.state_dict(), architecture, models.preprocessing(architecture))
+
+
+def initialise(model: nn.Module) -> None:
+    """Give all layers on the meta device random weights, as torch does when it makes them."""
+    for module in model.modules():
+        if any(tensor.is_meta for tensor in (*module.parameters(False), *module.buffers(False))):
+            module.to_empty(device="cpu", recurse=False)
+            module.reset_parameters()  # type: ignore[operator]
 
 
 def open_dense(path: Path, arch: str | None = None, key: str = "") -> Network:

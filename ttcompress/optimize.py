@@ -10,8 +10,11 @@ from torch import nn
 
 from ttcompress.layers import TTConv2d, TTLinear
 
-STEPS_AT, STEP_FACTOR = (0.5, 0.75), 0.1
-"""Shares of what follows the warm-up at which the `step` schedule multiplies the learning rate by the factor."""
+STEPS_AT, STEP_FACTOR = (0.3, 0.6, 0.9), 0.1
+"""Shares of what follows the warm-up at which the `step` schedule multiplies the learning rate by the factor.
+
+As in Garipov et al. 2016: after 30, 60 and 90 of 100 epochs.
+"""
 MOMENTUM = 0.9
 NORMS = nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm
 

@@ -125,6 +125,21 @@ def lenet5(num_classes: int = DEFAULT_CLASSES) -> nn.Sequential:
     return nn.Sequential(layers)
 
 
+def wide(num_classes: int = DEFAULT_CLASSES) -> nn.Sequential:
+    """The wide and shallow network of Novikov et al. 2015 for CIFAR-10, section 6.2.1: 262,144 hidden units.
+
+    Maps (N, 3, 32, 32) to (N, num_classes). Its first two layers take 7.5 GB dense and are meant to be in TT form.
+    """
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    for index, (in_features, features) in enumerate(pairwise((3072, 8**6, 4**6)), start=1):
+        layers[f"fc{index}"] = nn.Linear(in_features, features, bias=False)
+        layers[f"bn{index}"] = nn.BatchNorm1d(features)
+        layers[f"relu{index}"] = nn.ReLU()
+        layers[f"dropout{index}"] = nn.Dropout(0.6)
+    layers["fc3"] = nn.Linear(4**6, num_classes)
+    return nn.Sequential(layers)
+
+
 class Mlp(nn.Module):
     """Fully-connected ReLU network with layers fc1 ... fcL; maps (N, ...) with width0 entries each to (N, widthL).
 
@@ -179,6 +194,7 @@ ZOO: Mapping[str, Callable[..., nn.Module]] = {
     "conv": conv,
     "conv-fc": conv_fc,
     "lenet5": lenet5,
+    "wide": wide,
     "mlp": Mlp,
 }
 
@@ -188,7 +204,7 @@ def zoo_preprocessing(name: str, arguments: Mapping[str, int]) -> Preprocessing 
     if name.startswith("resnet"):
         # The published CIFAR checkpoints were trained with the statistics of ImageNet.
         return _IMAGENET
-    if name in ("conv", "conv-fc"):
+    if name in ("conv", "conv-fc", "wide"):
         return _CIFAR10
     takes_mnist = name == "lenet5" or arguments.get("width0") in (784, 1024)
     return _MNIST if takes_mnist else None

@@ -12,13 +12,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts.papers import cost, int8, mnist, modern, vgg
+from scripts.papers import cost, garipov, int8, mnist, modern, vgg, wide
 from scripts.papers.rows import DOCS, PAGE, RESULTS, Row, Where, append, hardware, read
 
 GROUPS = {
     "mnist": mnist.GROUP,
+    "conv": garipov.CONV,
+    "conv-fc": garipov.CONV_FC,
     "vgg": vgg.GROUP,
     "cost": cost.GROUP,
+    "wide": wide.GROUP,
     "int8": int8.GROUP,
     "modern": modern.GROUP,
 }
@@ -31,10 +34,11 @@ def main() -> None:
     parser.add_argument("--cifar10", help="cifar10:ROOT")
     parser.add_argument("--mnist", help="mnist:ROOT")
     parser.add_argument("--checkpoints", type=Path, help="folder of the published CIFAR-10 ResNets")
+    parser.add_argument("--epochs", type=int, default=Where.epochs, help="of conv, conv-fc and wide, in all (100)")
     parser.add_argument("--work", type=Path, default=Where.work, help="keeps networks and the states of trainings")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    where = Where(arguments.cifar10, arguments.mnist, arguments.checkpoints, arguments.work)
+    where = Where(arguments.cifar10, arguments.mnist, arguments.checkpoints, arguments.work, arguments.epochs)
     for group in arguments.groups:
         for name, run in GROUPS[group].runs(where):
             done = any((row["group"], row["row"]) == (group, name) for row in read(arguments.results))

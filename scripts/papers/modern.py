@@ -59,16 +59,15 @@ def section(rows: Sequence[Row]) -> Iterator[str]:
         for ratio in RATIOS:
             ours = [found.get(f"{network} {ratio}x {formats}") for formats in ("auto", "lowrank")]
             after = trained.get((network, ratio))
-            if any(ours) or after:
-                dense = next(each["dense"] for each in (*ours, after) if each)
-                yield cells(
-                    network,
-                    f"{ratio}x",
-                    f"{dense:.2f}",
-                    *(f"{each['compressed']:.2f}" if each else "not run" for each in ours),
-                    f"{after['compressed']:.2f}" if after else "not run",
-                    PUBLISHED.get((network, ratio), "-"),
-                )
+            dense = next((f"{each['dense']:.2f}" for each in (*ours, after) if each), "-")
+            yield cells(
+                network,
+                f"{ratio}x",
+                dense,
+                *(f"{each['compressed']:.2f}" if each else "not run" for each in ours),
+                f"{after['compressed']:.2f}" if after else "not run",
+                PUBLISHED.get((network, ratio), "-"),
+            )
 
 
 GROUP = Group("ResNet-20 and ResNet-32", runs, section)

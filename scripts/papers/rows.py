@@ -26,6 +26,7 @@ class Where:
     mnist: str | None = None
     checkpoints: Path | None = None
     work: Path = Path("papers-work")
+    epochs: int = 100
 
     def need(self, name: str) -> Any:
         """The value of one of these options.

@@ -47,7 +47,7 @@ def from_pretrained(source: Path, recipe: Recipe, data: str, epochs: int, stem: 
     plain = compress_file(source, start, goal, force=True)
     calibrated = compress_file(source, start, replace(goal, calib=data), force=True)
     training = Recipe(train=data, data=data, epochs=epochs, augment=recipe.augment, seed=0)
-    report = trained(stem.with_suffix(".safetensors"), training, start, source)
+    report = trained(stem.with_name(f"{stem.name}.safetensors"), training, start, source)
     errors = {"decomposed": error(plain), "calibrated": error(calibrated), "error": error(report)}
     return report, {"dense_error": round(100 - float((report.accuracy or {})["dense"]), 2), **errors}
 

@@ -1,0 +1,150 @@
+"""CIFAR-10, Garipov et al. 2016, table 1: `conv` with its convolutions and `conv-fc` with all layers in TT form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from scripts.papers.rows import Group, Row, Runs, Where, cells, header, paragraph
+from scripts.papers.training import dense, dense_error, error, from_pretrained, from_scratch, recipe_of, trained
+from ttcompress.pipeline import compress_file, expand_file
+from ttcompress.recipe import Recipe
+from ttcompress.types import Report
+
+# Top-1 accuracy of the paper by row; compression is part of the name.
+CONV_PAPER = {
+    "conv-tt-2.02x": 89.9,
+    "conv-tt-2.53x": 89.2,
+    "conv-tt-3.23x": 89.3,
+    "conv-tt-4.02x": 88.7,
+    "conv-naive-2.02x": 88.3,
+    "conv-naive-2.90x": 87.6,
+}
+CONV_FC_PAPER = {
+    "conv-fc-tt-fc-10.72x": 90.3,
+    "conv-fc-tt-fc-19.38x": 89.8,
+    "conv-fc-tt-fc-21.01x": 89.8,
+    "conv-fc-tt-conv-tt-fc-9.69x": 90.1,
+    "conv-fc-tt-conv-tt-fc-41.65x": 89.7,
+    "conv-fc-tt-conv-tt-fc-82.87x": 89.4,
+}
+BASELINES = {"conv": 90.7, "conv-fc": 90.5}
+
+
+def runs(network: str, paper: dict[str, float], where: Where) -> Runs:
+    yield "baseline", partial(baseline, where, network)
+    for name in paper:
+        yield f"{name}, from pretrained", partial(pretrained_row, where, network, name)
+        yield f"{name}, from scratch", partial(scratch_row, where, name)
+
+
+def baseline(where: Where, network: str) -> Row:
+    file = trained_dense(where, network, where.epochs)
+    return {
+        "recipe": f"cifar10/{network}",
+        "ours": {"error": dense_error(file, where.need("cifar10"))},
+        **run_of(where),
+    }
+
+
+def trained_dense(where: Where, network: str, epochs: int) -> Path:
+    output = where.work / f"{network}-dense-{epochs}.pt"
+    return dense(output, recipe_of(f"cifar10/{network}"), where.need("cifar10"), epochs)
+
+
+def pretrained_row(where: Where, network: str, name: str) -> Row:
+    """Half of the epochs dense, half in TT form."""
+    half = where.epochs // 2
+    source, recipe = trained_dense(where, network, half), recipe_of(f"cifar10/{name}")
+    report, errors = from_pretrained(source, recipe, where.need("cifar10"), where.epochs - half, where.work / name)
+    return {"recipe": f"cifar10/{name}", "ours": {**errors, "compression": report.plan.compression}, **run_of(where)}
+
+
+def scratch_row(where: Where, name: str) -> Row:
+    """In one go, or as the paper trains both kinds of layers: the convolutions first, with dense FC layers."""
+    recipe, data = recipe_of(f"cifar10/{name}"), where.need("cifar10")
+    output = where.work / f"{name}-scratch.safetensors"
+    if "tt-conv-tt-fc" in name:
+        report = in_two_stages(output, recipe, data, where.epochs)
+    else:
+        report = from_scratch(output, replace(recipe, epochs=where.epochs), data)
+    ours = {"error": error(report), "compression": report.plan.compression}
+    return {"recipe": f"cifar10/{name}", "ours": ours, **run_of(where)}
+
+
+def in_two_stages(output: Path, recipe: Recipe, data: str, epochs: int) -> Report:
+    """Both stages with the recipe's own options, half of the epochs each.
+
+    TT-SVD of an expanded convolution at its own TT-ranks gives its cores again, so that stage two goes on from them.
+    """
+    half = epochs // 2
+    convs = tuple(rule for rule in recipe.layers if rule.match.startswith("conv"))
+    first, whole = output.with_suffix(".one.safetensors"), output.with_suffix(".two.safetensors")
+    if not whole.exists():
+        from_scratch(first, replace(recipe, layers=convs, epochs=half), data)
+        expand_file(first, first.with_suffix(".pt"), force=True)
+        compress_file(first.with_suffix(".pt"), whole, Recipe(arch=recipe.arch, layers=recipe.layers, seed=0))
+    stage = replace(recipe, arch=None, layers=(), epochs=epochs - half, distill=0.0, train=data, data=data)
+    return trained(output, stage, whole)
+
+
+def run_of(where: Where) -> Row:
+    return {"n": 10000, "seeds": 1, "epochs": where.epochs}
+
+
+# ----------------------------------------------------------------------------------------------------------------- page
+
+
+def section(network: str, paper: dict[str, float], rows: Sequence[Row]) -> Iterator[str]:
+    yield from paragraph(
+        """
+        Top-1 accuracy on the 10,000 test images, in brackets the change against the baseline of the same number of
+        epochs. The paper trains 100 epochs from scratch (SGD 0.9, rate divided by 10 every 30); ours are the epochs of
+        the row, from scratch with that schedule, or from pretrained: half of them dense, then TT-SVD, calibration and
+        the other half with the defaults of `finetune`. Crop and flip, no contrast. TT-ranks are feasible ones at the
+        compression of the paper.
+        """
+    )
+    found = {row["row"]: row for row in rows}
+    base = found.get("baseline")
+    yield from header(
+        "row", "paper", "compression", "epochs", "from scratch", "TT-SVD", "calibrated", "from pretrained"
+    )
+    epochs = base["epochs"] if base else "-"
+    own = f"{100 - base['ours']['error']:.2f}" if base else "not run"
+    yield cells("baseline", BASELINES[network], "1", epochs, own, "", "", "")
+    for name, top1 in paper.items():
+        scratch, pretrained = (found.get(f"{name}, from {start}") for start in ("scratch", "pretrained"))
+        one = scratch or pretrained
+        yield cells(
+            name.removeprefix(f"{network}-"),
+            f"{top1} ({top1 - BASELINES[network]:+.1f})",
+            f"{one['ours']['compression']:.2f}x" if one else "-",
+            one["epochs"] if one else "-",
+            accuracy(scratch, "error", base),
+            accuracy(pretrained, "decomposed"),
+            accuracy(pretrained, "calibrated"),
+            accuracy(pretrained, "error", base),
+        )
+
+
+def accuracy(row: Row | None, key: str, base: Row | None = None) -> str:
+    if row is None:
+        return "not run"
+    same = base is not None and base["epochs"] == row["epochs"]
+    change = f" ({base['ours']['error'] - row['ours'][key]:+.2f})" if base and same else ""
+    return f"{100 - row['ours'][key]:.2f}{change}"
+
+
+CONV = Group(
+    "CIFAR-10 `conv` (Garipov et al. 2016, table 1a)",
+    partial(runs, "conv", CONV_PAPER),
+    partial(section, "conv", CONV_PAPER),
+)
+CONV_FC = Group(
+    "CIFAR-10 `conv-fc` (Garipov et al. 2016, table 1b)",
+    partial(runs, "conv-fc", CONV_FC_PAPER),
+    partial(section, "conv-fc", CONV_FC_PAPER),
+)
