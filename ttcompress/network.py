@@ -230,9 +230,7 @@ def stored_cores(cores: Sequence[Tensor], layer: LayerPlan) -> dict[str, Tensor]
     if layer.scale_shapes:
         codes, scales = zip(*map(quantize, cores), strict=True)
         return dict(zip(layer.stored_shapes, (*codes, *scales), strict=True))
-    return {
-        name: core.to(getattr(torch, layer.stored_dtype)) for name, core in zip(layer.core_shapes, cores, strict=True)
-    }
+    return dict(zip(layer.core_shapes, cores, strict=True))
 
 
 def core_values(tensors: Mapping[str, Tensor], layer: LayerPlan) -> dict[str, Tensor]:
@@ -254,11 +252,14 @@ def check_cores(tensors: Mapping[str, Tensor], layer: LayerPlan) -> None:
     Raises:
         CheckpointError: tensors that are missing, or that have another type or shape.
     """
-    types = {**dict.fromkeys(layer.core_shapes, layer.stored_dtype), **dict.fromkeys(layer.scale_shapes, "float32")}
-    wrong = [
-        name
-        for name, shape in layer.stored_shapes.items()
-        if name not in tensors or (tensors[name].shape, tensors[name].dtype) != (shape, getattr(torch, types[name]))
-    ]
+
+    def fits(name: str, shape: tuple[int, ...]) -> bool:
+        tensor = tensors.get(name)
+        if tensor is None or tuple(tensor.shape) != shape:
+            return False
+        is_code = name in layer.core_shapes and bool(layer.scale_shapes)
+        return tensor.dtype == torch.int8 if is_code else tensor.is_floating_point()
+
+    wrong = [name for name, shape in layer.stored_shapes.items() if not fits(name, shape)]
     if wrong:
         raise CheckpointError(f"lacks {shortlist(wrong)}, or they have another shape or type")
