@@ -59,7 +59,8 @@ def page(rows: Sequence[Row]) -> str:
         "# Results",
         "",
         "The papers' figures beside ours, written by `python -m scripts.papers` from results.jsonl and rows.jsonl",
-        "beside this page. One row again: `python -m scripts.papers GROUP --row NAME --results FILE`.",
+        "beside this page. One row again: `python -m scripts.papers GROUP --row NAME --results FILE`. Minutes are those of the",
+        "hardware below each table; where a training was stopped and went on, of its last call.",
     ]
     for name, group in GROUPS.items():
         own = [row for row in rows if row["group"] == name]

@@ -7,8 +7,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from scripts.papers.rows import Group, Row, Runs, Where, cells, header, paragraph
-from scripts.papers.training import dense, dense_error, error, from_pretrained, from_scratch, recipe_of, trained
+from scripts.papers.rows import Group, Row, Runs, Where, cells, header, minutes, paragraph
+from scripts.papers.training import dense, dense_error, from_pretrained, from_scratch, measured, recipe_of, trained
 from ttcompress.pipeline import compress_file, expand_file
 from ttcompress.recipe import Recipe
 from ttcompress.types import Report
@@ -42,11 +42,8 @@ def runs(network: str, paper: dict[str, float], where: Where) -> Runs:
 
 def baseline(where: Where, network: str) -> Row:
     file = trained_dense(where, network, where.epochs)
-    return {
-        "recipe": f"cifar10/{network}",
-        "ours": {"error": dense_error(file, where.need("cifar10"))},
-        **run_of(where),
-    }
+    ours = {"error": dense_error(file, where.need("cifar10"))}
+    return {"recipe": f"cifar10/{network}", "ours": ours, "n": 10000, "seeds": 1, "epochs": where.epochs}
 
 
 def trained_dense(where: Where, network: str, epochs: int) -> Path:
@@ -59,7 +56,8 @@ def pretrained_row(where: Where, network: str, name: str) -> Row:
     half = where.epochs // 2
     source, recipe = trained_dense(where, network, half), recipe_of(f"cifar10/{name}")
     report, errors = from_pretrained(source, recipe, where.need("cifar10"), where.epochs - half, where.work / name)
-    return {"recipe": f"cifar10/{name}", "ours": {**errors, "compression": report.plan.compression}, **run_of(where)}
+    ours = {**errors, "compression": report.plan.compression}
+    return measured(f"cifar10/{name}", report, ours, where.epochs)
 
 
 def scratch_row(where: Where, name: str) -> Row:
@@ -70,8 +68,7 @@ def scratch_row(where: Where, name: str) -> Row:
         report = in_two_stages(output, recipe, data, where.epochs)
     else:
         report = from_scratch(output, replace(recipe, epochs=where.epochs), data)
-    ours = {"error": error(report), "compression": report.plan.compression}
-    return {"recipe": f"cifar10/{name}", "ours": ours, **run_of(where)}
+    return measured(f"cifar10/{name}", report, {"compression": report.plan.compression}, where.epochs)
 
 
 def in_two_stages(output: Path, recipe: Recipe, data: str, epochs: int) -> Report:
@@ -90,10 +87,6 @@ def in_two_stages(output: Path, recipe: Recipe, data: str, epochs: int) -> Repor
     return trained(output, stage, whole)
 
 
-def run_of(where: Where) -> Row:
-    return {"n": 10000, "seeds": 1, "epochs": where.epochs}
-
-
 # ----------------------------------------------------------------------------------------------------------------- page
 
 
@@ -110,11 +103,19 @@ def section(network: str, paper: dict[str, float], rows: Sequence[Row]) -> Itera
     found = {row["row"]: row for row in rows}
     base = found.get("baseline")
     yield from header(
-        "row", "paper", "compression", "epochs", "from scratch", "TT-SVD", "calibrated", "from pretrained"
+        "row",
+        "paper",
+        "compression",
+        "epochs",
+        "from scratch",
+        "TT-SVD",
+        "calibrated",
+        "from pretrained",
+        "minutes",
     )
     epochs = base["epochs"] if base else "-"
     own = f"{100 - base['ours']['error']:.2f}" if base else "not run"
-    yield cells("baseline", BASELINES[network], "1", epochs, own, "", "", "")
+    yield cells("baseline", BASELINES[network], "1", epochs, own, "", "", "", minutes(base))
     for name, top1 in paper.items():
         scratch, pretrained = (found.get(f"{name}, from {start}") for start in ("scratch", "pretrained"))
         one = scratch or pretrained
@@ -127,6 +128,7 @@ def section(network: str, paper: dict[str, float], rows: Sequence[Row]) -> Itera
             accuracy(pretrained, "decomposed"),
             accuracy(pretrained, "calibrated"),
             accuracy(pretrained, "error", base),
+            minutes(scratch, pretrained),
         )
 
 

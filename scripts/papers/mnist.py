@@ -8,8 +8,8 @@ from dataclasses import replace
 from functools import partial
 
 from scripts.papers.plot import chart
-from scripts.papers.rows import Group, Row, Runs, Where, cells, header, paragraph
-from scripts.papers.training import dense, dense_error, error, from_pretrained, from_scratch, recipe_of
+from scripts.papers.rows import Group, Row, Runs, Where, cells, header, minutes, paragraph
+from scripts.papers.training import dense, dense_error, from_pretrained, from_scratch, measured, recipe_of
 from ttcompress.types import Report
 
 SHAPES = {
@@ -54,7 +54,7 @@ def dense_row(where: Where, epochs: int) -> Row:
 def scratch_row(where: Where, recipe: str) -> Row:
     output = where.work / f"{recipe.replace('/', '-')}-scratch.safetensors"
     report = from_scratch(output, replace(recipe_of(recipe), epochs=EPOCHS), where.need("mnist"))
-    return {"recipe": recipe, "ours": {"error": error(report), **counts(report)}, **run_of(EPOCHS)}
+    return measured(recipe, report, counts(report), EPOCHS)
 
 
 def pretrained_row(where: Where, recipe: str) -> Row:
@@ -62,7 +62,7 @@ def pretrained_row(where: Where, recipe: str) -> Row:
     source = dense(where.work / f"mnist-dense-{DENSE_EPOCHS}.pt", own, data, DENSE_EPOCHS)
     stem = where.work / f"{recipe.replace('/', '-')}-pretrained"
     report, errors = from_pretrained(source, own, data, EPOCHS - DENSE_EPOCHS, stem)
-    return {"recipe": recipe, "ours": {**errors, **counts(report)}, **run_of(EPOCHS - DENSE_EPOCHS)}
+    return measured(recipe, report, {**errors, **counts(report)}, EPOCHS)
 
 
 def t3f_row(where: Where) -> Row:
@@ -70,7 +70,7 @@ def t3f_row(where: Where) -> Row:
     source = dense(where.work / "mnist-t3f-dense.pt", recipe, data, T3F_EPOCHS)
     report, errors = from_pretrained(source, recipe, data, T3F_EPOCHS, where.work / "mnist-t3f-pretrained")
     paper = {"dense_error": 2.86, "decomposed": 35.57, "error": 2.35, "params": 21845}
-    return {"recipe": "mnist/t3f-r16", "paper": paper, "ours": {**errors, **counts(report)}, **run_of(T3F_EPOCHS)}
+    return {"paper": paper, **measured("mnist/t3f-r16", report, {**errors, **counts(report)}, 2 * T3F_EPOCHS)}
 
 
 def counts(report: Report) -> Row:
@@ -78,15 +78,12 @@ def counts(report: Report) -> Row:
     return {"params": plan.params_after, "layers": sum(layer.params_after for layer in plan.layers)}
 
 
-def run_of(epochs: int) -> Row:
-    return {"n": 10000, "seeds": 1, "epochs": epochs}
-
-
 # ----------------------------------------------------------------------------------------------------------------- page
 
 
 def section(rows: Sequence[Row]) -> Iterator[str]:
-    found = {row["row"]: row["ours"] for row in rows}
+    whole = {row["row"]: row for row in rows}
+    found = {name: row["ours"] for name, row in whole.items()}
     later = EPOCHS - DENSE_EPOCHS
     yield from paragraph(f"""
         1024-1024-10 on images padded to 32x32, test error in percent of 10,000 images, one seed,
@@ -104,7 +101,15 @@ def section(rows: Sequence[Row]) -> Iterator[str]:
     yield "![error against parameters, from the pretrained network](mnist-pretrained.svg)"
     yield ""
     yield from header(
-        "layer", "its parameters", "all", "from scratch", "TT-SVD", "calibrated", "from pretrained", "difference"
+        "layer",
+        "its parameters",
+        "all",
+        "from scratch",
+        "TT-SVD",
+        "calibrated",
+        "from pretrained",
+        "difference",
+        "minutes",
     )
     for name, _ in settings():
         scratch, pretrained = (found.get(f"{name}, from {start}") for start in ("scratch", "pretrained"))
@@ -120,6 +125,7 @@ def section(rows: Sequence[Row]) -> Iterator[str]:
                     for key in ("decomposed", "calibrated", "error")
                 ),
                 f"{pretrained['error'] - scratch['error']:+.2f}" if scratch and pretrained else "",
+                minutes(*(whole.get(f"{name}, from {start}") for start in ("scratch", "pretrained"))),
             )
     pairs = [[found.get(f"{name}, from {start}") for start in ("scratch", "pretrained")] for name, _ in settings()]
     both = [(scratch["error"], pretrained["error"]) for scratch, pretrained in pairs if scratch and pretrained]

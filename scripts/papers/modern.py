@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from scripts.papers.rows import FINETUNED, Group, Row, Runs, Where, cells, header, paragraph, read
+from scripts.papers.rows import FINETUNED, Group, Row, Runs, Where, cells, header, minutes, paragraph, read
 from ttcompress.pipeline import compress_file
 from ttcompress.recipe import Recipe
 
@@ -46,14 +46,15 @@ def section(rows: Sequence[Row]) -> Iterator[str]:
         allows the format `lowrank` alone. Trained: 30 epochs after that ([finetune.md](finetune.md)).
         Published figures start from other checkpoints; the change is against their own baseline.
         """)
-    found = {row["row"]: row["ours"] for row in rows}
+    whole = {row["row"]: row for row in rows}
+    found = {name: row["ours"] for name, row in whole.items()}
     trained = {
         (row["network"].split("-")[0], row["ratio"]): row
         for row in read(FINETUNED)
         if row["epochs"] == 30 and not row["options"]
     }
     yield from header(
-        "network", "compression", "dense", "calibrated, all formats", "low rank", "trained", "best published"
+        "network", "compression", "dense", "calibrated, all formats", "low rank", "trained", "best published", "minutes"
     )
     for network in CHECKPOINTS:
         for ratio in RATIOS:
@@ -67,6 +68,7 @@ def section(rows: Sequence[Row]) -> Iterator[str]:
                 *(f"{each['compressed']:.2f}" if each else "not run" for each in ours),
                 f"{after['compressed']:.2f}" if after else "not run",
                 PUBLISHED.get((network, ratio), "-"),
+                minutes(*(whole.get(f"{network} {ratio}x {formats}") for formats in ("auto", "lowrank"))),
             )
 
 

@@ -70,6 +70,11 @@ def paragraph(text: str) -> Iterator[str]:
     yield ""
 
 
+def minutes(*rows: Row | None) -> str:
+    """How long these took."""
+    return " + ".join(f"{row['minutes']:.1f}" for row in rows if row) or "-"
+
+
 def header(*names: str) -> Iterator[str]:
     yield cells(*names)
     yield "|" + "---|" * len(names)

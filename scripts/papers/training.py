@@ -52,6 +52,12 @@ def from_pretrained(source: Path, recipe: Recipe, data: str, epochs: int, stem: 
     return report, {"dense_error": round(100 - float((report.accuracy or {})["dense"]), 2), **errors}
 
 
+def measured(recipe: str, report: Report, ours: Row, epochs: int) -> Row:
+    """A row: its recipe, the error of the network and what else is known of it, and on what it was found."""
+    n, errors = (report.accuracy or {})["n"], {"error": error(report)}
+    return {"recipe": recipe, "ours": {**errors, **ours}, "n": n, "seeds": 1, "epochs": epochs}
+
+
 def error(report: Report) -> float:
     """Percent wrong of the images that a report is about."""
     accuracy: Json = report.accuracy or {}

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-from scripts.papers.rows import Group, Row, Runs, Where, cells, header, paragraph
-from scripts.papers.training import error, from_scratch, recipe_of
+from scripts.papers.rows import Group, Row, Runs, Where, cells, header, minutes, paragraph
+from scripts.papers.training import from_scratch, measured, recipe_of
 from ttcompress.report import format_bytes
 
 # Top-1 accuracy in the authors' logs, by TT-rank.
@@ -18,10 +18,10 @@ DENSE_PEER = "a dense 3072-4096x4-10 network has 59.3"
 
 def runs(where: Where) -> Runs:
     for rank in (10, 2, 4, 20):
-        yield f"rank {rank}", partial(measured, where, rank)
+        yield f"rank {rank}", partial(rank_row, where, rank)
 
 
-def measured(where: Where, rank: int) -> Row:
+def rank_row(where: Where, rank: int) -> Row:
     recipe = f"cifar10/wide-r{rank}"
     report = from_scratch(
         where.work / f"wide-r{rank}.safetensors",
@@ -30,13 +30,12 @@ def measured(where: Where, rank: int) -> Row:
     )
     plan = report.plan
     ours = {
-        "error": error(report),
         "params": plan.params_after,
         "dense_params": plan.params_before,
         "core_params": [layer.params_after for layer in plan.layers],
         "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
-    return {"recipe": recipe, "ours": ours, "n": 10000, "seeds": 1, "epochs": where.epochs}
+    return measured(recipe, report, ours, where.epochs)
 
 
 def section(rows: Sequence[Row]) -> Iterator[str]:
@@ -57,12 +56,13 @@ def section(rows: Sequence[Row]) -> Iterator[str]:
         "epochs",
         "top-1, logs",
         "ours",
+        "minutes",
     )
     found = {row["row"]: row for row in rows}
     for rank, top1 in PAPER.items():
         row = found.get(f"rank {rank}")
         if row is None:
-            yield cells(rank, *["-"] * 6, top1, "not run")
+            yield cells(rank, *["-"] * 6, top1, "not run", "-")
             continue
         ours = row["ours"]
         yield cells(
@@ -75,6 +75,7 @@ def section(rows: Sequence[Row]) -> Iterator[str]:
             row["epochs"],
             top1,
             f"{100 - ours['error']:.2f}",
+            minutes(row),
         )
 
 
