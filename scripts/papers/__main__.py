@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.papers import cost, garipov, int8, mnist, modern, vgg, wide
-from scripts.papers.rows import DOCS, PAGE, RESULTS, Row, Where, append, hardware, read
+from scripts.papers.rows import DOCS, PAGE, RESULTS, Row, Where, append, hardware, paragraph, read
 
 GROUPS = {
     "mnist": mnist.GROUP,
@@ -58,20 +58,24 @@ def page(rows: Sequence[Row]) -> str:
     lines = [
         "# Results",
         "",
-        "The papers' figures beside ours, written by `python -m scripts.papers` from results.jsonl and rows.jsonl",
-        "beside this page. One row again: `python -m scripts.papers GROUP --row NAME --results FILE`. Minutes are those of the",
-        "hardware below each table; where a training was stopped and went on, of its last call.",
+        *paragraph(
+            """
+            The papers' figures beside ours, written by `python -m scripts.papers` from results.jsonl and rows.jsonl
+            beside this page. One row again: `python -m scripts.papers GROUP --row NAME --results FILE`. Minutes are
+            those of the hardware below each table; where a training was stopped and went on, of its last call.
+            """
+        ),
     ]
     for name, group in GROUPS.items():
         own = [row for row in rows if row["group"] == name]
-        lines += ["", f"## {group.title}", ""]
+        lines += [f"## {group.title}", ""]
         if own:
             minutes = sum(row["minutes"] for row in own)
             where = ", ".join(dict.fromkeys(row["hardware"] for row in own))
-            lines += [*group.section(own), "", f"Group `{name}`: {len(own)} rows, {minutes:.0f} minutes ({where})."]
+            lines += [*group.section(own), "", f"Group `{name}`: {len(own)} rows, {minutes:.0f} minutes ({where}).", ""]
         else:
-            lines.append(f"Not run: `python -m scripts.papers {name}`.")
-    return "\n".join([*lines, ""])
+            lines += [f"Not run: `python -m scripts.papers {name}`.", ""]
+    return "\n".join(lines)
 
 
 def charts(rows: Sequence[Row]) -> dict[str, str]:
