@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,16 @@ def test_the_page_and_its_pictures_are_generated(papers: ModuleType) -> None:
     for name, chart in papers.charts(rows).items():
         assert (papers.DOCS / name).read_text() == chart
         assert f"({name})" in papers.page(rows)
+
+
+def test_the_readme_has_five_lines_of_it(papers: ModuleType) -> None:
+    rows = papers.read(papers.RESULTS)
+    assert papers.with_headlines(papers.README.read_text(), rows) == papers.README.read_text()
+    lines = importlib.import_module("scripts.papers.headlines").headlines(rows)
+    assert len(lines) == 5
+    page = papers.page(rows)
+    for line in lines:
+        assert all(figure in page for figure in re.findall(r"\d+\.\d\d\b", line)), line
 
 
 def test_another_figure_changes_the_page(papers: ModuleType) -> None:

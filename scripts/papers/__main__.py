@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.papers import cost, garipov, int8, mnist, modern, vgg, wide
-from scripts.papers.rows import DOCS, PAGE, RESULTS, Row, Where, append, hardware, paragraph, read
+from scripts.papers.headlines import with_headlines
+from scripts.papers.rows import DOCS, PAGE, README, RESULTS, Row, Where, append, hardware, paragraph, read
 
 GROUPS = {
     "mnist": mnist.GROUP,
@@ -51,6 +52,7 @@ def main() -> None:
         PAGE.write_text(page(rows))
         for name, chart in charts(rows).items():
             (DOCS / name).write_text(chart)
+        README.write_text(with_headlines(README.read_text(), rows))
 
 
 def page(rows: Sequence[Row]) -> str:

@@ -14,7 +14,7 @@ import torch
 Row = dict[str, Any]
 Runs = Iterator[tuple[str, Callable[[], Row]]]
 ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
+DOCS, README = ROOT / "docs", ROOT / "README.md"
 RESULTS, PAGE, FINETUNED = DOCS / "results.jsonl", DOCS / "results.md", DOCS / "rows.jsonl"
 
 
