@@ -37,16 +37,18 @@ def dense(output: Path, recipe: Recipe, data: str, epochs: int) -> Path:
     return output
 
 
-def from_pretrained(source: Path, recipe: Recipe, data: str, epochs: int, stem: Path) -> tuple[Report, Row]:
+def from_pretrained(
+    source: Path, recipe: Recipe, data: str, epochs: int, stem: Path, lr: float | None = None
+) -> tuple[Report, Row]:
     """TT-SVD, calibration and training of a dense network; the last report and the errors on the way.
 
-    The training has the defaults of `finetune`, and the dense network for a teacher.
+    The training has the defaults of `finetune` but for its rate, and the dense network for a teacher.
     """
     goal = Recipe(arch=recipe.arch, layers=recipe.layers, include=recipe.include, seed=0, data=data)
     start = stem.with_name(f"{stem.name}-start.safetensors")
     plain = compress_file(source, start, goal, force=True)
     calibrated = compress_file(source, start, replace(goal, calib=data), force=True)
-    training = Recipe(train=data, data=data, epochs=epochs, augment=recipe.augment, seed=0)
+    training = Recipe(train=data, data=data, epochs=epochs, lr=lr, augment=recipe.augment, seed=0)
     report = trained(stem.with_name(f"{stem.name}.safetensors"), training, start, source)
     errors = {"decomposed": error(plain), "calibrated": error(calibrated), "error": error(report)}
     return report, {"dense_error": round(100 - float((report.accuracy or {})["dense"]), 2), **errors}
