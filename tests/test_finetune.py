@@ -208,6 +208,9 @@ def test_a_network_too_large_to_be_dense_is_trained_in_tt_form(tmp_path: Path) -
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert float(done.stdout) < 2.5
     report = Report.from_json(read_metadata(output))
+    shown = subprocess.run([sys.executable, "-m", "ttcompress", "report", output], capture_output=True, text=True)
+    assert "fine-tuned" in shown.stdout
+    assert "decomposed by" not in shown.stdout
     assert report.plan.params_before > 1.8e9
     assert report.plan.params_after < 600_000
 

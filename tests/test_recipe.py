@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,16 @@ def test_cifar10_recipes_are_the_rows_of_the_papers(path: Path) -> None:
         return
     assert (recipe.schedule, recipe.epochs, recipe.warm_up, recipe.batch_size) == ("step", 100, 0, 100)
     assert recipe.lr == (0.03 if "tt-conv-tt-fc" in path.stem else 0.1)
-    if found := re.search(r"-([\d.]+)x$", path.stem):
+    if path.stem.endswith("-released"):
+        paper = {"conv": 3.230, "conv-fc": 41.65}[recipe.arch or ""]
+        # conv: 8,337 + 14,769 + 3 x 27,201 in TT form and 4,288 dense.
+        clipped = {"conv": 557_248 / 108_997, "conv-fc": 46.5}[recipe.arch or ""]
+        asked, feasible = (plan_file(None, replace(recipe, from_scratch=each)).plan for each in (True, None))
+        assert asked.compression == pytest.approx(paper, rel=2e-4)
+        assert feasible.compression == pytest.approx(clipped, rel=2e-3)
+        assert not any(layer.note for layer in asked.layers)
+        assert all("clipped" in layer.note for layer in feasible.layers)
+    elif found := re.search(r"-([\d.]+)x$", path.stem):
         plan = plan_file(None, recipe).plan
         assert 1 <= plan.compression / float(found[1]) <= 1.02
         assert {layer.tensorization.format for layer in plan.layers} == {"naive" if "naive" in path.stem else "matrix"}

@@ -140,7 +140,8 @@ class Planner:
         include = recipe.include or tuple(rule.match for rule in recipe.layers if rules_only)
         self._layers = find_layers(model, include, recipe.exclude)
         requests = _requests(self._layers, recipe)
-        self._by_hand: Outcome = {r.layer.fqn: _by_hand(r, r.ranks) for r in requests if r.ranks is not None}
+        as_given = bool(recipe.from_scratch)
+        self._by_hand: Outcome = {r.layer.fqn: _by_hand(r, r.ranks, as_given) for r in requests if r.ranks is not None}
         self._searched = [request for request in requests if request.ranks is None]
 
     @property
@@ -310,13 +311,15 @@ def _request(layer: Layer, recipe: Recipe) -> _Request:
     return _Request(layer, tuple({each.modes: each for each in made}.values()), ranks)
 
 
-def _by_hand(request: _Request, ranks: int | tuple[int, ...] | None) -> LayerPlan | str:
+def _by_hand(request: _Request, ranks: int | tuple[int, ...] | None, as_given: bool = False) -> LayerPlan | str:
+    """One number is a cap; a list, where there is no weight to decompose (`as_given`), may be more than is feasible."""
     (tensorization,) = request.tensorizations
     try:
         asked = tensorization.expand_ranks(ranks or 1)
     except ShapeError as error:
         raise ShapeError(f"{request.layer.fqn}: {error}") from error
-    feasible = feasible_ranks(tensorization.sizes, asked)
+    as_given &= not isinstance(ranks, int)
+    feasible = asked if as_given else feasible_ranks(tensorization.sizes, asked)
     plan = request.planned(tensorization, feasible, note=_clip_note(asked, feasible))
     if plan.params_after < plan.params_before:
         return plan

@@ -137,7 +137,10 @@ def _summary(report: Report, data: Json) -> list[str]:
     if data["file_bytes"] is not None:
         lines.append(f"file              {data['file']}, {format_bytes(data['file_bytes'])}")
         lines += _accuracy_lines(report.accuracy)
-    lines += _calibration_lines(report.calibration) + _search_lines(report) + _finetuning_lines(report.finetuning)
+    # A network that was trained from scratch was never decomposed.
+    if not report.finetuning or report.source:
+        lines += _calibration_lines(report.calibration)
+    lines += _search_lines(report) + _finetuning_lines(report.finetuning)
     lines += _bench_lines(report.bench)
     lines += [f"kept dense        {line}" for line in _kept(report)]
     lines += [f"note              {layer.fqn}: {layer.note}" for layer in plan.layers if layer.note]

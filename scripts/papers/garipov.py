@@ -30,6 +30,8 @@ CONV_FC_PAPER = {
     "conv-fc-tt-conv-tt-fc-41.65x": 89.7,
     "conv-fc-tt-conv-tt-fc-82.87x": 89.4,
 }
+RELEASED = "conv-tt-3.23x"
+"""Is trained from scratch with the released TT-ranks, which are beyond what a window of 9 can carry."""
 BASELINES = {"conv": 90.7, "conv-fc": 90.5}
 
 
@@ -62,13 +64,14 @@ def pretrained_row(where: Where, network: str, name: str) -> Row:
 
 def scratch_row(where: Where, name: str) -> Row:
     """In one go, or as the paper trains both kinds of layers: the convolutions first, with dense FC layers."""
-    recipe, data = recipe_of(f"cifar10/{name}"), where.need("cifar10")
+    file = f"cifar10/{name}-released" if name == RELEASED else f"cifar10/{name}"
+    recipe, data = recipe_of(file), where.need("cifar10")
     output = where.work / f"{name}-scratch.safetensors"
     if "tt-conv-tt-fc" in name:
         report = in_two_stages(output, recipe, data, where.epochs)
     else:
         report = from_scratch(output, replace(recipe, epochs=where.epochs), data)
-    return measured(f"cifar10/{name}", report, {"compression": report.plan.compression}, where.epochs)
+    return measured(file, report, {"compression": report.plan.compression}, where.epochs)
 
 
 def in_two_stages(output: Path, recipe: Recipe, data: str, epochs: int) -> Report:
@@ -97,7 +100,7 @@ def section(network: str, paper: dict[str, float], rows: Sequence[Row]) -> Itera
         epochs. The paper trains 100 epochs from scratch (SGD 0.9, rate divided by 10 every 30); ours are the epochs of
         the row, from scratch with that schedule, or from pretrained: half of them dense, then TT-SVD, calibration and
         the other half with the defaults of `finetune`. Crop and flip, no contrast. TT-ranks are feasible ones at the
-        compression of the paper.
+        compression of the paper, but for 3.23x from scratch, which has the released ones.
         """
     )
     found = {row["row"]: row for row in rows}

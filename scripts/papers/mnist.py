@@ -91,7 +91,8 @@ def section(rows: Sequence[Row]) -> Iterator[str]:
         1024-1024-10 on images padded to 32x32, test error in percent of 10,000 images, one seed,
         {EPOCHS} epochs in all: from scratch as in the paper (SGD 0.1, cosine), or {DENSE_EPOCHS} epochs dense, TT-SVD,
         calibration, and {later} epochs of `finetune` (SGD {LR}, chosen on held-out images of one row) with the dense
-        network for a teacher. No augmentation. The paper draws the first layer's errors and prints those of both layers in TT form:
+        network for a teacher. No augmentation. The paper draws the first layer's errors and prints those of both
+        layers in TT form:
         {BOTH[8]}, {BOTH[6]} ({PAPER_PEER}).
         """)
     names = (("dense", EPOCHS), ("dense, half the epochs", DENSE_EPOCHS))
