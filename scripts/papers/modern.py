@@ -12,11 +12,14 @@ from ttcompress.pipeline import compress_file
 from ttcompress.recipe import Recipe
 
 CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet32": "resnet32-d509ac18.th"}
-RATIOS = (2, 3, 4)
+RATIOS = (2, 3, 4, 6, 10)
 PUBLISHED = {
     ("resnet20", 2): "PSTRN 90.80 (-0.45) at 2.25x",
     ("resnet20", 3): "SPARK 92.50 (+1.25) at 3.4x, with an unstructured sparse part; TRP 90.62 (-1.12)",
     ("resnet20", 4): "ALDS 90.92 (-0.47), 182 epochs",
+    ("resnet20", 6): "PSTRN 89.30 (-1.95) at 6.76x; SPARK 92.13 (+0.88) at 6.8x, with an unstructured sparse part",
+    ("resnet32", 6): "T-Basis 91.85 at 5.57x, 1,000 epochs",
+    ("resnet32", 10): "T-Basis 90.24 at 10.5x, 1,000 epochs",
     ("resnet32", 3): "ADMM-TT 93.05 (+0.56) at 2.78x, 400 epochs",
     ("resnet32", 4): "TRP 91.39 (-0.87) at 4.27x",
 }
