@@ -74,7 +74,8 @@ def page(rows: Sequence[Row]) -> str:
         if own:
             minutes = sum(row["minutes"] for row in own)
             where = ", ".join(dict.fromkeys(row["hardware"] for row in own))
-            lines += [*group.section(own), "", f"Group `{name}`: {len(own)} rows, {minutes:.0f} minutes ({where}).", ""]
+            text = "\n".join(group.section(own)).rstrip("\n")
+            lines += [text, "", f"Group `{name}`: {len(own)} rows, {minutes:.0f} minutes ({where}).", ""]
         else:
             lines += [f"Not run: `python -m scripts.papers {name}`.", ""]
     return "\n".join(lines)
