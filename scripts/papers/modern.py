@@ -46,7 +46,8 @@ def section(rows: Sequence[Row]) -> Iterator[str]:
     yield from paragraph("""
         CIFAR-10 test set of 10,000 images, published checkpoints, compression over all parameters.
         Calibrated: 1,024 training images, no labels, no training; *all formats* is the default, *low rank*
-        allows the format `lowrank` alone. Trained: 30 epochs after that ([finetune.md](finetune.md)).
+        allows the format `lowrank` alone. Trained: 30 epochs after that ([finetune.md](finetune.md)); in
+        brackets the dense network trained as long.
         Published figures start from other checkpoints; the change is against their own baseline.
         """)
     whole = {row["row"]: row for row in rows}
@@ -64,6 +65,8 @@ def section(rows: Sequence[Row]) -> Iterator[str]:
             ours = [found.get(f"{network} {ratio}x {formats}") for formats in ("auto", "lowrank")]
             after = trained.get((network, ratio))
             dense = next((f"{each['dense']:.2f}" for each in (*ours, after) if each), "-")
+            if control := trained.get((network, 1)):
+                dense += f" ({control['compressed']:.2f})"
             yield cells(
                 network,
                 f"{ratio}x",
