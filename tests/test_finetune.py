@@ -206,7 +206,7 @@ def test_a_network_too_large_to_be_dense_is_trained_in_tt_form(tmp_path: Path) -
     output = tmp_path / "wide.safetensors"
     command = [sys.executable, "-c", code, str(output), f"npz:{tmp_path / 'few.npz'}"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert float(done.stdout) < 2.5
+    assert float(done.stdout) < 4
     report = Report.from_json(read_metadata(output))
     shown = subprocess.run([sys.executable, "-m", "ttcompress", "report", output], capture_output=True, text=True)
     assert "fine-tuned" in shown.stdout

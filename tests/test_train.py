@@ -49,7 +49,7 @@ def expected_rate(at: int, total: int, options: Options, steps: int) -> float:
     if at < warm_up:
         return options.lr * (at + 1) / (warm_up + 1)
     if options.schedule == "step":
-        return options.lr * (1 if at < total / 2 else 0.1 if at < 3 * total / 4 else 0.01)
+        return options.lr * 0.1 ** sum(10 * at >= tenths * total for tenths in (3, 6, 9))
     return options.lr * (0.5 + 0.5 * math.cos(math.pi * (at - warm_up) / (total - warm_up)))
 
 
