@@ -232,7 +232,9 @@ def test_an_edited_plan_mixes_types(folder: Path, tmp_path: Path) -> None:
     first["core_dtype"], second["core_dtype"] = "int8", "float16"
     (tmp_path / "plan.json").write_text(json.dumps({"schema": "ttcompress-plan/1", **plan}))
     arguments = [folder / "digits.pt", "--plan", tmp_path / "plan.json", "-o", tmp_path / "mixed.safetensors"]
-    subprocess.run([sys.executable, "-m", "ttcompress", "compress", *map(str, arguments)], check=True)
+    command = [sys.executable, "-m", "ttcompress", "compress", *map(str, arguments)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "cores             float16, int8\n" in done.stdout
     tensors = load_file(tmp_path / "mixed.safetensors")
     assert tensors[f"{first['fqn']}.cores.0"].dtype == torch.int8
     assert tensors[f"{second['fqn']}.cores.0"].dtype == torch.float16

@@ -133,6 +133,8 @@ def _summary(report: Report, data: Json) -> list[str]:
         f"all parameters    {plan.params_before:,} -> {plan.params_after:,}  {format_compression(plan.compression)}",
         f"tensors           {format_bytes(report.bytes_before)} -> {format_bytes(report.bytes_after)}",
     ]
+    if types := sorted({layer.core_dtype for layer in plan.layers if layer.core_dtype}):
+        lines.append(f"cores             {', '.join(types)}")
     lines += _running_lines(plan)
     if data["file_bytes"] is not None:
         lines.append(f"file              {data['file']}, {format_bytes(data['file_bytes'])}")
