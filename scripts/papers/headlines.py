@@ -18,13 +18,15 @@ def headlines(rows: Sequence[Row]) -> list[str]:
         dense = found["vgg", "vgg16 FC FC FC"]
         size = f"{format_bytes(dense['file_bytes'])} to {format_bytes(fc6['file_bytes'])}"
         lines.append(f"VGG-16, the largest layer at TT-rank 4: {fc6['layers']:,.0f}x, as in the paper; file {size}")
-    if tt := found.get(("mnist", "TT 4x8x8x4 rank 8, from pretrained")):
+    if tt := found.get(("mnist", "TT 4x8x8x4 rank 8, from scratch")):
         dense = found["mnist", "dense"]
         errors = f"{tt['error']:.2f} % wrong (dense {dense['error']:.2f})"
-        lines.append(f"MNIST, 1024-1024-10, first layer {dense['layers']:,} -> {tt['layers']:,} parameters: {errors}")
+        change = f"{dense['layers']:,} -> {tt['layers']:,} parameters"
+        lines.append(f"MNIST, 1024-1024-10 from scratch, first layer {change}: {errors}")
     for row in sorted(read(FINETUNED), key=lambda row: float(row["ratio"])):
-        if row["network"].startswith("resnet20") and row["ratio"] in (2, 3) and not row["options"]:
-            change = f"{row['dense']:.2f} -> {row['before']:.2f} calibrated, {row['compressed']:.2f}"
+        calibrated = found.get(("modern", f"{row['network'].split('-')[0]} {row['ratio']:g}x auto"))
+        if calibrated and row["ratio"] in (2, 3) and not row["options"]:
+            change = f"{row['dense']:.2f} -> {calibrated['compressed']:.2f} without training, {row['compressed']:.2f}"
             lines.append(f"ResNet-20, CIFAR-10, {row['ratio']:g}x: top-1 {change} after {row['epochs']} epochs")
     if small := found.get(("int8", "resnet20 2x int8")):
         times = small["dense_bytes"] / small["tensor_bytes"]
