@@ -8,13 +8,14 @@ Without a group docs/results.md and its pictures are written from the lines.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.papers import cost, garipov, int8, mnist, modern, vgg, wide
 from scripts.papers.headlines import with_headlines
-from scripts.papers.rows import DOCS, PAGE, README, RESULTS, Row, Where, append, hardware, paragraph, read
+from scripts.papers.rows import DOCS, PAGE, README, RESULTS, Row, Where, append, hardware, paragraph, readfrom ttcompress.errors import TTCompressError
 
 GROUPS = {
     "mnist": mnist.GROUP,
@@ -45,7 +46,10 @@ def main() -> None:
             done = any((row["group"], row["row"]) == (group, name) for row in read(arguments.results))
             if not done and arguments.row in (None, name):
                 start = time.perf_counter()
-                row = {"group": group, "row": name, **run(), "hardware": hardware()}
+                try:
+                    row = {"group": group, "row": name, **run(), "hardware": hardware()}
+                except TTCompressError as error:
+                    sys.exit(f"{group} {name}: {error}")
                 append(arguments.results, {**row, "minutes": round((time.perf_counter() - start) / 60, 2)})
     if not arguments.groups:
         rows = read(arguments.results)

@@ -24,8 +24,9 @@ def headlines(rows: Sequence[Row]) -> list[str]:
         change = f"{dense['layers']:,} -> {tt['layers']:,} parameters"
         lines.append(f"MNIST, 1024-1024-10 from scratch, first layer {change}: {errors}")
     for row in sorted(read(FINETUNED), key=lambda row: float(row["ratio"])):
-        calibrated = found.get(("modern", f"{row['network'].split('-')[0]} {row['ratio']:g}x auto"))
-        if calibrated and row["ratio"] in (2, 3) and not row["options"]:
+        calibrated = found.get(("modern", f"resnet20 {row['ratio']:g}x auto"))
+        is_ours = row["network"].startswith("resnet20") and row["ratio"] in (2, 3) and not row["options"]
+        if calibrated and is_ours:
             change = f"{row['dense']:.2f} -> {calibrated['compressed']:.2f} without training, {row['compressed']:.2f}"
             lines.append(f"ResNet-20, CIFAR-10, {row['ratio']:g}x: top-1 {change} after {row['epochs']} epochs")
     if small := found.get(("int8", "resnet20 2x int8")):
