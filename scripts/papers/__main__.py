@@ -15,7 +15,8 @@ from pathlib import Path
 
 from scripts.papers import cost, garipov, int8, mnist, modern, vgg, wide
 from scripts.papers.headlines import with_headlines
-from scripts.papers.rows import DOCS, PAGE, README, RESULTS, Row, Where, append, hardware, paragraph, readfrom ttcompress.errors import TTCompressError
+from scripts.papers.rows import DOCS, PAGE, README, RESULTS, Row, Where, append, hardware, paragraph, read
+from ttcompress.errors import TTCompressError
 
 GROUPS = {
     "mnist": mnist.GROUP,
