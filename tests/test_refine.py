@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import pytest
@@ -343,6 +344,20 @@ def test_steps_that_are_too_long_are_shortened(monkeypatch: pytest.MonkeyPatch) 
     refine(dense, model, statistics, calibration, 25, 0)
     assert rates == pytest.approx([rates[0], rates[0] / 5, rates[0] / 25])
     assert_same(model, before)
+
+
+@pytest.mark.parametrize(("rate", "down"), [(0.0, False), (1e-3, True)])
+def test_steps_that_do_not_bring_the_error_down_have_failed(rate: float, down: bool) -> None:
+    """Also where they end at no more than DIVERGED times the error at which they began."""
+    dense, model, statistics, calibration = perturbed("vectors")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, TTLinear)}
+    images = next(iter(calibration.fitting(0)))
+    natural, answered = NaturalGradient(layers, statistics), repeat((images, dense(images)))
+    errors = [network_error(dense, model, calibration)]
+    assert refinement._descend(model.requires_grad_(), natural, answered, rate, 0.0, 30, None) == down
+    errors.append(network_error(dense, model, calibration))
+    assert errors[1] < refinement.DIVERGED * errors[0]
+    assert (errors[1] < errors[0]) == down
 
 
 def test_the_rate_warms_up_and_falls_to_nothing() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, islice
-from math import cos, inf, pi
+from math import cos, pi
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ KEPT_RATE = 5e-4
 """Adam's learning rate for parameters that are not TT-cores."""
 WARM_UP = 0.1
 DIVERGED, BACK_OFF, ATTEMPTS = 4.0, 0.2, 3
-"""Steps are shortened by BACK_OFF when the error has grown to DIVERGED times the first one."""
+"""Steps are shortened by BACK_OFF when the error has grown to DIVERGED times the first one, or has not come down."""
 RENEWED_EVERY = 10
 
 
@@ -44,8 +44,7 @@ def refine(
     """Train `compressed`, in place and in eval mode, on mixtures of calibration images, half of the squared error.
 
     Images are flipped, moved and mixed pairwise: the dense network has an answer to anything (function matching, Beyer
-    et al. 2022). Where the error grows beyond all measure it begins again with shorter steps, and in the end changes
-    nothing.
+    et al. 2022). Where the error does not come down it begins again with shorter steps, and in the end changes nothing.
     """
     compressed.requires_grad_()
     layers = {name: module for name, module in compressed.named_modules() if isinstance(module, TTLinear | TTConv2d)}
@@ -71,17 +70,17 @@ def _descend(
     steps: int,
     progress: Progress | None,
 ) -> bool:
-    """Whether `steps` steps kept the error finite, and below DIVERGED times the first."""
+    """Whether `steps` steps brought the error down, and none of them to DIVERGED times the first."""
     own = {id(core) for core in natural.cores}
     kept = [parameter for parameter in model.parameters() if id(parameter) not in own]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(natural.cores, lr=rate, momentum=MOMENTUM)]
     optimizers += [torch.optim.Adam(kept, lr=kept_rate)] if kept else []
     schedules = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: _rate(step, steps)) for each in optimizers]
-    first = inf
+    errors = list[float]()
     for step, (images, target) in enumerate(islice(answered, steps)):
         loss = _half_squared_error(model(images), target)
-        first = float(loss.detach()) if step == 0 else first
-        if not float(loss.detach()) <= DIVERGED * first:
+        errors.append(float(loss.detach()))
+        if not errors[-1] <= DIVERGED * errors[0]:
             return False
         model.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -91,12 +90,17 @@ def _descend(
             schedule.step()
         if progress:
             progress("refining", step + 1, steps)
-    return True
+    few = _warm_up(steps)
+    return sum(errors[-few:]) < sum(errors[:few])
+
+
+def _warm_up(steps: int) -> int:
+    return max(1, round(WARM_UP * steps))
 
 
 def _rate(step: int, steps: int) -> float:
     """Linear warm-up, then half a cosine down to 0."""
-    warm = max(1, round(WARM_UP * steps))
+    warm = _warm_up(steps)
     return (step + 1) / warm if step < warm else (1 + cos(pi * (step - warm) / max(1, steps - warm))) / 2
 
 
