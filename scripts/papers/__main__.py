@@ -69,7 +69,7 @@ def page(rows: Sequence[Row]) -> str:
             """
             The papers' figures beside ours, written by `python -m scripts.papers` from results.jsonl and rows.jsonl
             beside this page. One row again: `python -m scripts.papers GROUP --row NAME --results FILE`. Minutes are
-            those of the hardware below each table; where a training was stopped and went on, of its last call.
+            those of the hardware below each table; where a row was stopped and went on, of its last call.
             """
         ),
     ]
@@ -80,7 +80,8 @@ def page(rows: Sequence[Row]) -> str:
             minutes = sum(row["minutes"] for row in own)
             where = ", ".join(dict.fromkeys(row["hardware"] for row in own))
             text = "\n".join(group.section(own)).rstrip("\n")
-            lines += [text, "", f"Group `{name}`: {len(own)} rows, {minutes:.0f} minutes ({where}).", ""]
+            count = f"{len(own)} row{'s' * (len(own) > 1)}"
+            lines += [text, "", f"Group `{name}`: {count}, {minutes:.0f} minutes ({where}).", ""]
         else:
             lines += [f"Not run: `python -m scripts.papers {name}`.", ""]
     return "\n".join(lines)

@@ -32,6 +32,8 @@ CONV_FC_PAPER = {
 }
 RELEASED = "conv-tt-3.23x"
 """Is trained from scratch with the released TT-ranks, which are beyond what a window of 9 can carry."""
+LR = 0.03
+"""After TT-SVD, without a teacher: one that has had half of a training itself holds the network at its own accuracy."""
 BASELINES = {"conv": 90.7, "conv-fc": 90.5}
 
 
@@ -57,7 +59,9 @@ def pretrained_row(where: Where, network: str, name: str) -> Row:
     """Half of the epochs dense, half in TT form."""
     half = where.epochs // 2
     source, recipe = trained_dense(where, network, half), recipe_of(f"cifar10/{name}")
-    report, errors = from_pretrained(source, recipe, where.need("cifar10"), where.epochs - half, where.work / name)
+    report, errors = from_pretrained(
+        source, recipe, where.need("cifar10"), where.epochs - half, where.work / name, LR, distill=0.0
+    )
     ours = {**errors, "compression": report.plan.compression}
     return measured(f"cifar10/{name}", report, ours, where.epochs)
 
@@ -95,12 +99,13 @@ def in_two_stages(output: Path, recipe: Recipe, data: str, epochs: int) -> Repor
 
 def section(network: str, paper: dict[str, float], rows: Sequence[Row]) -> Iterator[str]:
     yield from paragraph(
-        """
+        f"""
         Top-1 accuracy on the 10,000 test images, in brackets the change against the baseline of the same number of
-        epochs. The paper trains 100 epochs from scratch (SGD 0.9, rate divided by 10 every 30); ours are the epochs of
-        the row, from scratch with that schedule, or from pretrained: half of them dense, then TT-SVD, calibration and
-        the other half with the defaults of `finetune`. Crop and flip, no contrast. TT-ranks are feasible ones at the
-        compression of the paper, but for 3.23x from scratch, which has the released ones.
+        epochs. The paper trains 100 epochs (SGD 0.1, a tenth of it after 30, 60 and 90 %), here as many as the row
+        says: from scratch with that schedule, or from pretrained, the first half dense (*dense half*), then TT-SVD,
+        calibration without labels and the other half with labels (SGD {LR}, cosine). The dense half is no teacher here:
+        after few epochs it would hold the network at its own accuracy. Crop and flip, no contrast. TT-ranks are
+        feasible ones at the compression of the paper, but for 3.23x from scratch, which has the released ones.
         """
     )
     found = {row["row"]: row for row in rows}
@@ -111,6 +116,7 @@ def section(network: str, paper: dict[str, float], rows: Sequence[Row]) -> Itera
         "compression",
         "epochs",
         "from scratch",
+        "dense half",
         "TT-SVD",
         "calibrated",
         "from pretrained",
@@ -118,7 +124,7 @@ def section(network: str, paper: dict[str, float], rows: Sequence[Row]) -> Itera
     )
     epochs = base["epochs"] if base else "-"
     own = f"{100 - base['ours']['error']:.2f}" if base else "not run"
-    yield cells("baseline", BASELINES[network], "1", epochs, own, "", "", "", minutes(base))
+    yield cells("baseline", BASELINES[network], "1", epochs, own, "", "", "", "", minutes(base))
     for name, top1 in paper.items():
         scratch, pretrained = (found.get(f"{name}, from {start}") for start in ("scratch", "pretrained"))
         one = scratch or pretrained
@@ -128,11 +134,18 @@ def section(network: str, paper: dict[str, float], rows: Sequence[Row]) -> Itera
             f"{one['ours']['compression']:.2f}x" if one else "-",
             one["epochs"] if one else "-",
             accuracy(scratch, "error", base),
+            accuracy(pretrained, "dense_error"),
             accuracy(pretrained, "decomposed"),
             accuracy(pretrained, "calibrated"),
             accuracy(pretrained, "error", base),
             minutes(scratch, pretrained),
         )
+    pairs = [(found.get(f"{name}, from pretrained"), found.get(f"{name}, from scratch")) for name in paper]
+    both = [(one["ours"]["error"], two["ours"]["error"]) for one, two in pairs if one and two]
+    if both:
+        better = sum(one < two for one, two in both)
+        yield ""
+        yield f"From pretrained is better than from scratch in {better} of {len(both)} rows at equal total epochs."
 
 
 def accuracy(row: Row | None, key: str, base: Row | None = None) -> str:

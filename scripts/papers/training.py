@@ -10,6 +10,7 @@ from scripts.papers.rows import ROOT, Row
 from ttcompress.finetune import finetune_file, state_file
 from ttcompress.pipeline import compress_file, evaluate_file
 from ttcompress.recipe import Recipe
+from ttcompress.report import read_report
 from ttcompress.types import Json, Report
 
 
@@ -38,20 +39,33 @@ def dense(output: Path, recipe: Recipe, data: str, epochs: int) -> Path:
 
 
 def from_pretrained(
-    source: Path, recipe: Recipe, data: str, epochs: int, stem: Path, lr: float | None = None
+    source: Path,
+    recipe: Recipe,
+    data: str,
+    epochs: int,
+    stem: Path,
+    lr: float | None = None,
+    distill: float | None = None,
 ) -> tuple[Report, Row]:
     """TT-SVD, calibration and training of a dense network; the last report and the errors on the way.
 
-    The training has the defaults of `finetune` but for its rate, and the dense network for a teacher.
+    The training has the defaults of `finetune` but for its rate and the share of its teacher, the dense network.
     """
     goal = Recipe(arch=recipe.arch, layers=recipe.layers, include=recipe.include, seed=0, data=data)
     start = stem.with_name(f"{stem.name}-start.safetensors")
-    plain = compress_file(source, start, goal, force=True)
-    calibrated = compress_file(source, start, replace(goal, calib=data), force=True)
-    training = Recipe(train=data, data=data, epochs=epochs, lr=lr, augment=recipe.augment, seed=0)
+    plain = compressed(source, stem.with_name(f"{stem.name}-plain.safetensors"), goal)
+    calibrated = compressed(source, start, replace(goal, calib=data))
+    training = Recipe(train=data, data=data, epochs=epochs, lr=lr, distill=distill, augment=recipe.augment, seed=0)
     report = trained(stem.with_name(f"{stem.name}.safetensors"), training, start, source)
     errors = {"decomposed": error(plain), "calibrated": error(calibrated), "error": error(report)}
     return report, {"dense_error": round(100 - float((report.accuracy or {})["dense"]), 2), **errors}
+
+
+def compressed(source: Path, output: Path, recipe: Recipe) -> Report:
+    """`compress`; a file that is there is taken."""
+    if output.exists():
+        return Report.from_json(read_report(output))
+    return compress_file(source, output, recipe)
 
 
 def measured(recipe: str, report: Report, ours: Row, epochs: int) -> Row:
