@@ -43,7 +43,9 @@ def section(rows: Sequence[Row]) -> Iterator[str]:
         f"""
         3072 = 4,4,4,4,4,3 to 8^6 = 262,144 to 4^6 = 4,096 to 10, batch norm, ReLU and dropout 0.6 after both TT layers,
         SGD 0.06, CIFAR-10 without augmentation, from scratch. The authors' logs have 40,000 steps, 90 epochs of 100
-        images, and {DENSE_PEER}. Peak memory is that of the whole process, training included.
+        images, and {DENSE_PEER}. Our first epoch is one in which the rate warms up, and its
+        batch-norm statistics lag: a row of one epoch shows memory and time, not what the network can do. Peak memory is
+        that of the whole process, training included.
         """
     )
     yield from header(
