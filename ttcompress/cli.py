@@ -135,7 +135,12 @@ train_options = _options(
     ),
     click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), help="sgd (default, Nesterov momentum) or adamw."),
     click.option("--schedule", type=click.Choice(["cosine", "step"]), help="Of the learning rate (default cosine)."),
-    click.option("--warm-up", type=float, metavar="E", help="Epochs in which the learning rate rises (default 1)."),
+    click.option(
+        "--warm-up",
+        type=float,
+        metavar="E",
+        help="Epochs in which the learning rate rises (default 1, a third at most).",
+    ),
     click.option(
         "--weight-decay",
         type=float,

@@ -39,6 +39,8 @@ from ttcompress.types import CompressionPlan, Json, KeptParameter, LayerPlan, Pr
 
 EPOCHS = 30
 RATES = {"sgd": 0.01, "adamw": 1e-3}
+LONGEST_WARM_UP = 1 / 3
+"""Share of the training in which the learning rate rises, at most, where one epoch is not less."""
 HELD_OUT, MOST_HELD_OUT = 10, 5000
 """One training image in so many, and no more than so many, choose the best epoch where no --val is given."""
 NO_MIRROR = ("digits", "mnist")
@@ -182,7 +184,10 @@ def _options(recipe: Recipe, world: World) -> Options:
     given = {name: value for name, value in stated.items() if value is not None}
     # Where convolutions run faster so (docs/finetune.md).
     channels_last = world.device.type == "cpu" or (recipe.precision or "float32") != "float32"
-    default = {"epochs": EPOCHS, "lr": RATES[recipe.optimizer or "sgd"], "channels_last": channels_last}
+    epochs = recipe.epochs or EPOCHS
+    warm_up = min(1.0, epochs * LONGEST_WARM_UP)
+    rate = RATES[recipe.optimizer or "sgd"]
+    default = {"epochs": epochs, "lr": rate, "warm_up": warm_up, "channels_last": channels_last}
     return Options(**{**default, **given})
 
 

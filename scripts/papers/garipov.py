@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from scripts.papers.rows import Group, Row, Runs, Where, cells, header, minutes, paragraph
+from scripts.papers.rows import Group, Row, Runs, Where, cells, header, minutes, paragraph, wins
 from scripts.papers.training import dense, dense_error, from_pretrained, from_scratch, measured, recipe_of, trained
 from ttcompress.pipeline import compress_file, expand_file
 from ttcompress.recipe import Recipe
@@ -140,12 +140,9 @@ def section(network: str, paper: dict[str, float], rows: Sequence[Row]) -> Itera
             accuracy(pretrained, "error", base),
             minutes(scratch, pretrained),
         )
-    pairs = [(found.get(f"{name}, from pretrained"), found.get(f"{name}, from scratch")) for name in paper]
-    both = [(one["ours"]["error"], two["ours"]["error"]) for one, two in pairs if one and two]
-    if both:
-        better = sum(one < two for one, two in both)
+    if better := wins((found.get(f"{name}, from pretrained"), found.get(f"{name}, from scratch")) for name in paper):
         yield ""
-        yield f"From pretrained is better than from scratch in {better} of {len(both)} rows at equal total epochs."
+        yield f"From pretrained is better than from scratch in {better} at equal total epochs."
 
 
 def accuracy(row: Row | None, key: str, base: Row | None = None) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from scripts.papers.plot import chart
-from scripts.papers.rows import Group, Row, Runs, Where, cells, header, minutes, paragraph
+from scripts.papers.rows import Group, Row, Runs, Where, cells, header, minutes, paragraph, wins
 from scripts.papers.training import dense, dense_error, from_pretrained, from_scratch, measured, recipe_of
 from ttcompress.types import Report
 
@@ -131,8 +131,8 @@ def section(rows: Sequence[Row]) -> Iterator[str]:
             )
     yield ""
     yield from paragraph(f"""
-        From pretrained is better than from scratch in {comparison(found, SCRATCH)} at equal total epochs, and in
-        {comparison(found, HALF)} against as many epochs in TT form. Where a layer keeps a hundredth of its parameters
+        From pretrained is better than from scratch in {comparison(whole, SCRATCH)} at equal total epochs, and in
+        {comparison(whole, HALF)} against as many epochs in TT form. Where a layer keeps a hundredth of its parameters
         and less, TT-SVD alone leaves little of what it did, and random cores are the better start.
         """)
     for row in rows:
@@ -145,9 +145,7 @@ def percent(ours: Row, key: str) -> str:
 
 
 def comparison(found: Mapping[str, Row], other: str) -> str:
-    pairs = [(found.get(name + PRETRAINED), found.get(name + other)) for name, _ in settings()]
-    both = [(one["error"], two["error"]) for one, two in pairs if one and two]
-    return f"{sum(one < two for one, two in both)} of {len(both)} rows"
+    return wins((found.get(name + PRETRAINED), found.get(name + other)) for name, _ in settings())
 
 
 def t3f_lines(paper: Row, ours: Row) -> Iterator[str]:

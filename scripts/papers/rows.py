@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,12 @@ def paragraph(text: str) -> Iterator[str]:
 def minutes(*rows: Row | None) -> str:
     """How long these took."""
     return " + ".join(f"{row['minutes']:.1f}" for row in rows if row) or "-"
+
+
+def wins(pairs: Iterable[tuple[Row | None, Row | None]]) -> str:
+    """In how many pairs of rows that are both there the first has the smaller error; nothing where there is none."""
+    both = [(one["ours"]["error"], two["ours"]["error"]) for one, two in pairs if one and two]
+    return f"{sum(one < two for one, two in both)} of {len(both)} rows" if both else ""
 
 
 def header(*names: str) -> Iterator[str]:
