@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib
 import re
+import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
+
+from ttcompress.errors import TTCompressError
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,7 +51,7 @@ def test_another_figure_changes_the_page(papers: ModuleType) -> None:
     page = papers.page(rows)
     for index, row in enumerate(rows):
         name = next(key for key in ("file_bytes", "forward", "compressed", "error") if key in row["ours"])
-        changed = {**row, "ours": {**row["ours"], name: 3 * row["ours"][name]}}
+        changed = {**row, "ours": {**row["ours"], name: 1.5 * row["ours"][name]}}
         assert papers.page([*rows[:index], changed, *rows[index + 1 :]]) != page, row["row"]
 
 
@@ -54,15 +59,52 @@ def test_rows_are_not_run_twice(
     papers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = tmp_path / "results.jsonl"
-    monkeypatch.setattr(sys, "argv", ["papers", "cost", "--row", "TT, modes 3", "--results", str(results)])
+    command = ["papers", "cost", "--row", "TT, modes 3", "--results", str(results)]
+    monkeypatch.setattr(sys, "argv", command)
     papers.main()
-    papers.main()
+    with pytest.raises(SystemExit, match=r"results\.jsonl has it; name another file"):
+        papers.main()
+    monkeypatch.setattr(sys, "argv", [*command[:3], "TT modes 3", *command[4:]])
+    with pytest.raises(SystemExit, match="no such row; close to it are 'TT, modes 3'"):
+        papers.main()
     (row,) = papers.read(results)
     # 4096 = 16 x 16 x 16: r (16 16) + r (16 16) r + (16 16) r at rank 4, and the bias.
     assert row["ours"]["params"] == 4 * 256 + 16 * 256 + 4 * 256 + 4096
     assert row["ours"]["forward"] > 0 < row["ours"]["backward"]
     assert row["ours"]["saved_bytes"] >= 4 * importlib.import_module("scripts.papers.cost").ROWS * 4096
     assert capsys.readouterr().out.count("TT, modes 3") == 1
+
+
+def test_the_page_says_how_to_run_a_row_again(
+    papers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every printed command is taken as it stands, and says what its row needs."""
+    commands = re.findall(r"^    python -m scripts.papers (.*)$", papers.PAGE.read_text(), re.MULTILINE)
+    assert len(commands) == len(papers.GROUPS)
+    ran: list[str] = []
+    for command in commands:
+        group, *rest = shlex.split(command)
+        runs = [(name, partial(never, ran, name)) for name, _ in papers.GROUPS[group].runs(papers.Where())]
+        monkeypatch.setitem(papers.GROUPS, group, replace(papers.GROUPS[group], runs=lambda where, runs=runs: runs))
+        options = [str(tmp_path / "results.jsonl") if each == "FILE" else each for each in rest]
+        monkeypatch.setattr(sys, "argv", ["papers", group, *options])
+        with pytest.raises(SystemExit, match="as asked"):
+            papers.main()
+        assert ran.pop() == rest[rest.index("--row") + 1]
+
+
+def never(ran: list[str], name: str) -> None:
+    ran.append(name)
+    raise TTCompressError("as asked")
+
+
+@pytest.mark.parametrize(("ours", "theirs", "said"), [(1, 2, "1 of 1"), (2, 1, "0 of 1"), (1.5, 1.6, "0 of 1")])
+def test_wins_are_counted_beyond_noise(papers: ModuleType, ours: float, theirs: float, said: str) -> None:
+    """0.1 points of 10,000 images are half a standard error, a whole point is 5."""
+    rows = [{"ours": {"error": each}, "n": 10_000} for each in (ours, theirs)]
+    counted = importlib.import_module("scripts.papers.rows").wins([rows, [rows[0], None]])
+    worse, within = int(ours == 2), int(ours == 1.5)
+    assert counted == f"{said} rows better, {worse} worse, {within} within two standard errors"
 
 
 def test_every_row_names_a_recipe_that_is_there(papers: ModuleType) -> None:

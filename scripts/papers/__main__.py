@@ -2,12 +2,14 @@
 
 Runs the rows of the named groups and appends each, as one line of JSON, to docs/results.jsonl. Rows that are there are
 not run again and trainings that were stopped go on, so that the same command can be repeated until all is done.
-Without a group docs/results.md and its pictures are written from the lines.
+Without a group docs/results.md and its pictures are written from the lines. `int8` needs the extra `papers`.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from pathlib import Path
 
 from scripts.papers import cost, garipov, int8, mnist, modern, vgg, wide
 from scripts.papers.headlines import with_headlines
-from scripts.papers.rows import DOCS, PAGE, README, RESULTS, Row, Where, append, hardware, paragraph, read
+from scripts.papers.rows import DOCS, PAGE, README, RESULTS, Group, Row, Where, append, hardware, paragraph, read
 from ttcompress.errors import TTCompressError
 
 GROUPS = {
@@ -42,13 +44,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     where = Where(arguments.cifar10, arguments.mnist, arguments.checkpoints, arguments.work, arguments.epochs)
+    if arguments.row:
+        check_row(arguments.row, arguments.groups, where, arguments.results)
     for group in arguments.groups:
         for name, run in GROUPS[group].runs(where):
-            done = any((row["group"], row["row"]) == (group, name) for row in read(arguments.results))
-            if not done and arguments.row in (None, name):
+            if not is_done(group, name, arguments.results) and arguments.row in (None, name):
                 start = time.perf_counter()
                 try:
-                    row = {"group": group, "row": name, **run(), "hardware": hardware()}
+                    row = {"group": group, "row": name, "hardware": hardware(), **run()}
                 except TTCompressError as error:
                     sys.exit(f"{group} {name}: {error}")
                 append(arguments.results, {**row, "minutes": round((time.perf_counter() - start) / 60, 2)})
@@ -60,6 +63,24 @@ def main() -> None:
         README.write_text(with_headlines(README.read_text(), rows))
 
 
+def check_row(name: str, groups: Sequence[str], where: Where, results: Path) -> None:
+    """See that one row can be run.
+
+    Raises:
+        SystemExit: no group has it, or it is there.
+    """
+    known = [row for group in groups for row, _ in GROUPS[group].runs(where)]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=4, cutoff=0.3)
+        sys.exit(f"--row {name}: no such row; close to it are {', '.join(map(repr, close)) or 'none'}")
+    if all(is_done(group, name, results) for group in groups):
+        sys.exit(f"--row {name}: {results} has it; name another file with --results to run it again")
+
+
+def is_done(group: str, name: str, results: Path) -> bool:
+    return any((row["group"], row["row"]) == (group, name) for row in read(results))
+
+
 def page(rows: Sequence[Row]) -> str:
     """docs/results.md."""
     lines = [
@@ -68,8 +89,9 @@ def page(rows: Sequence[Row]) -> str:
         *paragraph(
             """
             The papers' figures beside ours, written by `python -m scripts.papers` from results.jsonl and rows.jsonl
-            beside this page. One row again: `python -m scripts.papers GROUP --row NAME --results FILE`. Minutes are
-            those of the hardware below each table; where a row was stopped and went on, of its last call.
+            beside this page. Below each table is the command that runs one of its rows again. Minutes are those of the
+            hardware named there, beside other work; where a row was stopped and went on, of its last call, and a dense
+            network that several rows start from is in the minutes of the first.
             """
         ),
     ]
@@ -81,10 +103,24 @@ def page(rows: Sequence[Row]) -> str:
             where = ", ".join(dict.fromkeys(row["hardware"] for row in own))
             text = "\n".join(group.section(own)).rstrip("\n")
             count = f"{len(own)} row{'s' * (len(own) > 1)}"
-            lines += [text, "", f"Group `{name}`: {count}, {minutes:.0f} minutes ({where}).", ""]
+            lines += [text, "", f"Group `{name}`: {count}, {minutes:.0f} minutes ({where}). One row again:", ""]
+            lines += [f"    {command(name, group, own[-1])}", ""]
         else:
             lines += [f"Not run: `python -m scripts.papers {name}`.", ""]
     return "\n".join(lines)
+
+
+def command(name: str, group: Group, row: Row) -> str:
+    """What runs a row again, on its own."""
+    values = {
+        "cifar10": "cifar10:ROOT",
+        "mnist": "mnist:ROOT",
+        "checkpoints": "FOLDER",
+        "work": "EMPTY-FOLDER",
+        "epochs": row.get("epochs"),
+    }
+    options = {"row": shlex.quote(row["row"]), **{need: values[need] for need in group.needs}, "results": "FILE"}
+    return " ".join([f"python -m scripts.papers {name}", *(f"--{key} {value}" for key, value in options.items())])
 
 
 def charts(rows: Sequence[Row]) -> dict[str, str]:

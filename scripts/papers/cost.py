@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from math import log
 from statistics import linear_regression, median
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scripts.papers.rows import Group, Row, Runs, Where, cells, header, paragraph
+from scripts.papers.rows import Group, Row, Runs, Where, cells, header, on_cpu, paragraph
 from ttcompress.bench import peak_memory
 from ttcompress.layers import TTLinear
 from ttcompress.report import format_bytes
@@ -51,7 +52,7 @@ def runs(where: Where) -> Runs:
 
 
 def fc_row(size: int) -> Row:
-    return {"ours": measured(nn.Linear(size, size))}
+    return row_of(measured(nn.Linear(size, size)))
 
 
 def tt_row(size: int, number: int, rank: int) -> Row:
@@ -61,13 +62,27 @@ def tt_row(size: int, number: int, rank: int) -> Row:
     tensorization = tensorize_shape("matrix", (size, size), modes, modes)
     layer = TTLinear(LinearSpec(size, size, bias=True), tensorization, rank)
     layer.execution = "contract"
-    return {"ours": {**measured(layer), "largest_mode": max(modes)}}
+    return row_of({**measured(layer), "largest_mode": max(modes)})
 
 
+def row_of(ours: Row) -> Row:
+    return {"ours": ours, "hardware": on_cpu(1)}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def measured(layer: nn.Module) -> Row:
     """Median seconds of a forward pass for ROWS inputs and of its backward pass; bytes at most, and saved for it."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     layer.train()
     x = torch.randn(ROWS, layer.in_features, requires_grad=True)  # type: ignore[arg-type]
     forward, backward = [], []
@@ -101,13 +116,15 @@ MEASURED = ("forward", "forward_bytes", "backward", "saved_bytes")
 def section(rows: Sequence[Row]) -> Iterator[str]:
     yield from paragraph(f"""
         {ROWS} inputs, float32, one CPU thread, medians of ten. Forward memory is parameters and all tensors
-        that are alive together; backward memory is what the forward pass keeps for it. TT layers contract
-        inputs with cores as they do by default, merged where that is cheaper.
+        that are alive together; backward memory is what the forward pass keeps for it. TT layers are told to
+        contract inputs with cores, merged where that is cheaper (by default they choose between that and the dense
+        weight at every call). Two rows that are the same layer (rank 4 and modes 4; rank 8 and size 4096) show how
+        much times vary.
         """)
     yield from header("layer", "parameters", "forward", "forward memory", "backward", "backward memory")
     for row in rows:
         ours = row["ours"]
-        times = [f"{1000 * ours[name]:.3g} ms" for name in ("forward", "backward")]
+        times = [milliseconds(ours[name]) for name in ("forward", "backward")]
         memory = [format_bytes(ours[name]) for name in ("forward_bytes", "saved_bytes")]
         yield cells(row["row"], f"{ours['params']:,}", times[0], memory[0], times[1], memory[1])
     yield ""
@@ -127,6 +144,10 @@ def section(rows: Sequence[Row]) -> Iterator[str]:
             pairs = [f"{theirs}, {ours}" for theirs, ours in zip(EXPONENTS[series], slopes, strict=True)]
             held = ", ".join(f"{key} {value}" for key, value in fixed.items())
             yield cells(f"{symbol} of {series[:2]}" + (f" ({held})" if held else ""), *pairs)
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.{0 if seconds >= 0.1 else 1 if seconds >= 0.01 else 2}f} ms"
 
 
 def slope(rows: Sequence[Row], name: str) -> float:

@@ -6,6 +6,7 @@ import json
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,16 @@ class Where:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that belong together: the title of their section, what runs them, what prints them and draws them."""
+    """Rows that belong together: the title of their section, what runs them, what prints them and draws them.
+
+    `needs` names the fields of `Where` that its rows are made with.
+    """
 
     title: str
     runs: Callable[[Where], Runs]
     section: Callable[[Sequence[Row]], Iterator[str]]
     charts: Callable[[Sequence[Row]], dict[str, str]] = lambda rows: {}
+    needs: tuple[str, ...] = ()
 
 
 def read(path: Path) -> list[Row]:
@@ -61,12 +66,17 @@ def append(path: Path, row: Row) -> None:
 
 
 def hardware() -> str:
-    return f"CPU, {torch.get_num_threads()} threads"
+    """What the rows of this process are computed on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else on_cpu(torch.get_num_threads())
+
+
+def on_cpu(threads: int) -> str:
+    return f"CPU, {threads} thread{'s' * (threads > 1)}"
 
 
 def paragraph(text: str) -> Iterator[str]:
     """Lines of a text."""
-    yield from textwrap.wrap(" ".join(text.split()), 118)
+    yield from textwrap.wrap(" ".join(text.split()), 118, break_on_hyphens=False)
     yield ""
 
 
@@ -76,9 +86,24 @@ def minutes(*rows: Row | None) -> str:
 
 
 def wins(pairs: Iterable[tuple[Row | None, Row | None]]) -> str:
-    """In how many pairs of rows that are both there the first has the smaller error; nothing where there is none."""
-    both = [(one["ours"]["error"], two["ours"]["error"]) for one, two in pairs if one and two]
-    return f"{sum(one < two for one, two in both)} of {len(both)} rows" if both else ""
+    """How often the first of two rows that are both there is better, and how often worse, by more than noise.
+
+    Noise is two standard errors of the difference of two error rates, from the number of test images alone.
+    """
+    differences = [
+        (one["ours"]["error"] - two["ours"]["error"]) / sqrt(variance(one) + variance(two))
+        for one, two in pairs
+        if one and two
+    ]
+    better, worse = sum(each < -2 for each in differences), sum(each > 2 for each in differences)
+    rest = len(differences) - better - worse
+    return f"{better} of {len(differences)} rows better, {worse} worse, {rest} within two standard errors"
+
+
+def variance(row: Row) -> float:
+    """Of an error in percent, from the number of images that it was measured on."""
+    error = row["ours"]["error"]
+    return float(error * (100 - error) / row["n"])
 
 
 def header(*names: str) -> Iterator[str]:
