@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+import ttcompress
 from ttcompress import calibrate
 from ttcompress.calibrate import (
     Calibration,
@@ -606,3 +607,52 @@ def test_without_batch_norm_there_is_nothing_to_do() -> None:
     untracked = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)).eval()
     assert recalibrate_batch_norm(untracked, calibration) is False
     assert not untracked[0].training
+
+
+class Unusual(nn.Module):
+    """Images one by one, an input by name, and on demand a layer without gradients."""
+
+    def __init__(self, frozen: bool = False) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.first, self.conv = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 16, 3)
+        self.linear, self.last = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = torch.stack([self.conv(self.first(each)).mean((1, 2)) for each in x])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            found = self.linear(input=found)
+        return self.last(found)
+
+
+def test_layers_may_be_called_in_unusual_ways() -> None:
+    torch.manual_seed(0)
+    net, images = Unusual(), torch.randn(48, 1, 8, 8)
+    small, report = ttcompress.compress(net, ratio=1.5, calib=images)
+    assert {layer.fqn for layer in report.plan.layers} <= {"conv", "linear"}
+    assert report.calibration is not None
+    missed = (small(images) - net(images)).detach()
+    assert float(missed.norm()) < 0.9 * float(net(images).detach().norm())
+
+
+def test_a_layer_without_gradients_is_named() -> None:
+    with pytest.raises(DataError, match="linear runs without gradients"):
+        ttcompress.compress(Unusual(frozen=True), ratio=1.5, calib=torch.randn(48, 1, 8, 8))
+
+
+@pytest.mark.parametrize("dead", ["weight", "inputs", "images"])
+def test_what_says_nothing_is_calibrated_all_the_same(dead: str) -> None:
+    """A zero layer, as of a residual branch before training, units that never fire, images that are all black."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 4))
+    images = torch.randn(64, 16)
+    with torch.no_grad():
+        if dead == "weight":
+            net[2].weight.zero_()
+        elif dead == "inputs":
+            net[0].bias.fill_(-1e3)
+        else:
+            images.zero_()
+    small, report = ttcompress.compress(net, ratio=1.5, calib=images)
+    assert report.plan.layers
+    torch.testing.assert_close(small(images), net(images), atol=1e-2, rtol=0)

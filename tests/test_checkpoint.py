@@ -488,3 +488,12 @@ def test_tensor_bytes() -> None:
         torch.zeros((), dtype=torch.float64),
     ]
     assert tensor_bytes({str(k): tensor for k, tensor in enumerate([*tensors, torch.empty(0)])}) == 14
+
+
+def test_an_empty_tensor_beside_one_of_another_type_is_saved(tmp_path: Path) -> None:
+    """Both begin at one address, as in a file that is mapped into memory."""
+    numbers = torch.arange(4, dtype=torch.int32)
+    write_dense(tmp_path / "x.pt", {"a": numbers, "b": numbers.view(torch.float32)[:0], "c": torch.empty(0)})
+    found = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert torch.equal(found["a"], numbers)
+    assert (found["b"].shape, found["b"].dtype, found["c"].shape) == ((0,), torch.float32, (0,))

@@ -314,6 +314,18 @@ BAD_OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "unknown dtype": (["--ranks", "2", "--dtype", "int4"], ["int4", "float16"]),
     "batch size 0": (["--ranks", "2", "--data", "digits", "--batch-size", "0"], ["--batch-size"]),
     "seed -1": (["--ranks", "2", "--seed=-1"], ["--seed"]),
+    "a seed that no generator takes": (["--ranks", "2", "--seed", str(2**64)], ["--seed", "below 2**63"]),
+    "how to train, without training": (["--ranks", "2", "--lr", "5", "--compile"], ["--lr, --compile", "--finetune"]),
+    "a teacher without training": (["--ranks", "2", "--teacher", "none.pt"], ["--teacher", "--finetune"]),
+    "resume without training": (["--ranks", "2", "--resume"], ["--resume", "--finetune"]),
+    "training images that are not there": (
+        ["--ranks", "2", "--finetune", "1", "--train", "images:nope"],
+        ["no folder nope"],
+    ),
+    "a teacher that is not there": (
+        ["--ranks", "2", "--finetune", "1", "--train", "digits", "--teacher", "none.pt"],
+        ["none.pt"],
+    ),
     "unknown option": (["--rank", "2"], ["--rank"]),
     "option without value": (["--ranks"], ["--ranks"]),
     "unknown architecture": (["--ranks", "2", "--arch", "vgg61"], ["vgg61", "vgg16"]),
@@ -362,7 +374,19 @@ def test_a_plan_beside_another_target(refused: Callable[..., str], run: Run, mlp
     assert "--plan" in refused("compress", mlp, "--plan", "plan.json", *target)
 
 
-@pytest.mark.parametrize("damage", ["fqn", "tt_ranks", "grows", "layers", "kept_parameters"])
+@pytest.mark.parametrize("option", [["--exclude", "fc1"], ["--format", "chain"], ["--dtype", "int8"]])
+def test_a_plan_beside_options_that_it_states(
+    refused: Callable[..., str], run: Run, mlp: Path, option: list[str]
+) -> None:
+    assert run("plan", mlp, "--ranks", "4", "-o", "plan.json").code == 0
+    text = refused("compress", mlp, "--plan", "plan.json", *option, "-o", "out.safetensors")
+    assert f"leave out {option[0]}" in text
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["fqn", "tt_ranks", "grows", "layers", "kept_parameters", "weight_dtype", "a spec", "a number", "a name", "nested"],
+)
 def test_a_plan_that_was_edited_wrongly(
     refused: Callable[..., str], run: Run, mlp: Path, tmp_path: Path, damage: str
 ) -> None:
@@ -375,9 +399,18 @@ def test_a_plan_that_was_edited_wrongly(
         layer["tt_ranks"] = [1, 0, 1]
     elif damage == "grows":
         layer["tt_ranks"] = [1] + [1000] * (len(layer["tt_ranks"]) - 2) + [1]
-    else:
+    elif damage == "weight_dtype":
+        layer["weight_dtype"] = "float99"
+    elif damage == "a spec":
+        layer["spec"] = [1]
+    elif damage == "a number":
+        layer["fqn"] = 7
+    elif damage == "a name":
+        data["kept_parameters"][0]["name"] = "zzz"
+    elif damage != "nested":
         data.pop(damage)
-    (tmp_path / "plan.json").write_text(json.dumps(data))
+    text = json.dumps(data)
+    (tmp_path / "plan.json").write_text("[" * 100_000 if damage == "nested" else text)
     refused("compress", mlp, "--plan", "plan.json", "-o", "out.safetensors")
 
 

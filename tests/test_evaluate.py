@@ -229,3 +229,14 @@ def test_top5_is_never_below_top1(n: int, classes: int, seed: int) -> None:
     assert 0 <= low <= accuracy.top1 + 1e-12
     assert accuracy.top1 - 1e-12 <= high <= 100
     assert accuracy.top1 <= accuracy.top5 <= 100
+
+
+def test_images_in_another_order_are_not_compared_one_by_one() -> None:
+    """As from a DataLoader that shuffles: both accuracies are right, and agreement is not known."""
+    logits, labels = made_up(40, 10)
+    order = RNG.permutation(40)
+    one, other = predict(Given(), batches(logits, labels)), predict(Given(), batches(logits[order], labels[order]))
+    comparison = compare(one, other, "data")
+    assert comparison.dense == comparison.compressed
+    assert comparison.to_json()["agreement"] is None
+    assert compare(one, one, "data").agreement == 100

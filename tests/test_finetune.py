@@ -136,6 +136,47 @@ def test_a_dense_checkpoint_stays_one(folder: Path, tmp_path: Path) -> None:
     assert same(state, load_file(tmp_path / "out.safetensors"))
 
 
+FACTORIES = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.head(self.b(self.a(x.flatten(1)).relu()).relu())
+
+class Tied(Net):
+    def __init__(self):
+        super().__init__()
+        self.b.weight = self.a.weight
+
+class Helped(Net):
+    def forward(self, x):
+        y = super().forward(x)
+        return (y, -y) if self.training else y
+"""
+
+
+@pytest.mark.parametrize("name", ["Tied", "Helped"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_unusual_networks_come_out_as_they_went_in(tmp_path: Path, name: str, suffix: str) -> None:
+    """Weights that are shared have both names again; of an auxiliary head the main output is trained."""
+    (tmp_path / "net.py").write_text(FACTORIES)
+    arch = f"{tmp_path / 'net.py'}:{name}"
+    torch.manual_seed(0)
+    source = tmp_path / f"net{suffix}"
+    model = open_fresh(arch).model
+    initialise(model)
+    write_dense(source, {key: each.clone() for key, each in model.state_dict().items()})
+    output, report = tuned(source, tmp_path, f"out{suffix}", arch=arch, epochs=4, lr=0.1, distill=0, data="digits")
+    state = load_file(output) if suffix == ".safetensors" else torch.load(output, weights_only=True)
+    model.load_state_dict(state)
+    assert report.accuracy["compressed"] > 60
+    assert torch.equal(state["a.weight"], state["b.weight"]) == (name == "Tied")
+
+
 def test_what_was_learnt_by_heart_does_not_win(folder: Path, tmp_path: Path) -> None:
     """The start knows the images that are held out of its own training images, but not those of --val."""
     bad = {"lr": 1.0, "epochs": 1, "label_smoothing": 0.9, "distill": 0}
@@ -295,6 +336,8 @@ def test_everything_in_one_go_goes_on_where_it_was_stopped(folder: Path, tmp_pat
     stopped("compress", "digits.pt", *given, cwd=tmp_path, by=signal.SIGTERM)
     _, err = run("compress", "digits.pt", "--ratio", 10, *given[2:], "--resume", cwd=tmp_path, code=2)
     assert "out.safetensors: was compressed otherwise: ratio was 20.0, is 10.0; repeat" in err
+    _, err = run("compress", "digits.pt", *given, "--calib", "digits", "--resume", cwd=tmp_path, code=2)
+    assert "was compressed otherwise: calib was None, is digits@train; repeat" in err
     _, err = run("compress", "digits.pt", *given, "--resume", cwd=tmp_path)
     first, *_ = [json.loads(line)["epoch"] for line in err.splitlines()]
     assert first >= 3
@@ -328,8 +371,9 @@ def test_stopped_and_resumed_on_the_command_line(folder: Path, whole: bytes, tmp
     assert "stopped.safetensors.training" in line
     assert not (tmp_path / "stopped.safetensors").exists()
     _, err = run("finetune", source, *TRAINING[:3], 21, *TRAINING[4:], "-o", "stopped.safetensors", "--resume",
-                 cwd=tmp_path, code=2)  # fmt: skip
+                 "--mean", 0.9, "--std", 0.1, cwd=tmp_path, code=2)  # fmt: skip
     assert "epochs was 20, is 21" in err
+    assert "mean was [0." in err
     run("finetune", source, *TRAINING, "-o", "stopped.safetensors", "--resume", cwd=tmp_path)
     assert (tmp_path / "stopped.safetensors").read_bytes() == whole
 
@@ -356,6 +400,8 @@ REFUSED = {
     "no images": ({"train": None}, DataError, "--train"),
     "budget on a trained file": ({"ratio": 3.0}, PlanError, "is trained as it is"),
     "from scratch with a file": ({"from_scratch": True}, PlanError, "is trained as it is"),
+    "which layers, of a trained file": ({"exclude": ("fc1",)}, PlanError, "leave out --exclude"),
+    "calibration of a trained file": ({"calib": "npz:nope"}, PlanError, "leave out --calib"),
     "too few images": ({"train": "npz:few.npz"}, DataError, "too few to hold some out: give --val"),
     "wrong size": ({"train": "npz:large.npz", "val": "digits"}, DataError, "does not take images of shape"),
     "another kind of teacher": ({"teacher": "plain.npz"}, CheckpointError, "plain.npz"),

@@ -79,7 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "summary", "surgery", "work",
     },
     "pipeline": {
-        "checkpoint", "compression", "evaluate", "header", "network", "recipe", "runtime", "shards", "sources",
+        "checkpoint", "compression", "evaluate", "header", "network", "plan", "recipe", "runtime", "shards", "sources",
         "stages", "summary", "tensorwise", "tt.contract",
     },
     "demo": {"checkpoint", "data", "models"},

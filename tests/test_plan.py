@@ -548,3 +548,19 @@ def test_a_plan_made_for_another_network(plan_file: Path) -> None:
     other.head = nn.Linear(48, 11)
     with pytest.raises(PlanError, match=r"the plan lists .* parameters, the network has"):
         apply_plan(other, adopt_plan(other, Recipe(), read_plan(plan_file)))
+
+
+def test_a_plan_takes_the_type_of_the_weights_at_hand(plan_file: Path) -> None:
+    """As one that was made without weights, for a network in half precision."""
+    plan = adopt_plan(net().half(), Recipe(), read_plan(plan_file))
+    assert {layer.weight_dtype for layer in plan.layers} == {"float16"}
+
+
+def test_layers_with_hooks_stay_dense() -> None:
+    """A TT layer would not run them."""
+    model = net()
+    name = make_plan(model, Recipe(ratio=2.0)).layers[0].fqn
+    model.get_submodule(name).register_forward_hook(lambda module, given, output: 2 * output)
+    plan = make_plan(model, Recipe(ratio=1.2))
+    assert name not in {layer.fqn for layer in plan.layers}
+    assert any(kept.name == f"{name}.weight" and "forward hooks" in kept.reason for kept in plan.kept)

@@ -340,8 +340,8 @@ WRONG_VALUES: list[tuple[str, Any, str]] = [
     ("std", [1, 0], "--std must be a list of numbers above 0, not [1, 0]"),
     ("batch_size", 0, "--batch-size must be a whole number above 0, not 0"),
     ("workers", -1, "--workers must be a whole number, 0 or above, not -1"),
-    ("seed", -1, "--seed must be a whole number, 0 or above, not -1"),
-    ("seed", False, "--seed must be a whole number, 0 or above, not False"),
+    ("seed", -1, "--seed must be a whole number from 0 to below 2**63, not -1"),
+    ("seed", False, "--seed must be a whole number from 0 to below 2**63, not False"),
 ]
 
 
@@ -380,7 +380,7 @@ def test_every_problem_is_listed_sorted(tmp_path: Path) -> None:
     assert found == [
         "'batch_size' is given twice",
         "--eps must be above 0 and below 1, not 2",
-        "--seed must be a whole number, 0 or above, not -1",
+        "--seed must be a whole number from 0 to below 2**63, not -1",
         "[[layers]] 1: match must be a pattern, not ''",
         "[[layers]] 1: ranks must be a whole number above 0 or a list of them, not 0",
         "[[layers]] 1: unknown key 'mach', the nearest is 'match'",

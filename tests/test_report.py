@@ -210,10 +210,19 @@ def test_side_by_side(tmp_path: Path) -> None:
     assert line_of(text, "accuracy compressed") == ["88.25", "%", "-"]
 
 
+def test_side_by_side_without_errors() -> None:
+    """As of networks trained in TT form, and of those trained further away from their checkpoint."""
+    plan = PLAN.with_layers([replace(layer, relative_error=None) for layer in PLAN.layers])
+    data = {**with_file(replace(REPORT, plan=plan), None), "file": "x.safetensors", "file_bytes": 1}
+    text = text_of(render_side_by_side([data, {**with_file(REPORT, None), "file": "y", "file_bytes": 1}]))
+    assert line_of(text, "largest relative error") == ["-", "0.988"]
+
+
 def test_read_report_is_the_report_that_was_written(tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
     write_safetensors(path, {}, REPORT.to_json())
     data = read_report(path)
+    assert data == read_report(str(path))
     written: dict[str, Any] = {"file": "file.safetensors", "file_bytes": path.stat().st_size}
     assert data == {**REPORT.to_json(), **written}
     assert Report.from_json(data) == REPORT

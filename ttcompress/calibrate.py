@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil, prod, sqrt
 from typing import Any
 
@@ -133,7 +134,7 @@ def measure(
 
 def _execution_order(model: nn.Module, names: Sequence[str], calibration: Calibration) -> list[str]:
     seen: dict[str, None] = {}
-    with _hooked(model, names, lambda name, module, inputs: seen.setdefault(name)):
+    with _hooked(model, names, lambda name, module, x: seen.setdefault(name)):
         forward(model, next(iter(calibration.held_out())).to(device_of(model)))
     return [*seen]
 
@@ -168,9 +169,11 @@ def _fill(
     device, generator = device_of(model), torch.Generator().manual_seed(seed)
     offset = images = 0
 
-    def observe(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def observe(name: str, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            raise DataError(f"{name} runs without gradients, which calibration needs: exclude it, or leave out calib")
         each = group[name]
-        columns, each.positions = layer_inputs(module, inputs[0].detach(), offset)
+        columns, each.positions = layer_inputs(module, x.detach(), offset)
         each.inputs.add(columns, weight=images)
         # A leaf of its own, so that gradients flow from here on, whatever the input of the network is.
         leaf = output if output.requires_grad else output.detach().requires_grad_()
@@ -180,8 +183,8 @@ def _fill(
         )
         return leaf
 
-    def observe_held_out(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        group[name].held_out.add(layer_inputs(module, inputs[0], offset)[0], weight=images)
+    def observe_held_out(name: str, module: nn.Module, x: Tensor) -> None:
+        group[name].held_out.add(layer_inputs(module, x, offset)[0], weight=images)
 
     with _hooked(model, list(group), observe, after=True):
         for batch in calibration.fitting(0):
@@ -207,7 +210,7 @@ def centred(outputs: Tensor) -> Tensor:
 def _columns(module: nn.Module, outputs: Tensor) -> Tensor:
     """A layer's outputs, or gradients there, as columns (out, rows)."""
     if isinstance(module, nn.Conv2d):
-        return outputs.transpose(0, 1).flatten(1)
+        return outputs.movedim(-3, 0).flatten(1)
     return outputs.reshape(-1, outputs.shape[-1]).T
 
 
@@ -220,7 +223,8 @@ def layer_inputs(module: nn.Module, x: Tensor, offset: int = 0) -> tuple[Tensor,
     if not isinstance(module, nn.Conv2d):
         return x.reshape(-1, x.shape[-1]).T, max(1, x[0].numel() // x.shape[-1])
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padded = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    batch = x if x.dim() == 4 else x[None]
+    padded = functional.pad(batch, module._reversed_padding_repeated_twice, mode=mode)
     spans = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
     sizes = [
         (size - span) // stride + 1 for size, span, stride in zip(padded.shape[2:], spans, module.stride, strict=True)
@@ -234,12 +238,16 @@ def layer_inputs(module: nn.Module, x: Tensor, offset: int = 0) -> tuple[Tensor,
 
 @contextmanager
 def _hooked(model: nn.Module, names: Iterable[str], observe: Callable[..., Any], after: bool = False) -> Iterator[None]:
-    """observe(name, module, inputs[, output]) whenever one of these modules runs."""
+    """observe(name, module, input[, output]) whenever one of these modules runs."""
+
+    def call(name: str, module: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], *output: Tensor) -> Any:
+        return observe(name, module, given[0] if given else named["input"], *output)
+
     handles = []
     for name in names:
         module = model.get_submodule(name)
-        register = module.register_forward_hook if after else module.register_forward_pre_hook
-        handles.append(register(lambda module, *rest, name=name: observe(name, module, *rest)))
+        register: Any = module.register_forward_hook if after else module.register_forward_pre_hook
+        handles.append(register(partial(call, name), with_kwargs=True))
     try:
         yield
     finally:
@@ -371,8 +379,8 @@ def _inputs_of(model: nn.Module, name: str, images: Tensor) -> list[Tensor]:
     """The inputs of the first call of a layer; the rest of the network does not run."""
     caught: list[Tensor] = []
 
-    def catch(_: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        caught.append(inputs[0].detach())
+    def catch(_: str, module: nn.Module, x: Tensor) -> None:
+        caught.append(x.detach())
         raise _ReachedError
 
     with _hooked(model, [name], catch), suppress(_ReachedError):
@@ -408,11 +416,11 @@ def output_errors(
     missed, power = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     theirs: dict[str, list[Tensor]] = {name: [] for name in names}
 
-    def keep(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def keep(name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
         theirs[name].append(output.detach())
         power[name] += float(output.double().square().sum())
 
-    def compare(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def compare(name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
         missed[name] += float((output - theirs[name].pop(0)).double().square().sum())
 
     with _hooked(dense, names, keep, after=True), _hooked(compressed, names, compare, after=True):

@@ -104,6 +104,8 @@ def _obstacle(module: nn.Linear | nn.Conv2d, others: Sequence[str], in_attention
         return "weight is computed by a parametrization"
     if type(module) not in (nn.Linear, nn.Conv2d):
         return f"{type(module).__name__} may do more than its base class"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks, which another layer would not run"
     if isinstance(module, nn.Conv2d) and module.groups != 1:
         return f"groups={module.groups}"
     return ""

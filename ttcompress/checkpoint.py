@@ -305,7 +305,8 @@ def write_dense(path: Path, tensors: Mapping[str, Tensor]) -> None:
     elif path.suffix in (".pt", ".pth"):
         # Given a name, torch.save would write it, random as it is, into the file.
         with replacing(path) as temporary, temporary.open("wb") as file:
-            torch.save(dict(tensors), file)
+            # Empty tensors all have the same address, which torch.save takes for one memory of several types.
+            torch.save({name: each if each.numel() else each.clone() for name, each in tensors.items()}, file)
     else:
         raise CheckpointError(f"{path}: end the name in .pt, .pth or .safetensors")
 

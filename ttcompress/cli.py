@@ -208,10 +208,14 @@ def compress(checkpoint: Path, output: Path | None, force: bool, dry_run: bool, 
         _plan(checkpoint, None, force, **options)
         return
     from ttcompress import finetune, pipeline, report, shards
+    from ttcompress.recipe import TRAINING
 
     recipe, plan = _recipe_and_plan(options)
     if (recipe.train is None) != (recipe.epochs is None):
         raise click.UsageError("--finetune and --train go together")
+    unused = ["--resume"] * resume + recipe.given(*TRAINING)
+    if recipe.epochs is None and unused:
+        raise click.UsageError(f"{', '.join(unused)}: only with --finetune")
     if _processes() > 1 and not recipe.is_weights_only:
         raise click.UsageError("compress in one process, then `torchrun ... -m ttcompress finetune`")
     in_shards = recipe.is_weights_only and shards.read_index(checkpoint) is not None
@@ -219,8 +223,10 @@ def compress(checkpoint: Path, output: Path | None, force: bool, dry_run: bool, 
     resume = resume and finetune.state_file(target).exists()
     with _progress() as progress:
         if resume:
-            pipeline.check_repeats(checkpoint, target, recipe)
+            pipeline.check_repeats(checkpoint, target, recipe, plan)
         else:
+            if recipe.train:
+                finetune.check_sources(recipe)
             done = pipeline.compress_file(checkpoint, target, recipe, plan, force=force, progress=progress)
         if recipe.train:
             log = _log if progress is None else None

@@ -112,6 +112,11 @@ def forward(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def compare(dense: Predictions, compressed: Predictions, data: str) -> Comparison:
-    """Both accuracies, and the share of images on which the first choices agree; `data` names the images."""
-    same = int((dense.classes[:, 0] == compressed.classes[:, 0]).sum())
-    return Comparison(dense.accuracy(), compressed.accuracy(), 100 * same / len(dense.labels), data)
+    """Both accuracies, and the share of images on which the first choices agree; `data` names the images.
+
+    That share is not known where the images came in another order the second time, as their labels tell.
+    """
+    agreement = None
+    if torch.equal(dense.labels, compressed.labels):
+        agreement = 100 * int((dense.classes[:, 0] == compressed.classes[:, 0]).sum()) / len(dense.labels)
+    return Comparison(dense.accuracy(), compressed.accuracy(), agreement, data)

@@ -27,7 +27,7 @@ from ttcompress.network import (
     stored_tensors,
     tied_parameters,
 )
-from ttcompress.recipe import Recipe
+from ttcompress.recipe import FORM, Recipe
 from ttcompress.runtime import device_of, seeded
 from ttcompress.shards import read_metadata
 from ttcompress.sources import BATCH_SIZE, images_meter, labelled, preprocessing_for
@@ -56,6 +56,18 @@ class Student:
     report: Report | None = None
     original: nn.Module | None = None
     digest: str = ""
+
+
+def check_sources(recipe: Recipe) -> None:
+    """See that the images and the teacher of a training are there, before something long comes first.
+
+    Raises:
+        TTCompressError: one of them cannot be opened.
+    """
+    for images in filter(None, (recipe.train, recipe.val)):
+        open_data(images, "train")
+    if recipe.teacher:
+        open_any(Path(recipe.teacher))
 
 
 def state_file(output: Path) -> Path:
@@ -134,7 +146,8 @@ def _write(output: Path, student: Student, report: Report) -> None:
     if student.report:
         write_safetensors(output, tensors, report.to_json())
     else:
-        write_dense(output, {name: tensor.cpu() for name, tensor in tensors.items()})
+        tied = {alias: tensors[name] for alias, name in tied_parameters(student.network.model).items()}
+        write_dense(output, {name: tensor.cpu() for name, tensor in {**tensors, **tied}.items()})
 
 
 # -------------------------------------------------------------------------------------------------------------- student
@@ -144,6 +157,8 @@ def _open_student(source: Path, recipe: Recipe, plan: CompressionPlan | None, or
     planned = plan or recipe.has_target or recipe.exec or recipe.tune or recipe.input_size
     if recipe.from_scratch or (origin is None and planned):
         raise PlanError(f"{source} is trained as it is: ranks, budgets and plans are for --arch with --from-scratch")
+    if origin is None and (unused := recipe.given(*FORM, "dtype", "calib", "calib_images", "effort")):
+        raise PlanError(f"{source} is trained as it is: leave out {', '.join(unused)}")
     network = open_any(source, recipe.arch, recipe.key or "")
     if not is_compressed(source):
         return Student(network, None, copy.deepcopy(network.model), file_digest(source))
@@ -231,7 +246,7 @@ def _course(
         **vars(_options(recipe, world)),
         "batch_size": batch_size, "augment": stream.augmentation, "processes": world.size,
         "train": f"{images.name} of {len(images)}", "val": f"{val.name} of {len(val)}", "teacher": teacher_name,
-        "model": student.digest,
+        "model": student.digest, "mean": list(preprocessing.mean), "std": list(preprocessing.std),
     }  # fmt: skip
     # A pretrained network was most likely trained on the very images that are held out of these.
     fair = recipe.val is not None or bool(recipe.from_scratch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from math import prod
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ T = TypeVar("T")
 Way = Callable[[Any, Tensor, Any], Tensor]
 """Called with a layer, its input, and what was made of its cores for this way to run it."""
 MOST_CHOICES = 256
+CORE_DIM = 5
+"""Dimensions of a TT-core: TT-rank, out, in, window, TT-rank."""
 
 
 def _state(cores: Sequence[Tensor]) -> tuple[int, ...] | None:
@@ -156,15 +158,18 @@ class _TTLayer(nn.Module, ABC):
             raise ShapeError(f"execution must be one of {', '.join(self.executions)}, not {name!r}")
         self._execution, self._ready = name, None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply the layer: TTLinear to (..., in_features), TTConv2d to ([batch,] in_channels, height, width).
 
         Raises:
             ShapeError: input of another shape, or of whole numbers.
         """
+        x = input
         signature = self._signature(x)
-        if signature is not None and self._ready is not None and self._ready[0] == signature:
-            return self._ready[1](self, x, self._ready[2])
+        # Once read: another thread may replace it meanwhile, here and in `_made`.
+        ready = self._ready
+        if signature is not None and ready is not None and ready[0] == signature:
+            return ready[1](self, x, ready[2])
         way, made = self._chosen(x)
         self._ready = None if signature is None else (signature, way, made)
         return way(self, x, made)
@@ -235,13 +240,14 @@ class _TTLayer(nn.Module, ABC):
         if state is None:
             return make([core.to(x.dtype) for core in cores])
         key = what, x.dtype, x.is_contiguous(), torch.is_inference_mode_enabled(), state
-        if key not in self._kept:
-            # As long as the memory is held its address is not given to other cores.
-            held = [core.detach() for core in cores]
-            # What is kept outlives an autocast, which casts it as it does weights.
-            with torch.autocast(x.device.type, enabled=False):
-                self._kept = {key: (make([core.to(x.dtype) for core in cores]), held)}
-        made: T = self._kept[key][0]
+        if key in (kept := self._kept):
+            return cast("T", kept[key][0])
+        # As long as the memory is held its address is not given to other cores.
+        held = [core.detach() for core in cores]
+        # What is kept outlives an autocast, which casts it as it does weights.
+        with torch.autocast(x.device.type, enabled=False):
+            made = make([core.to(x.dtype) for core in cores])
+        self._kept = {key: (made, held)}
         return made
 
     def _sweep_plans(self) -> list[cost.SweepPlan]:
@@ -275,9 +281,13 @@ class _TTLayer(nn.Module, ABC):
         self._kept, self._ready = {}, None
         return super().train(mode)
 
-    def _apply(self, *arguments: Any, **options: Any) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # A core has as many dimensions as a batch of volumes, but no memory format of images.
+        def to_core(tensor: Tensor) -> Tensor:
+            return fn(tensor.flatten()).view(tensor.shape) if tensor.dim() == CORE_DIM else fn(tensor)
+
         self._kept, self._ready = {}, None
-        moved: Self = super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+        moved: Self = super()._apply(to_core, recurse)  # type: ignore[no-untyped-call]
         return moved
 
     def __getstate__(self) -> dict[str, Any]:

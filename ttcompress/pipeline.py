@@ -39,12 +39,14 @@ from ttcompress.network import (
     open_empty,
     stored_tensors,
 )
+from ttcompress.plan import is_made_by
 from ttcompress.recipe import Recipe
 from ttcompress.runtime import device_of, fixed_threads, seeded
 from ttcompress.shards import Index, read_index, read_metadata
 from ttcompress.sources import (
     Meter,
     Sources,
+    calibration_images,
     classification,
     images_meter,
     judge_by,
@@ -91,7 +93,7 @@ def compress_file(
     return report
 
 
-def check_repeats(checkpoint: Path, output: Path, recipe: Recipe) -> None:
+def check_repeats(checkpoint: Path, output: Path, recipe: Recipe, plan: CompressionPlan | None = None) -> None:
     """See that a compressed file is what `compress_file` with the same arguments wrote.
 
     Raises:
@@ -99,7 +101,12 @@ def check_repeats(checkpoint: Path, output: Path, recipe: Recipe) -> None:
     """
     report = Report.from_json(read_metadata(output))
     before = {**report.recipe, "seed": report.seed, "sha256": report.source.get("sha256")}
-    differ = differences(before, {**recorded(recipe), "seed": recipe.seed or 0, "sha256": file_digest(checkpoint)})
+    before["calib"] = (report.calibration or {}).get("data")
+    now = {**recorded(recipe), "seed": recipe.seed or 0, "sha256": file_digest(checkpoint)}
+    now["calib"] = calibration_images(recipe)
+    differ = differences(before, now)
+    if not differ and plan is not None and not is_made_by(report.plan, plan):
+        differ = "--plan was another"
     if differ:
         raise CheckpointError(f"{output}: was compressed otherwise: {differ}; repeat the command as it was")
 
@@ -227,7 +234,8 @@ def compress(
     Args:
         calib: inputs (N, ...) without labels, as one tensor or as batches (inputs, or tuples that begin with
             them); output error then counts instead of weight error.
-        data: labelled batches (inputs, labels) to measure accuracy on, such as a DataLoader; read twice.
+        data: labelled batches (inputs, labels) to measure accuracy on, such as a DataLoader; read twice, in the
+            same order if `agreement` is to be known.
         metric: instead of `data`, any function of the module; its values before and after go into the report.
         val: labelled batches to search by, with `max_drop` and no other target; read once a point.
         inplace: change `module` itself instead of a copy.

@@ -30,7 +30,7 @@ from ttcompress.allocate import (
 from ttcompress.candidates import Layer, find_layers, matches, require_match
 from ttcompress.checkpoint import replacing
 from ttcompress.errors import PlanError, ShapeError, shortlist
-from ttcompress.recipe import TARGETS, LayerRule, Recipe
+from ttcompress.recipe import FORM, TARGETS, LayerRule, Recipe
 from ttcompress.tt.cost import MULTIPLY_ADDS, TIME, Calls, LayerCosts, Unit
 from ttcompress.tt.decompose import frobenius_norm, smallest_eps, squared_spectra
 from ttcompress.tt.shapes import FORMATS, Tensorization, feasible_ranks, tensorize_shape
@@ -438,17 +438,27 @@ def adopt_plan(model: nn.Module, recipe: Recipe, plan: CompressionPlan) -> Compr
     """
     if any(getattr(recipe, name) is not None for group in TARGETS for name in group) or recipe.layers:
         raise PlanError("--plan states everything: leave out ranks, --eps, budgets and [[layers]]")
-    find_layers(model, [layer.fqn for layer in plan.layers])
+    if unused := recipe.given(*FORM, "dtype"):
+        raise PlanError(f"--plan states everything: leave out {', '.join(unused)}")
+    found = {layer.fqn: layer for layer in find_layers(model, [layer.fqn for layer in plan.layers])}
     adopted = []
     for layer in plan.layers:
         clipped = feasible_ranks(layer.tensorization.sizes, layer.tt_ranks)
         note = _clip_note(layer.tt_ranks, clipped)
-        layer = replace(layer, tt_ranks=clipped, note=note or layer.note)
+        own_type = found[layer.fqn].weight_dtype
+        layer = replace(layer, tt_ranks=clipped, note=note or layer.note, weight_dtype=own_type)
         layer = replace(layer, predicted_error=None, relative_error=None, output_error=None)
         if layer.params_after >= layer.params_before:
             raise PlanError(f"{layer.fqn}: {layer.params_after:,} parameters in TT form, {layer.params_before:,} dense")
         adopted.append(layer)
     return replace(plan.with_layers(adopted), multiply_adds=None, latency=None)
+
+
+def is_made_by(done: CompressionPlan, plan: CompressionPlan) -> bool:
+    """Whether a plan from a file, with its TT-ranks clipped, is what was done."""
+    forms = [{layer.fqn: (layer.tensorization, layer.core_dtype) for layer in each.layers} for each in (done, plan)]
+    ranks = {layer.fqn: feasible_ranks(layer.tensorization.sizes, layer.tt_ranks) for layer in plan.layers}
+    return forms[0] == forms[1] and ranks == {layer.fqn: layer.tt_ranks for layer in done.layers}
 
 
 def write_plan(path: Path, plan: CompressionPlan) -> None:
@@ -466,7 +476,7 @@ def read_plan(path: Path) -> CompressionPlan:
     """
     try:
         data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not a readable plan: {error}") from error
     if not isinstance(data, dict) or data.get("schema") != PLAN_SCHEMA:
         raise PlanError(f"{path}: not a plan of schema {PLAN_SCHEMA!r}; `ttcompress plan -o` writes one")

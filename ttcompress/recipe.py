@@ -93,7 +93,7 @@ _CHECKS = {
     "device": _TEXT,
     "batch_size": _COUNT,
     "workers": _FROM_ZERO,
-    "seed": _FROM_ZERO,
+    "seed": _Check("a whole number from 0 to below 2**63", lambda value: _is_int(value) and 0 <= value < 2**63),
     "max_drop": _Check("a number of points, 0 or above", lambda value: _is_number(value) and value >= 0),
     "val": _TEXT,
     "calib": _TEXT,
@@ -122,6 +122,14 @@ _CHECKS = {
     "deterministic": _SWITCH,
     "from_scratch": _SWITCH,
 }
+FORM = ("format", "in_modes", "out_modes", "include", "exclude")
+"""Options that say which layers get which form."""
+TRAINING = (
+    "teacher", "lr", "optimizer", "schedule", "warm_up", "weight_decay", "clip", "ema", "label_smoothing",
+    "distill", "temperature", "augment", "mixup", "cutmix", "precision", "channels_last", "compile",
+    "accumulate", "deterministic",
+)  # fmt: skip
+"""Options of a training beside its data and its length."""
 _FLOATS = (
     "eps", "ratio", "macs_ratio", "latency_ratio", "mean", "std", "max_drop",
     "lr", "warm_up", "weight_decay", "clip", "ema", "label_smoothing",
@@ -258,6 +266,10 @@ class Recipe:
             found = " and ".join(map(_flag, got)) or "none"
             raise PlanError(f"state exactly one of {choices}, --plan: got {found}")
         return stated[0]
+
+    def given(self, *names: str) -> list[str]:
+        """Those of these options that are stated, as the command line spells them."""
+        return [_flag(name) for name in names if _is_stated(getattr(self, name))]
 
     def override(self, **options: Any) -> Recipe:
         """A new recipe in which every stated option replaces its own; a target among them displaces the other targets.

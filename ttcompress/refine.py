@@ -204,6 +204,7 @@ def _inverse_frames(cores: Sequence[Tensor], metrics: Sequence[ModeMetric]) -> l
 
 
 def _damped_inverse(gram: Tensor) -> Tensor:
-    damping = DAMPING / 10 * gram.diagonal().mean()
-    inverse: Tensor = torch.linalg.inv(gram + damping * torch.eye(len(gram)).to(gram))
+    damping, identity = DAMPING / 10 * gram.diagonal().mean(), torch.eye(len(gram)).to(gram)
+    # Where nothing comes through, as of cores that are zero, no direction is better than another.
+    inverse: Tensor = torch.linalg.inv(gram + damping * identity) if bool(gram.any()) else identity
     return inverse

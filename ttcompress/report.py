@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from ttcompress.shards import read_metadata, stored_bytes
 from ttcompress.types import CompressionPlan, Json, LayerPlan, Report, compression, format_compression
 
 
-def read_report(path: Path) -> Json:
+def read_report(path: str | os.PathLike[str]) -> Json:
     """The report of a compressed file or folder, with its name and its size on disk (`file`, `file_bytes`).
 
     Raises:
         CheckpointError: not a compressed file, damaged, or of another schema.
     """
+    path = Path(path)
     with blaming(path):
         return with_file(Report.from_json(read_metadata(path)), path)
 
@@ -53,7 +55,7 @@ def render_side_by_side(reports: Sequence[Json]) -> Table:
 def _comparison_rows(reports: Sequence[Json]) -> list[tuple[str, list[str]]]:
     accuracies = [data["accuracy"] or {} for data in reports]
     layers = [[layer for layer in data["layers"] if "kept" not in layer] for data in reports]
-    errors = [[layer["relative_error"] for layer in each] for each in layers]
+    errors = [[layer["relative_error"] for layer in each if layer["relative_error"] is not None] for each in layers]
     return [
         ("compression", [format_compression(data["compression"]) for data in reports]),
         ("parameters before", [f"{data['params_before']:,}" for data in reports]),

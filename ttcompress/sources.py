@@ -51,6 +51,11 @@ def with_sources(network: Network, recipe: Recipe, progress: Progress | None) ->
     return replace(network, preprocessing=preprocessing), Sources(meter, judge, calibration)
 
 
+def calibration_images(recipe: Recipe) -> str | None:
+    """The name of the images to calibrate on, as reports have it."""
+    return open_data(recipe.calib, "train").name if recipe.calib else None
+
+
 def labelled(reference: str, split: str = "test") -> Images:
     """The images of a reference, whose labels are needed.
 

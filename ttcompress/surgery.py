@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttcompress.errors import PlanError, ShapeError
+from ttcompress.errors import PlanError, ShapeError, shortlist
 from ttcompress.layers import TTConv2d, TTLinear, layer_spec, tt_layer
 from ttcompress.tt.decompose import TTSVD, decompose_weight
 from ttcompress.tt.quantize import as_stored
@@ -28,6 +28,9 @@ def check_plan(model: nn.Module, plan: CompressionPlan) -> None:
     if plan.params_before != count:
         lists = f"the plan lists {plan.params_before:,} parameters, the network has {count:,}"
         raise PlanError(f"the plan does not fit this network: {lists}")
+    names = {name for name, _ in model.named_parameters()}
+    if unknown := [kept.name for kept in plan.kept if kept.name not in names]:
+        raise PlanError(f"the plan does not fit this network, which lacks {shortlist(unknown)}")
 
 
 def check_layers(model: nn.Module, layers: Sequence[LayerPlan]) -> None:

@@ -292,7 +292,7 @@ def _step(
         with forward.no_sync() if waits else nullcontext():
             with _autocast(options, images.device):
                 answers = None if course.teacher is None else _answers(course.teacher, images[part])
-                logits = forward(images[part]).float()
+                logits = _logits(forward(images[part]))
             own, other = (None if each is None else each[part] for each in (labels, others))
             loss = loss_of(logits, own, answers, options)
             if other is not None:
@@ -301,6 +301,12 @@ def _step(
         right = _hits(logits.detach(), own, answers)
         sums += torch.stack([loss.new_tensor(len(logits)), loss.detach() * len(logits), right.to(loss)]).double()
     return sums
+
+
+def _logits(output: Any) -> Tensor:
+    """Of networks that give their auxiliary heads' answers too in training, the main one, which comes first."""
+    main: Tensor = output[0] if isinstance(output, tuple) else output
+    return main.float()
 
 
 def _autocast(options: Options, device: torch.device) -> torch.autocast:

@@ -13,7 +13,8 @@ from ttcompress.tt.shapes import Mode, Tensorization, is_swept, tensorize_shape
 
 FILE_SCHEMA = "ttcompress/1"
 PLAN_SCHEMA = "ttcompress-plan/1"
-CORE_DTYPES = ("float16", "bfloat16", "float32", "float64", "int8")
+WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+CORE_DTYPES = (*WEIGHT_DTYPES, "int8")
 """Storage types of TT-cores."""
 
 Json = dict[str, Any]
@@ -108,6 +109,9 @@ class LayerPlan:
     core_dtype: str | None = None
 
     def __post_init__(self) -> None:
+        if self.weight_dtype not in WEIGHT_DTYPES:
+            types = ", ".join(WEIGHT_DTYPES)
+            raise ShapeError(f"{self.fqn}: weight_dtype must be one of {types}, not {self.weight_dtype!r}")
         if self.execution not in self.executions:
             ways = ", ".join(self.executions)
             raise ShapeError(f"{self.fqn}: execution must be one of {ways}, not {self.execution!r}")
@@ -182,6 +186,8 @@ class LayerPlan:
         Raises:
             ShapeError: modes that do not make the weight, or TT-ranks that do not fit them.
         """
+        if not isinstance(data["fqn"], str):
+            raise PlanError(f"fqn must be a text, not {data['fqn']!r}")
         spec: LayerSpec = (LinearSpec if data["kind"] == "linear" else ConvSpec)(**_tupled(data["spec"]))
         modes = [Mode(*mode) for mode in zip(data["out_modes"], data["in_modes"], data["window_modes"], strict=True)]
         tensorization = Tensorization(data["format"], tuple(modes))
@@ -296,7 +302,7 @@ class CompressionPlan:
                 before_and_after and (index(before_and_after[0]), index(before_and_after[1])),
                 data.get("latency"),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"not a readable plan: {type(error).__name__}: {error}") from error
 
 
@@ -356,11 +362,11 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Accuracy before and after on the same n images, and how often both networks say the same, in percent."""
+    """Accuracy before and after on the same n images, and how often both say the same in percent, where known."""
 
     dense: Accuracy
     compressed: Accuracy
-    agreement: float
+    agreement: float | None
     data: str
 
     def to_json(self) -> Json:
