@@ -21,6 +21,8 @@ from ttcompress.types import Architecture, CompressionPlan, Json, LayerPlan, Pre
 from ttcompress.weights import Weights
 
 Factory = Callable[[], nn.Module]
+ALIGNMENT = 64
+"""Bytes between which torch places the tensors that it allocates."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,12 @@ def open_compressed(path: Path, factory: Factory | None = None) -> tuple[nn.Modu
     tensors = load_compressed(path)
     with blaming(path):
         report = Report.from_json(read_metadata(path))
-        return _rebuilt(report, tensors, factory), report
+        return _rebuilt(report, {name: _aligned(tensor) for name, tensor in tensors.items()}, factory), report
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Where torch itself would have put it: kernels round differently where a weight begins between cache lines."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def _rebuilt(report: Report, tensors: Mapping[str, Tensor], factory: Factory | None) -> nn.Module:
