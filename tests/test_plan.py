@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from math import floor, prod
 from pathlib import Path
@@ -17,10 +18,10 @@ from torch.nn.utils import parametrizations
 
 from ttcompress.candidates import find_layers, matches
 from ttcompress.errors import PlanError, ShapeError
-from ttcompress.plan import adopt_plan, make_plan, read_plan, write_plan
+from ttcompress.plan import adopt_plan, is_made_by, make_plan, read_plan, write_plan
 from ttcompress.recipe import LayerRule, Recipe
 from ttcompress.surgery import apply_plan
-from ttcompress.types import CompressionPlan
+from ttcompress.types import CompressionPlan, LayerPlan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -554,6 +555,26 @@ def test_a_plan_takes_the_type_of_the_weights_at_hand(plan_file: Path) -> None:
     """As one that was made without weights, for a network in half precision."""
     plan = adopt_plan(net().half(), Recipe(), read_plan(plan_file))
     assert {layer.weight_dtype for layer in plan.layers} == {"float16"}
+
+
+def test_a_plan_is_known_again_in_what_was_done(plan_file: Path) -> None:
+    """With its TT-ranks clipped; one lower rank is another plan."""
+    given = read_plan(plan_file)
+    wide = given.with_layers(
+        [replace(layer, tt_ranks=(1, *[999] * (len(layer.tt_ranks) - 2), 1)) for layer in given.layers]
+    )
+    low = given.with_layers([replace(layer, tt_ranks=(1,) * len(layer.tt_ranks)) for layer in given.layers])
+    done = adopt_plan(net(), Recipe(), given)
+    assert is_made_by(done, given)
+    assert not is_made_by(done, low)
+    assert not is_made_by(done, given.with_layers(given.layers[1:]))
+    assert is_made_by(wide.with_layers([replace(layer, tt_ranks=feasible(layer)) for layer in wide.layers]), wide)
+
+
+def feasible(layer: LayerPlan) -> tuple[int, ...]:
+    """The largest TT-ranks of a layer: at each cut the smaller side."""
+    sizes = layer.tensorization.sizes
+    return tuple(min(prod(sizes[:cut]), prod(sizes[cut:])) for cut in range(len(sizes) + 1))
 
 
 def test_layers_with_hooks_stay_dense() -> None:
