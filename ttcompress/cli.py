@@ -208,12 +208,11 @@ def compress(checkpoint: Path, output: Path | None, force: bool, dry_run: bool, 
         _plan(checkpoint, None, force, **options)
         return
     from ttcompress import finetune, pipeline, report, shards
-    from ttcompress.recipe import TRAINING
 
     recipe, plan = _recipe_and_plan(options)
     if (recipe.train is None) != (recipe.epochs is None):
         raise click.UsageError("--finetune and --train go together")
-    unused = ["--resume"] * resume + recipe.given(*TRAINING)
+    unused = ["--resume"] * resume + recipe.given(*finetune.TRAINING)
     if recipe.epochs is None and unused:
         raise click.UsageError(f"{', '.join(unused)}: only with --finetune")
     if _processes() > 1 and not recipe.is_weights_only:

@@ -45,6 +45,8 @@ HELD_OUT, MOST_HELD_OUT = 10, 5000
 """One training image in so many, and no more than so many, choose the best epoch where no --val is given."""
 NO_MIRROR = ("digits", "mnist")
 """Data sets whose images mean something else in a mirror."""
+TRAINING = ("teacher", "augment", *(each.name for each in fields(Options) if each.name not in ("epochs", "seed")))
+"""Options that mean nothing where nothing is trained."""
 Log = Callable[[Json], None]
 
 

@@ -164,7 +164,7 @@ class _TTLayer(nn.Module, ABC):
         Raises:
             ShapeError: input of another shape, or of whole numbers.
         """
-        x = input
+        x = input  # The name is that of torch's own layers, for calls by keyword.
         signature = self._signature(x)
         # Once read: another thread may replace it meanwhile, here and in `_made`.
         ready = self._ready

@@ -124,12 +124,6 @@ _CHECKS = {
 }
 FORM = ("format", "in_modes", "out_modes", "include", "exclude")
 """Options that say which layers get which form."""
-TRAINING = (
-    "teacher", "lr", "optimizer", "schedule", "warm_up", "weight_decay", "clip", "ema", "label_smoothing",
-    "distill", "temperature", "augment", "mixup", "cutmix", "precision", "channels_last", "compile",
-    "accumulate", "deterministic",
-)  # fmt: skip
-"""Options of a training beside its data and its length."""
 _FLOATS = (
     "eps", "ratio", "macs_ratio", "latency_ratio", "mean", "std", "max_drop",
     "lr", "warm_up", "weight_decay", "clip", "ema", "label_smoothing",

@@ -21,7 +21,7 @@ def check_plan(model: nn.Module, plan: CompressionPlan) -> None:
     """See that a plan was made for this network.
 
     Raises:
-        PlanError: layers that it lacks or that have another shape, or parameters that the plan does not list.
+        PlanError: layers or parameters that it lacks, another shape, or parameters that the plan does not list.
     """
     check_layers(model, plan.layers)
     count = sum(parameter.numel() for parameter in model.parameters())

@@ -185,6 +185,7 @@ class LayerPlan:
 
         Raises:
             ShapeError: modes that do not make the weight, or TT-ranks that do not fit them.
+            PlanError: a name that is no text.
         """
         if not isinstance(data["fqn"], str):
             raise PlanError(f"fqn must be a text, not {data['fqn']!r}")

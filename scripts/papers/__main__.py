@@ -91,7 +91,8 @@ def page(rows: Sequence[Row]) -> str:
             The papers' figures beside ours, written by `python -m scripts.papers` from results.jsonl and rows.jsonl
             beside this page. Below each table is the command that runs one of its rows again. Minutes are those of the
             hardware named there, beside other work; where a row was stopped and went on, of its last call, and a dense
-            network that several rows start from is in the minutes of the first.
+            network that several rows start from is in the minutes of the first alone: one row in an empty folder
+            trains it too.
             """
         ),
     ]
