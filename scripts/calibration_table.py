@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ttcompress.pipeline import compress_file
+from ttcompress.commands.compress import compress_file
 from ttcompress.recipe import Recipe
 
 Row = dict[str, Any]

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ttcompress.allocate import Candidate, LayerOptions, within_budget
-from ttcompress.candidates import find_layers
-from ttcompress.data import open_data
-from ttcompress.layers import tt_layer
-from ttcompress.network import open_dense
-from ttcompress.surgery import swap
+from ttcompress.data.sets import open_data
+from ttcompress.layers.kinds import tt_layer
+from ttcompress.networks.opening import open_dense
+from ttcompress.networks.surgery import swap
+from ttcompress.planning.allocate import Candidate, LayerOptions, within_budget
+from ttcompress.planning.selection import find_layers
 from ttcompress.tt.decompose import decompose_weight, frobenius_norm, squared_spectra
 from ttcompress.tt.shapes import FORMATS, tensorize_shape
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from ttcompress.finetune import finetune_file
-from ttcompress.pipeline import compress_file
+from ttcompress.commands.compress import compress_file
+from ttcompress.commands.finetune import finetune_file
 from ttcompress.recipe import Recipe
 
 Row = dict[str, Any]

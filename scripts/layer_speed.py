@@ -15,9 +15,10 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from ttcompress.layers import TTConv2d, TTLinear
+from ttcompress.layers.conv import TTConv2d
+from ttcompress.layers.linear import TTLinear
+from ttcompress.records.layers import ConvSpec, LinearSpec
 from ttcompress.tt.shapes import tensorize_shape
-from ttcompress.types import ConvSpec, LinearSpec
 
 Run = Callable[[], object]
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

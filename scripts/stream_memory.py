@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ttcompress.checkpoint import LazyTensors, write_safetensors
-from ttcompress.header import TensorInfo
-from ttcompress.shards import encode_index
+from ttcompress.files.checkpoint import LazyTensors, write_safetensors
+from ttcompress.files.header import TensorInfo
+from ttcompress.files.shards import encode_index
 
 HIDDEN, INNER, VOCABULARY = 4096, 11008, 32000
 TYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}

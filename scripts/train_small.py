@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import VisionTransformer
 
-from ttcompress.data import open_data
-from ttcompress.evaluate import predict
-from ttcompress.refine import moved
-from ttcompress.zoo import Mlp, zoo_preprocessing
+from ttcompress.calibrate.refine import moved
+from ttcompress.data.sets import open_data
+from ttcompress.measure.accuracy import predict
+from ttcompress.networks.zoo import Mlp, zoo_preprocessing
 
 BATCH, RATE = 128, 1e-3
 WIDTHS = {"width0": 784, "width1": 512, "width2": 512, "width3": 10}

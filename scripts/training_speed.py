@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import ttcompress
-from ttcompress.header import read_metadata
-from ttcompress.network import open_fresh
-from ttcompress.optimize import make_optimizer, tt_layers, update
+from ttcompress.files.header import read_metadata
+from ttcompress.networks.opening import open_fresh
+from ttcompress.train.optimize import make_optimizer, tt_layers, update
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 Step = tuple[nn.Module, torch.optim.Optimizer, Tensor]

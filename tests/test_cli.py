@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ttcompress import cli, pipeline
-from ttcompress.checkpoint import load_compressed, write_safetensors
-from ttcompress.header import read_header, read_metadata
-from ttcompress.zoo import CifarResNet, Mlp
+from ttcompress import cli
+from ttcompress.commands import compress as pipeline
+from ttcompress.files.checkpoint import load_compressed, write_safetensors
+from ttcompress.files.header import read_header, read_metadata
+from ttcompress.networks.zoo import CifarResNet, Mlp
 
 WIDTHS = {"width0": 64, "width1": 96, "width2": 80, "width3": 10}
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -716,7 +717,7 @@ def test_an_internal_error_is_one_line_and_exit_code_1(
 @pytest.mark.parametrize("kind", ["user", "internal"])
 def test_debug_shows_a_traceback(mlp: Path, tmp_path: Path, kind: str) -> None:
     """In its own process, which prints the traceback of an error that nobody caught."""
-    script = "from ttcompress import cli, pipeline\n"
+    script = "from ttcompress import cli\nfrom ttcompress.commands import compress as pipeline\n"
     if kind == "internal":
         script += "pipeline.compress_network = None\n"
     option = "0" if kind == "user" else "2"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ttcompress.evaluate import wilson_interval
+from ttcompress.measure.accuracy import wilson_interval
 
 
 def ttcompress(*arguments: object, cwd: Path) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from ttcompress.commands.compress import plan_file
 from ttcompress.errors import PlanError
-from ttcompress.pipeline import plan_file
 from ttcompress.recipe import LayerRule, Recipe
 from ttcompress.tt.shapes import tensorize_shape
 

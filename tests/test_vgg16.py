@@ -13,8 +13,8 @@ import torch
 import torchvision
 
 import ttcompress
-from ttcompress import pipeline
-from ttcompress.header import read_header
+from ttcompress.commands import compress as pipeline
+from ttcompress.files.header import read_header
 from ttcompress.recipe import Recipe
 
 COMPRESS = """

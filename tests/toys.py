@@ -9,18 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ttcompress.data import open_data
-from ttcompress.distributed import World
-from ttcompress.layers import TTConv2d, TTLinear, layer_spec
-from ttcompress.stream import Stream
-from ttcompress.train import Course, Options
+from ttcompress.data.sets import open_data
+from ttcompress.data.training_batches import Stream
+from ttcompress.layers.conv import TTConv2d
+from ttcompress.layers.execution import layer_spec
+from ttcompress.layers.linear import TTLinear
+from ttcompress.processes import World
+from ttcompress.records.report import Preprocessing
+from ttcompress.train.loop import Course, Options
 from ttcompress.tt.shapes import tensorize_shape
-from ttcompress.types import Preprocessing
 
 CPU = torch.device("cpu")
 STEPS = 12
 """Batches of 8 in an epoch."""
-PRELOADED = ["torch._dynamo", "ttcompress.train"]
+PRELOADED = ["torch._dynamo", "ttcompress.train.loop"]
 """What new processes are forked with: importing it anew takes seconds each."""
 EVERYTHING = Options(
     epochs=3, lr=0.05, ema=0.9, mixup=0.4, cutmix=1.0, label_smoothing=0.1, distill=0.5, temperature=2.0, seed=3

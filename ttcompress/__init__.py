@@ -8,27 +8,27 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ttcompress.version import __version__ as __version__
+
 if TYPE_CHECKING:
+    from ttcompress.commands.compress import compress as compress
+    from ttcompress.commands.compress import save as save
     from ttcompress.errors import TTCompressError as TTCompressError
-    from ttcompress.layers import TTConv2d as TTConv2d
-    from ttcompress.layers import TTLinear as TTLinear
-    from ttcompress.network import load as load
-    from ttcompress.pipeline import compress as compress
-    from ttcompress.pipeline import save as save
-    from ttcompress.report import read_report as read_report
+    from ttcompress.layers.conv import TTConv2d as TTConv2d
+    from ttcompress.layers.linear import TTLinear as TTLinear
+    from ttcompress.networks.opening import load as load
+    from ttcompress.report.text import read_report as read_report
     from ttcompress.tt.decompose import tt_svd as tt_svd
     from ttcompress.tt.shapes import tensorize_shape as tensorize_shape
 
-__version__ = "0.1.0"
-
 _HOMES = {
     "TTCompressError": "errors",
-    "TTConv2d": "layers",
-    "TTLinear": "layers",
-    "compress": "pipeline",
-    "load": "network",
-    "read_report": "report",
-    "save": "pipeline",
+    "TTConv2d": "layers.conv",
+    "TTLinear": "layers.linear",
+    "compress": "commands.compress",
+    "load": "networks.opening",
+    "read_report": "report.text",
+    "save": "commands.compress",
     "tensorize_shape": "tt.shapes",
     "tt_svd": "tt.decompose",
 }

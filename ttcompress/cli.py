@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ttcompress import __version__
 from ttcompress.errors import TrainingStoppedError, TTCompressError
+from ttcompress.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from ttcompress.recipe import Recipe
-    from ttcompress.types import CompressionPlan, Json, Progress
+    from ttcompress.records.common import Json, Progress
+    from ttcompress.records.plan import CompressionPlan
 
 F = TypeVar("F", bound=Callable[..., Any])
 DEBUG = "TTCOMPRESS_DEBUG"
@@ -207,7 +208,10 @@ def compress(checkpoint: Path, output: Path | None, force: bool, dry_run: bool, 
     if dry_run:
         _plan(checkpoint, None, force, **options)
         return
-    from ttcompress import finetune, pipeline, report, shards
+    from ttcompress.commands import compress as pipeline
+    from ttcompress.commands import finetune
+    from ttcompress.files import shards
+    from ttcompress.report import text as report
 
     recipe, plan = _recipe_and_plan(options)
     if (recipe.train is None) != (recipe.epochs is None):
@@ -254,9 +258,10 @@ def plan_command(checkpoint: Path | None, output: Path | None, force: bool, **op
 
 
 def _plan(checkpoint: Path | None, output: Path | None, force: bool, **options: Any) -> None:
-    from ttcompress import pipeline, report
-    from ttcompress.checkpoint import check_output
-    from ttcompress.plan import write_plan
+    from ttcompress.commands import compress as pipeline
+    from ttcompress.files.checkpoint import check_output
+    from ttcompress.planning.plan_file import write_plan
+    from ttcompress.report import text as report
 
     recipe, plan = _recipe_and_plan(options)
     if output:
@@ -280,7 +285,9 @@ def _plan(checkpoint: Path | None, output: Path | None, force: bool, **options: 
 @resume_option
 def finetune_command(model: Path | None, output: Path | None, force: bool, resume: bool, **options: Any) -> None:
     """Train MODEL, a compressed file or a dense checkpoint, further into STEM-ft.safetensors."""
-    from ttcompress import finetune, report, shards
+    from ttcompress.commands import finetune
+    from ttcompress.files import shards
+    from ttcompress.report import text as report
 
     recipe, plan = _recipe_and_plan(options)
     stem = shards.stem(model) if model else str(recipe.arch).rpartition(":")[2]
@@ -301,12 +308,12 @@ def finetune_command(model: Path | None, output: Path | None, force: bool, resum
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images.")
 def evaluate(model: Path, limit: int | None, as_json: bool, **options: Any) -> None:
     """Accuracy of MODEL, a dense checkpoint or a compressed file, on --data."""
-    from ttcompress import pipeline
+    from ttcompress.commands.evaluate import evaluate_file
     from ttcompress.recipe import Recipe
 
     recipe = Recipe().override(**options)
     with _progress() as progress:
-        accuracy, data = pipeline.evaluate_file(model, recipe, limit=limit, progress=progress)
+        accuracy, data = evaluate_file(model, recipe, limit=limit, progress=progress)
     if as_json:
         result = {"accuracy": accuracy.top1, "top5": accuracy.top5, "n": accuracy.n, "interval": accuracy.interval}
         _print_json({**result, "data": data})
@@ -321,7 +328,7 @@ def evaluate(model: Path, limit: int | None, as_json: bool, **options: Any) -> N
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, a list for several files.")
 def report_command(files: tuple[Path, ...], as_json: bool) -> None:
     """Show what compressed FILES hold, several side by side."""
-    from ttcompress import report
+    from ttcompress.report import text as report
 
     reports = [report.read_report(file) for file in files]
     if as_json:
@@ -336,9 +343,9 @@ def report_command(files: tuple[Path, ...], as_json: bool) -> None:
 @force_option
 def expand(file: Path, output: Path, force: bool) -> None:
     """Turn compressed FILE back into an ordinary dense checkpoint."""
-    from ttcompress import pipeline
+    from ttcompress.commands.expand import expand_file
 
-    done = pipeline.expand_file(file, output, force)
+    done = expand_file(file, output, force)
     click.echo(f"{output}: {len(done.plan.layers)} weights rebuilt, {done.plan.params_before:,} parameters")
 
 
@@ -351,8 +358,8 @@ def expand(file: Path, output: Path, force: bool) -> None:
 @json_option
 def export_command(file: Path, output: Path, as_json: bool, **options: Any) -> None:
     """Write FILE, compressed or a dense checkpoint, for runtimes that read ONNX, and compare it with torch there."""
-    from ttcompress.export import export_file
-    from ttcompress.report import format_bytes
+    from ttcompress.commands.export import export_file
+    from ttcompress.report.text import format_bytes
 
     done = export_file(file, output, **options)
     if as_json:
@@ -383,9 +390,9 @@ def bench(
     file: Path, batch_sizes: Sequence[int] | None, fail_if_slower: bool, save: bool, as_json: bool, **options: Any
 ) -> None:
     """Measure time and memory of compressed FILE against its dense network, and of each compressed layer."""
-    from ttcompress import report
-    from ttcompress.bench import bench_file, is_slower, save_bench
+    from ttcompress.measure.bench import bench_file, is_slower, save_bench
     from ttcompress.recipe import Recipe
+    from ttcompress.report import text as report
     from ttcompress.runtime import device_of
 
     device = device_of(Recipe().override(device=options.pop("device")))
@@ -404,7 +411,7 @@ def bench(
 @commands.command()
 def demo() -> None:
     """Train a small network on scikit-learn's digits, then run the real commands on it. No download."""
-    from ttcompress.demo import run_demo
+    from ttcompress.commands.demo import run_demo
 
     run_demo(click.echo, lambda arguments: commands.main(arguments, "ttcompress", standalone_mode=False))
 
@@ -418,13 +425,13 @@ def _recipe_and_plan(options: dict[str, Any]) -> tuple[Recipe, CompressionPlan |
     recipe = (Recipe.from_toml(path) if path else Recipe()).override(**given)
     if not plan_path:
         return recipe, None
-    from ttcompress.plan import read_plan
+    from ttcompress.planning.plan_file import read_plan
 
     return recipe, read_plan(plan_path)
 
 
 def _show(data: Json, as_json: bool) -> None:
-    from ttcompress import report
+    from ttcompress.report import text as report
 
     if as_json:
         _print_json(data)

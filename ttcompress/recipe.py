@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ttcompress.errors import PlanError
+from ttcompress.records.plan import CORE_DTYPES
 from ttcompress.tt.shapes import FORMATS
-from ttcompress.types import CORE_DTYPES
 
 Ranks = int | tuple[int, ...]
 EXECUTIONS = ("auto", "contract", "chain", "dense")

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from scripts.papers.rows import Group, Row, Runs, Where, cells, header, on_cpu, paragraph
-from ttcompress.bench import peak_memory
-from ttcompress.layers import TTLinear
-from ttcompress.report import format_bytes
+from ttcompress.layers.linear import TTLinear
+from ttcompress.measure.bench import peak_memory
+from ttcompress.records.layers import LinearSpec
+from ttcompress.report.text import format_bytes
 from ttcompress.tt.shapes import tensorize_shape
-from ttcompress.types import LinearSpec
 
 ROWS = 32
 SIZES = (1024, 2048, 4096, 8192, 16384)

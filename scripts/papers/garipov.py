@@ -10,9 +10,10 @@ from pathlib import Path
 
 from scripts.papers.rows import Group, Row, Runs, Where, cells, header, minutes, paragraph, variance, wins
 from scripts.papers.training import dense, dense_error, from_pretrained, from_scratch, measured, recipe_of, trained
-from ttcompress.pipeline import compress_file, expand_file
+from ttcompress.commands.compress import compress_file
+from ttcompress.commands.expand import expand_file
 from ttcompress.recipe import Recipe
-from ttcompress.types import Report
+from ttcompress.records.report import Report
 
 # Top-1 accuracy of the paper by row; compression is part of the name.
 CONV_PAPER = {

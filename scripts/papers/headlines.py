@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scripts.papers.rows import FINETUNED, Row, read
-from ttcompress.report import format_bytes
+from ttcompress.report.text import format_bytes
 
 BEGIN, END = "<!-- results: python -m scripts.papers -->", "<!-- /results -->"
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from scripts.papers.rows import Group, Row, Runs, Where, cells, header, paragraph
-from ttcompress.pipeline import compress_file
+from ttcompress.commands.compress import compress_file
 from ttcompress.recipe import Recipe
-from ttcompress.report import format_bytes
+from ttcompress.report.text import format_bytes
 
 DTYPES = ("float32", "float16", "int8")
 RATIOS = (2, 3)

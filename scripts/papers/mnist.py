@@ -10,7 +10,7 @@ from functools import partial
 from scripts.papers.plot import chart
 from scripts.papers.rows import Group, Row, Runs, Where, cells, header, minutes, paragraph, wins
 from scripts.papers.training import dense, dense_error, from_pretrained, from_scratch, measured, recipe_of
-from ttcompress.types import Report
+from ttcompress.records.report import Report
 
 SHAPES = {
     "32x32": ("32x32", (1, 2, 4)),

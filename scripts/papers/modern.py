@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from scripts.papers.rows import FINETUNED, Group, Row, Runs, Where, cells, header, minutes, paragraph, read
-from ttcompress.pipeline import compress_file
+from ttcompress.commands.compress import compress_file
 from ttcompress.recipe import Recipe
 
 CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet32": "resnet32-d509ac18.th"}

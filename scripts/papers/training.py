@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from scripts.papers.rows import ROOT, Row
-from ttcompress.finetune import finetune_file, state_file
-from ttcompress.pipeline import compress_file, evaluate_file
+from ttcompress.commands.compress import compress_file
+from ttcompress.commands.evaluate import evaluate_file
+from ttcompress.commands.finetune import finetune_file, state_file
 from ttcompress.recipe import Recipe
-from ttcompress.report import read_report
-from ttcompress.types import Json, Report
+from ttcompress.records.common import Json
+from ttcompress.records.report import Report
+from ttcompress.report.text import read_report
 
 
 def trained(output: Path, recipe: Recipe, source: Path | None = None, origin: Path | None = None) -> Report:

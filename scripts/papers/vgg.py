@@ -11,10 +11,10 @@ import torch
 import torchvision
 
 from scripts.papers.rows import ROOT, Group, Row, Runs, Where, cells, header, paragraph
-from ttcompress.pipeline import compress_file
+from ttcompress.commands.compress import compress_file
 from ttcompress.recipe import Recipe
-from ttcompress.report import format_bytes
-from ttcompress.types import compression, format_compression
+from ttcompress.records.common import compression, format_compression
+from ttcompress.report.text import format_bytes
 
 # Of the FC layers that are replaced, of VGG-16 and of VGG-19; top-1 and top-5 error of both in percent.
 PAPER = {

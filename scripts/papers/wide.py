@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scripts.papers.rows import Group, Row, Runs, Where, cells, header, minutes, paragraph
 from scripts.papers.training import from_scratch, measured, recipe_of
-from ttcompress.report import format_bytes
+from ttcompress.report.text import format_bytes
 
 # Top-1 accuracy in the authors' logs, by TT-rank.
 PAPER = {2: 69.5, 4: 69.8, 10: 71.3, 20: 69.0}

@@ -1,0 +1,155 @@
+"""Checkpoints of several files with an index: found, checked, read as one, written with the index at last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sharded import INDEX, write
+from torch import Tensor
+
+from ttcompress.errors import CheckpointError
+from ttcompress.files.checkpoint import (
+    LazyTensors,
+    file_digest,
+    load_checkpoint,
+    load_compressed,
+    tensor_infos,
+    write_shards,
+)
+from ttcompress.files.shards import Index, checkpoint_files, read_index, resolve, stem, stored_bytes
+
+TENSORS = {"a": torch.randn(3, 2), "b": torch.arange(4), "c": torch.randn(5).bfloat16()}
+HOMES = {"a": "x-2.safetensors", "b": "x-1.safetensors", "c": "x-2.safetensors"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(tmp_path / "net-1.5b", TENSORS, HOMES)
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("by", ["", INDEX])
+def test_folder_and_index_are_the_same_checkpoint(folder: Path, by: str) -> None:
+    read = load_checkpoint(folder / by)
+    assert equal(read.tensors, TENSORS)
+    assert read.source == {"file": "net-1.5b", "sha256": file_digest(folder)}
+    assert stem(folder / by) == "net-1.5b"
+    assert [file.name for file in checkpoint_files(folder / by)] == ["x-1.safetensors", "x-2.safetensors"]
+
+
+def test_digest_is_that_of_sha256sum(folder: Path) -> None:
+    lines = [
+        f"{hashlib.sha256((folder / shard).read_bytes()).hexdigest()}  {shard}\n" for shard in sorted({*HOMES.values()})
+    ]
+    assert file_digest(folder) == hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def test_shards_may_be_links_as_in_the_cache_of_the_hub(folder: Path, tmp_path: Path) -> None:
+    (folder / "x-1.safetensors").rename(tmp_path / "blob")
+    (folder / "x-1.safetensors").symlink_to(tmp_path / "blob")
+    assert equal(load_checkpoint(folder).tensors, TENSORS)
+
+
+def test_a_folder_with_one_file_is_that_file(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    assert resolve(tmp_path) == tmp_path / "model.safetensors"
+    assert read_index(tmp_path) is None
+    assert equal(load_checkpoint(tmp_path).tensors, TENSORS)
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_folders_that_hold_no_one_checkpoint(tmp_path: Path) -> None:
+    assert "is a folder without" in refused(tmp_path)
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file(TENSORS, tmp_path / name)
+    assert "several checkpoints, name one: a.safetensors, b.safetensors" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        (lambda index: index["weight_map"].update(d="x-1.safetensors"), "d is named but not in x-1.safetensors"),
+        (lambda index: index["weight_map"].pop("a"), "a in x-2.safetensors is not named"),
+        (lambda index: index["weight_map"].update(a="x-1.safetensors"), "a is named but not in x-1.safetensors"),
+        (lambda index: index["weight_map"].update(a="x-3.safetensors"), "lacks 1 of 3 shards: x-3.safetensors"),
+        (lambda index: index["weight_map"].update(a="../x-2.safetensors"), "not ../x-2.safetensors"),
+        (lambda index: index["weight_map"].update(a="/x-2.safetensors"), "not /x-2.safetensors"),
+        (lambda index: index["weight_map"].update(a="sub/x-2.safetensors"), "not sub/x-2.safetensors"),
+        (lambda index: index["weight_map"].update(a=".."), "beside the index, not .."),
+        (lambda index: index["weight_map"].update(a="x-2.bin"), "beside the index, not x-2.bin"),
+        (lambda index: index["weight_map"].update(a=["x-2.safetensors"]), "not an index of shards"),
+        (lambda index: index["weight_map"].clear(), "not an index of shards"),
+        (lambda index: index.update(weight_map=["a"]), "not an index of shards"),
+        (lambda index: index.clear(), "not an index of shards"),
+    ],
+)  # fmt: skip
+def test_bad_indexes(folder: Path, change: Callable[[dict[str, Any]], object], wanted: str) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    change(index)
+    (folder / INDEX).write_text(json.dumps(index))
+    text = refused(folder)
+    assert wanted in text
+    assert INDEX in text
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100_000])
+def test_indexes_that_are_no_json(folder: Path, content: str) -> None:
+    (folder / INDEX).write_text(content)
+    assert "not an index of shards" in refused(folder)
+
+
+def test_a_truncated_shard_is_named(folder: Path) -> None:
+    whole = (folder / "x-2.safetensors").read_bytes()
+    (folder / "x-2.safetensors").write_bytes(whole[:-1])
+    assert "x-2.safetensors: truncated" in refused(folder)
+
+
+def test_written_shards_are_read_back_by_others_and_by_us(folder: Path, tmp_path: Path) -> None:
+    index = read_index(folder)
+    assert index is not None
+    write_shards(tmp_path / "new", index, TENSORS)
+    written = {shard: load_file(tmp_path / "new" / shard) for shard in set(HOMES.values())}
+    assert {name: shard for shard, tensors in written.items() for name in tensors} == HOMES
+    assert equal({name: tensors[name] for tensors in written.values() for name in tensors}, TENSORS)
+    assert equal(load_compressed(tmp_path / "new"), TENSORS)
+    assert json.loads((tmp_path / "new" / INDEX).read_text()) == {"metadata": {"total_size": 66}, "weight_map": HOMES}
+    assert stored_bytes(tmp_path / "new") == sum(
+        file.stat().st_size for file in (tmp_path / "new").glob("*.safetensors")
+    )
+
+
+def test_a_failure_leaves_no_index_and_no_half_shard(folder: Path) -> None:
+    """Of the old checkpoint in the same folder no index either."""
+    (folder / ".ttcompress-0123").write_text("left from a killed run")
+
+    def make(name: str) -> Tensor:
+        if name == "c":
+            raise KeyboardInterrupt
+        return TENSORS[name]
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(folder, Index(folder / INDEX, HOMES), LazyTensors(tensor_infos(TENSORS), make))
+    assert sorted(file.name for file in folder.iterdir()) == ["x-1.safetensors", "x-2.safetensors"]
+    assert "several checkpoints" in refused(folder)
+
+
+def test_a_type_that_cannot_be_written_leaves_the_old_checkpoint(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="no type"):
+        write_shards(folder, Index(folder / INDEX, HOMES), {**TENSORS, "a": torch.zeros(2, dtype=torch.complex128)})
+    assert equal(load_checkpoint(folder).tensors, TENSORS)

@@ -1,0 +1,242 @@
+"""Accuracy, interval and agreement against tables, other formulas and plain NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import sqrt
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ttcompress.errors import DataError
+from ttcompress.measure.accuracy import Batches, compare, predict, wilson_interval
+
+RNG = np.random.default_rng(0)
+
+
+class Given(nn.Module):
+    """A classifier whose images are its logits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> object:
+        return self.function(x)
+
+
+def batches(logits: NDArray[np.float64], labels: NDArray[np.int64], size: int = 7) -> Batches:
+    x, y = torch.from_numpy(logits), torch.from_numpy(labels)
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+def made_up(n: int, classes: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    return RNG.normal(size=(n, classes)), RNG.integers(0, classes, n)
+
+
+def top_k(logits: NDArray[np.float64], labels: NDArray[np.int64], k: int) -> float:
+    order = np.argsort(-logits, axis=1)[:, :k]
+    return 100 * float(np.mean([label in row for label, row in zip(labels, order, strict=True)]))
+
+
+# Newcombe 1998, table I, Wilson score method without continuity correction, to the four digits printed there.
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [(81, 263, 25.53, 36.62), (15, 148, 6.24, 16.05), (0, 20, 0.0, 16.11), (1, 29, 0.61, 17.18)],
+)
+def test_wilson_interval_against_newcombe_1998(right: int, n: int, low: float, high: float) -> None:
+    assert wilson_interval(right, n) == pytest.approx((low, high), abs=0.006)
+
+
+@given(n=st.integers(1, 10**6), share=st.floats(0, 1))
+def test_wilson_interval_bounds_solve_its_defining_equation(n: int, share: float) -> None:
+    """Both bounds p0 satisfy |p - p0| = z sqrt(p0 (1 - p0) / n): the score test that the interval inverts."""
+    right = round(share * n)
+    low, high = wilson_interval(right, n)
+    assert 0 <= low <= 100 * (right / n) <= high <= 100
+    for bound in (low / 100, high / 100):
+        assert abs(right / n - bound) == pytest.approx(1.959964 * sqrt(max(0, bound * (1 - bound)) / n), abs=1e-6)
+
+
+def test_published_resnet20_interval() -> None:
+    """91.73 % of 10,000, from p +- z sqrt(p (1 - p) / n), which at this n differs in the third digit only."""
+    half = 100 * 1.96 * sqrt(0.9173 * 0.0827 / 10_000)
+    assert wilson_interval(9173, 10_000) == pytest.approx((91.73 - half, 91.73 + half), abs=0.02)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 4, 5, 6, 10, 1000])
+@pytest.mark.parametrize("size", [1, 7, 200])
+def test_top1_and_top5_against_numpy(classes: int, size: int) -> None:
+    logits, labels = made_up(100, classes)
+    accuracy = predict(Given(), batches(logits, labels, size)).accuracy()
+    assert accuracy.n == 100
+    assert accuracy.top1 == pytest.approx(top_k(logits, labels, 1), abs=1e-12)
+    assert accuracy.top5 == pytest.approx(top_k(logits, labels, 5), abs=1e-12)
+    assert accuracy.interval == wilson_interval(round(accuracy.top1), 100)
+    if classes <= 5:
+        assert accuracy.top5 == 100
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_agreement_against_numpy(classes: int) -> None:
+    dense, labels = made_up(200, classes)
+    compressed = dense + RNG.normal(size=dense.shape) * 0.5
+    pair = [predict(Given(), batches(each, labels)) for each in (dense, compressed)]
+    comparison = compare(*pair, "made up")
+    same = 100 * float(np.mean(dense.argmax(1) == compressed.argmax(1)))
+    assert 0 < same < 100
+    assert comparison.agreement == pytest.approx(same, abs=1e-12)
+    assert comparison.dense.top1 == pytest.approx(top_k(dense, labels, 1), abs=1e-12)
+    assert comparison.compressed.top1 == pytest.approx(top_k(compressed, labels, 1), abs=1e-12)
+
+
+def test_comparison_json_tells_dense_from_compressed() -> None:
+    labels = np.arange(10)
+    right, wrong = np.eye(10), -np.eye(10)
+    dense, compressed = (predict(Given(), batches(each, labels)) for each in (right, wrong))
+    data = compare(dense, compressed, "made up").to_json()
+    assert data == {
+        "dense": 100.0,
+        "compressed": 0.0,
+        "dense_top5": 100.0,
+        "compressed_top5": 0.0,
+        "n": 10,
+        "interval": list(wilson_interval(0, 10)),
+        "dense_interval": list(wilson_interval(10, 10)),
+        "agreement": data["agreement"],
+        "data": "made up",
+    }
+    assert 0 <= data["agreement"] <= 20
+
+
+def test_order_of_batches_does_not_matter() -> None:
+    logits, labels = made_up(50, 10)
+    whole = predict(Given(), batches(logits, labels, 50)).accuracy()
+    shuffled = RNG.permutation(50)
+    assert predict(Given(), batches(logits[shuffled], labels[shuffled], 3)).accuracy() == whole
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_mode_is_put_back_and_evaluation_runs_in_eval_mode(training: bool, fails: bool) -> None:
+    seen: list[bool] = []
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(self.training)
+            return x / 0 if fails else x
+
+    net = Net().train(training)
+    if fails:
+        with pytest.raises(DataError):
+            predict(net, batches(*made_up(5, 3)))
+    else:
+        predict(net, batches(*made_up(5, 3)))
+    assert seen == [False]
+    assert net.training is training
+
+
+def test_batch_norm_statistics_and_gradients_stay_out_of_it() -> None:
+    net = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).double().train()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    predictions = predict(net, batches(*made_up(20, 4)[:1], RNG.integers(0, 3, 20)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert not predictions.classes.requires_grad
+
+
+def test_progress_counts_images() -> None:
+    seen: list[int] = []
+    predict(Given(), batches(*made_up(20, 3), size=8), progress=lambda what, done, total: seen.append(done))
+    assert seen == [8, 16, 20]
+
+
+def message(model: nn.Module, data: Batches) -> str:
+    with pytest.raises(DataError) as error:
+        predict(model, data)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("label", [3, 4, 1000, -1, -100])
+def test_labels_beyond_the_classes(label: int) -> None:
+    logits, labels = made_up(20, 3)
+    labels[11] = label
+    text = message(Given(), batches(logits, labels))
+    assert f"label {label}," in text
+    assert "3 classes" in text
+
+
+@pytest.mark.parametrize("shape", [(20, 3), (20, 1), (19,), (1,), ()], ids=str)
+def test_labels_that_are_not_one_number_an_image(shape: tuple[int, ...]) -> None:
+    """One-hot labels would otherwise be broadcast to a number that looks like an accuracy."""
+    data = [(torch.randn(20, 3), torch.zeros(shape, dtype=torch.long))]
+    assert "one class number an image" in message(Given(), data)
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32), (3, 300), (4, 32, 32)], ids=str)
+def test_images_of_the_wrong_size(shape: tuple[int, ...]) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 30 * 30, 10))
+    text = message(net, [(torch.randn(2, *shape), torch.zeros(2, dtype=torch.long))])
+    assert str(shape) in text
+
+
+@pytest.mark.parametrize(
+    ("function", "wanted"),
+    [
+        (lambda x: (x, x), "tuple"),
+        (lambda x: {"logits": x}, "dict"),
+        (lambda x: x[:, 0], "(20,)"),
+        (lambda x: x[:, :, None], "(20, 3, 1)"),
+        (lambda x: x * float("nan"), "NaN or Inf"),
+        (lambda x: x / 0, "NaN or Inf"),
+    ],
+    ids=["tuple", "dict", "1-d", "3-d", "nan", "inf"],
+)
+def test_what_are_no_logits(function: Callable[[Tensor], object], wanted: str) -> None:
+    assert wanted in message(Function(function), batches(*made_up(20, 3), size=20))
+
+
+def test_no_images_and_no_labels() -> None:
+    assert "no image" in message(Given(), [])
+    assert "no image" in message(Given(), [(torch.empty(0, 3), torch.empty(0, dtype=torch.long))])
+    assert "needs labels" in message(Given(), [(torch.randn(2, 3), None)])
+
+
+def test_running_out_of_memory_is_not_blamed_on_the_data() -> None:
+    def exhaust(x: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        predict(Function(exhaust), batches(*made_up(2, 3)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(n=st.integers(1, 30), classes=st.integers(1, 12), seed=st.integers(0, 99))
+def test_top5_is_never_below_top1(n: int, classes: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    accuracy = predict(Given(), batches(rng.normal(size=(n, classes)), rng.integers(0, classes, n))).accuracy()
+    low, high = accuracy.interval
+    assert 0 <= low <= accuracy.top1 + 1e-12
+    assert accuracy.top1 - 1e-12 <= high <= 100
+    assert accuracy.top1 <= accuracy.top5 <= 100
+
+
+def test_images_in_another_order_are_not_compared_one_by_one() -> None:
+    """As from a DataLoader that shuffles: both accuracies are right, and agreement is not known."""
+    logits, labels = made_up(40, 10)
+    order = RNG.permutation(40)
+    one, other = predict(Given(), batches(logits, labels)), predict(Given(), batches(logits[order], labels[order]))
+    comparison = compare(one, other, "data")
+    assert comparison.dense == comparison.compressed
+    assert comparison.to_json()["agreement"] is None
+    assert compare(one, one, "data").agreement == 100

@@ -1,0 +1,347 @@
+"""Training that never loses work: stopped, killed, starved of disk, given the wrong file and driven to NaN."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from toys import (
+    EVERYTHING,
+    PRELOADED,
+    STEPS,
+    course,
+    equal,
+    finite,
+    frozen_copy,
+    network,
+    position,
+    saved,
+    stream,
+    teacher,
+    write_images,
+)
+
+from ttcompress.errors import CheckpointError, TrainingError, TrainingStoppedError
+from ttcompress.train import loop as training
+from ttcompress.train.loop import Options, State, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+RATES = {"sgd": 0.05, "adamw": 0.005}
+EAGER = {"CHECK_EVERY": 1, "SAVE_EVERY": 0.0}
+Actions = dict[tuple[str, int], Callable[[], object]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train.npz, and what uninterrupted trainings leave: sgd and adamw; read only."""
+    folder = write_images(tmp_path_factory.mktemp("resume"))
+    for optimizer in RATES:
+        go_on(folder, folder / optimizer, {}, optimizer)
+    return folder
+
+
+def is_whole(file: Path, folder: Path, optimizer: str = "sgd") -> bool:
+    """Whether it is what an uninterrupted training leaves, random numbers and all."""
+    return equal(saved(file), saved(folder / optimizer))
+
+
+def go_on(folder: Path, file: Path, actions: Actions, optimizer: str = "sgd", model: nn.Module | None = None) -> State:
+    """Begin or resume; before some batch of the whole training, or while some epoch is judged, something happens."""
+    resume = file.exists()
+    model = model or network(99 if resume else 0)
+    at = position(file) if resume else (0, 0)
+    counts = {"batch": at[0] * STEPS + at[1], "judge": at[0] + resume}
+
+    def act(module: nn.Module, _: object) -> None:
+        kind = "batch" if module.training else "judge"
+        counts[kind] += 1
+        actions.get((kind, counts[kind] - 1), lambda: None)()
+
+    model.register_forward_pre_hook(act)
+    options = replace(EVERYTHING, optimizer=optimizer, lr=RATES[optimizer])
+    return train(model, options, course(folder, file, teacher=teacher()), resume)
+
+
+def raising(*numbers: int) -> Callable[[], object]:
+    return lambda: [signal.raise_signal(number) for number in numbers]
+
+
+@pytest.mark.parametrize("optimizer", RATES)
+@pytest.mark.parametrize("eager", [False, True])
+def test_stopped_again_and_again_it_ends_as_if_it_never_was(
+    optimizer: str, eager: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in EAGER.items() if eager else ():
+        monkeypatch.setattr(training, name, value)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    stops = [
+        (("batch", 3), signal.SIGTERM, (0, 4 if eager else 10)),
+        (("batch", 11), signal.SIGINT, (0, 12)),
+        (("judge", 1), signal.SIGTERM, (1, 0)),
+        (("batch", 30), signal.SIGINT, (2, 7 if eager else 10)),
+        (("batch", 35), signal.SIGTERM, (2, 12)),
+    ]
+    file = tmp_path / "x.training"
+    for place, number, expected in stops:
+        with pytest.raises(TrainingStoppedError, match=r"^stopped in epoch \d; .* is in .*x\.training$"):
+            go_on(folder, file, {place: raising(number)}, optimizer)
+        assert position(file) == expected
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    state = go_on(folder, file, {}, optimizer)
+    assert is_whole(file, folder, optimizer)
+    whole = saved(folder / optimizer)
+    assert equal(frozen_copy(state.best), whole["best"])
+    assert equal(frozen_copy(state.model.state_dict()), whole["model"])
+    assert equal(state.history, whole["progress"]["history"])
+
+
+def test_a_second_signal_does_not_wait(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "x.training"
+    # A shell that starts the tests in the background has them ignore it.
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            go_on(folder, file, {("batch", 17): raising(signal.SIGINT, signal.SIGINT)})
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert position(file) == (1, 0)
+    go_on(folder, file, {})
+    assert is_whole(file, folder)
+
+
+def test_asked_to_stop_while_the_start_is_judged_it_stops_like_later(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "x.training"
+    with pytest.raises((TrainingStoppedError, KeyboardInterrupt)) as caught:
+        go_on(folder, file, {("judge", 0): raising(signal.SIGINT)})
+    assert caught.type is TrainingStoppedError
+    go_on(folder, file, {})
+    assert is_whole(file, folder)
+
+
+def test_where_there_are_no_signals_it_trains_all_the_same(folder: Path, tmp_path: Path) -> None:
+    thread = threading.Thread(target=go_on, args=(folder, tmp_path / "x.training", {}))
+    thread.start()
+    thread.join()
+    assert is_whole(tmp_path / "x.training", folder)
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+
+
+@contextmanager
+def child(mode: str, *arguments: object) -> Iterator[tuple[Any, Connection]]:
+    """A process that trains, and a line to it; killed in the end."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=run_child, args=(theirs, mode, *arguments))
+    process.start()
+    theirs.close()
+    try:
+        yield process, ours
+    finally:
+        process.kill()
+        process.join()
+
+
+def wait_for(line: Connection) -> Any:
+    assert line.poll(60)
+    return line.recv()
+
+
+def run_child(line: Connection, mode: str, folder: Path, file: Path, optimizer: str) -> None:
+    torch.set_num_threads(1)
+    actions: Actions = {("batch", 16): lambda: (line.send("here"), line.recv())}
+    if mode == "slow":
+        vars(training).update(EAGER)
+        actions = {("batch", number): lambda: (line.send("here"), time.sleep(0.01)) for number in range(3 * STEPS)}
+    if mode == "half":
+        vars(training).update(EAGER)
+        torch.save, actions = half_save(torch.save, range(4)), {}
+    try:
+        go_on(folder, file, actions, optimizer)
+    except TrainingStoppedError as error:
+        line.send(str(error))
+        sys.exit(130)
+    # Whoever is to be killed does not end before.
+    line.send("here")
+    line.recv()
+
+
+def half_save(save: Callable[..., None], first: range) -> Callable[..., None]:
+    """Good the first times, then the end of the process in the middle."""
+    left = iter(first)
+
+    def write(content: object, target: Any) -> None:
+        if next(left, None) is not None:
+            return save(content, target)
+        save(content, buffer := io.BytesIO())
+        target.write(buffer.getvalue()[: buffer.tell() // 2])
+        target.flush()
+        return os.kill(os.getpid(), signal.SIGKILL)
+
+    return write
+
+
+@pytest.mark.parametrize(("number", "optimizer"), [(signal.SIGTERM, "adamw"), (signal.SIGINT, "sgd")])
+def test_a_process_that_is_asked_to_stop_saves_and_ends(
+    number: int, optimizer: str, folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "x.training"
+    with child("wait", folder, file, optimizer) as (process, line):
+        wait_for(line)
+        os.kill(process.pid, number)
+        line.send("go on")
+        assert wait_for(line) == f"stopped in epoch 2; the last good state is in {file}"
+        process.join(60)
+        assert process.exitcode == 130
+    assert position(file) == (1, 10)
+    go_on(folder, file, {}, optimizer)
+    assert is_whole(file, folder, optimizer)
+
+
+def test_killed_at_any_moment_it_goes_on(folder: Path, tmp_path: Path) -> None:
+    """Each time it takes a few steps; in the end also of those that were done before."""
+    file, delays = tmp_path / "x.training", np.random.default_rng().uniform(0, 0.2, 5)
+    for delay in delays:
+        with child("slow", folder, file, "sgd") as (process, line):
+            wait_for(line)
+            time.sleep(delay)
+        assert process.exitcode == -signal.SIGKILL
+    go_on(folder, file, {})
+    assert is_whole(file, folder), delays
+
+
+def test_killed_in_the_middle_of_a_save_it_has_the_one_before(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "x.training"
+    with child("half", folder, file, "sgd") as (process, _):
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+    assert position(file) == (0, 3)
+    go_on(folder, file, {})
+    assert is_whole(file, folder)
+
+
+def test_a_full_disk_ends_in_one_line(folder: Path, tmp_path: Path) -> None:
+    file, limits = tmp_path / "x.training", resource.getrlimit(resource.RLIMIT_FSIZE)
+    most = len((folder / "sgd").read_bytes()) // 2
+    full: Actions = {("batch", 15): lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))}
+    try:
+        with pytest.raises(CheckpointError, match=r"^.*x\.training: cannot be written: [^\n]*$"):
+            go_on(folder, file, full)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [each.name for each in tmp_path.iterdir()] == ["x.training"]
+    assert position(file) == (1, 0)
+    go_on(folder, file, {})
+    assert is_whole(file, folder)
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+FOREIGN: dict[str, Any] = {
+    "a network": {"0.weight": torch.ones(3)},
+    "a list": [1, 2],
+    "an object": Options(epochs=1, lr=1),
+    "its first key": {"fingerprint": {"lr": 1, "seed": 3}},
+}
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "truncated", *FOREIGN])
+def test_what_is_no_checkpoint_is_refused_in_one_line(kind: str, folder: Path, tmp_path: Path) -> None:
+    file, model = tmp_path / "x.training", network()
+    before, content = frozen_copy(model.state_dict()), (folder / "sgd").read_bytes()
+    parts = {"empty": [b""], "text": [b"{}"], "truncated": [content[: len(content) * k // 9] for k in range(1, 9)]}
+    if kind == "folder":
+        file.mkdir()
+    for part in parts.get(kind, [b""]):
+        if kind in FOREIGN:
+            torch.save(FOREIGN[kind], file)
+        elif kind in parts:
+            file.write_bytes(part)
+        with pytest.raises(CheckpointError, match=r"^[^\n]*x\.training: [^\n]*$"):
+            train(model, EVERYTHING, course(folder, file), resume=True)
+        assert equal(frozen_copy(model.state_dict()), before)
+
+
+def test_other_options_are_refused_by_name(folder: Path) -> None:
+    content, model = (folder / "sgd").read_bytes(), network()
+    before = frozen_copy(model.state_dict())
+    other = course(folder, folder / "sgd", fingerprint={"lr": 2, "seed": 3, "new": "x"})
+    with pytest.raises(
+        CheckpointError, match=r"sgd: was trained otherwise: lr was 1, is 2; new was None, is x; repeat"
+    ):
+        train(model, EVERYTHING, other, resume=True)
+    assert equal(frozen_copy(model.state_dict()), before)
+    assert (folder / "sgd").read_bytes() == content
+
+
+@pytest.mark.parametrize("options", [{"norm": False}, {"wide": True}], ids=str)
+def test_the_state_of_another_network_is_refused_in_one_line(options: Any, folder: Path) -> None:
+    """The same options, but what the factory of the network builds was changed."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)) if options.get("wide") else network(**options)
+    with pytest.raises(CheckpointError, match=r"^[^\n]*sgd: [^\n]*$"):
+        train(model, EVERYTHING, course(folder, folder / "sgd"), resume=True)
+
+
+# ------------------------------------------------------------------------------------------------------- not finite
+
+
+def nan_from(batch: int) -> nn.Module:
+    """A network with NaN among what it says from some batch on."""
+    model, count = network(), iter(range(1000))
+    spoil = model.register_forward_hook
+    spoil(lambda module, _, found: found * float("nan") if module.training and next(count) >= batch else None)
+    return model
+
+
+def test_a_network_that_turns_nan_ends_in_one_line(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "x.training"
+    where = "a value is not finite in epoch 2, batch 10: start again with a lower --lr"
+    message = rf"^{where}; the last good state is in {file}$"
+    with pytest.raises(TrainingError, match=message):
+        go_on(folder, file, {}, model=nan_from(13))
+    assert position(file) == (1, 0)
+    assert finite(saved(file))
+    go_on(folder, file, {})
+    assert is_whole(file, folder)
+
+
+@pytest.mark.parametrize("optimizer", RATES)
+@pytest.mark.parametrize("rate", [1e1, 1e2, 1e4, 1e8, 1e16])
+def test_no_learning_rate_brings_nan_into_the_checkpoint(
+    rate: float, optimizer: str, folder: Path, tmp_path: Path
+) -> None:
+    file, few = tmp_path / "x.training", stream(folder, batch_size=32)
+    options = Options(epochs=4, lr=rate, warm_up=0.0, optimizer=optimizer, ema=0.9)
+    ends = pytest.raises(TrainingError, match=r"^[^\n]*not finite in epoch \d[^\n]*$")
+    with ends if rate > 1e6 else nullcontext():
+        train(network(), options, course(folder, file, stream=few))
+    assert finite(saved(file))
+
+
+def test_gradients_that_are_not_finite_do_not_end_in_the_checkpoint(folder: Path, tmp_path: Path) -> None:
+    """The loss of the last batch of an epoch is finite, but not its gradient: only the next loss shows it."""
+    file, model, count = tmp_path / "x.training", network(), iter(range(1000))
+    model.get_parameter("10.bias").register_hook(lambda each: each / 0 if next(count) == STEPS - 1 else None)
+    with pytest.raises(TrainingError, match="not finite"):
+        train(model, Options(epochs=2, lr=0.05, clip=0.0), course(folder, file))
+    assert finite(saved(file))

@@ -1,0 +1,51 @@
+"""Cores of a weight in the metric of its inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ttcompress.calibrate.statistics import EVEN, LayerStatistics
+from ttcompress.networks.surgery import layer_from, swap
+from ttcompress.records.plan import LayerPlan
+from ttcompress.tt.contract import dense_weight
+from ttcompress.tt.decompose import decompose_weight, spread_norm
+from ttcompress.tt.whiten import output_cost, whitened_svd
+
+
+def decompose(weight: Tensor, layer: LayerPlan, statistics: LayerStatistics) -> list[Tensor]:
+    """Cores of a weight at the planned TT-ranks: the best on held-out images of whitened and weight-only TT-SVD.
+
+    The input metric is full or diagonal. What misses the outputs on the calibration images by more than weight-only
+    TT-SVD does is not considered.
+    """
+    plain = weight_only(weight, layer)
+    limit = output_cost(weight - _dense(plain, weight), statistics.inputs)
+    outputs = statistics.outputs.blended(EVEN)
+    best, least = plain, output_cost(weight - _dense(plain, weight), statistics.held_out, outputs)
+    for diagonal in (False, True):
+        metrics = statistics.metrics(layer.tensorization, diagonal)
+        cores = whitened_svd(weight, layer.tensorization, layer.tt_ranks, metrics)
+        missed = weight - _dense(cores, weight)
+        cost = output_cost(missed, statistics.held_out, outputs)
+        if cost < least and output_cost(missed, statistics.inputs) <= limit:
+            best, least = cores, cost
+    return best
+
+
+def weight_only(weight: Tensor, layer: LayerPlan) -> list[Tensor]:
+    """Cores by TT-SVD of the weight itself, float64."""
+    return [core.double() for core in decompose_weight(weight, layer.tensorization, layer.tt_ranks).cores]
+
+
+def _dense(cores: Sequence[Tensor], weight: Tensor) -> Tensor:
+    return dense_weight([core.to(weight) for core in cores], tuple(weight.shape))
+
+
+def swap_in(model: nn.Module, dense: nn.Module, layer: LayerPlan, cores: Sequence[Tensor]) -> None:
+    """Put a TT layer with these cores, in the type of the weight, in the place of the dense one."""
+    module = dense.get_submodule(layer.fqn)
+    like: Tensor = module.weight  # type: ignore[assignment]
+    spread = [core.to(like) for core in spread_norm(cores)]
+    swap(model, layer.fqn, layer_from(layer, module, spread))

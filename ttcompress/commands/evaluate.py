@@ -1,0 +1,30 @@
+"""Accuracy of a dense checkpoint or a compressed file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ttcompress.commands.inputs import (
+    images_meter,
+    labelled,
+    preprocessing_for,
+)
+from ttcompress.errors import DataError
+from ttcompress.measure.accuracy import Predictions
+from ttcompress.networks.opening import open_any
+from ttcompress.recipe import Recipe
+from ttcompress.records.common import Progress
+from ttcompress.records.report import Accuracy
+
+
+def evaluate_file(
+    path: Path, recipe: Recipe, *, limit: int | None = None, progress: Progress | None = None
+) -> tuple[Accuracy, str]:
+    """Accuracy of a dense checkpoint or a compressed file on `recipe.data`, and the name of that data."""
+    if recipe.data is None:
+        raise DataError("name the labelled images with --data")
+    images = labelled(recipe.data)
+    network = open_any(path, recipe.arch, recipe.key or "")
+    meter = images_meter(images, preprocessing_for(recipe, network.preprocessing, images), recipe, progress, limit)
+    predictions: Predictions = meter.run(network.model)
+    return predictions.accuracy(), images.name

@@ -1,0 +1,121 @@
+"""The work folder of a long compression: finished results are kept in it, and a stopped run goes on from them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ttcompress.errors import CheckpointError, PlanError, ShapeError, differences
+from ttcompress.files.checkpoint import load_compressed, replacing, write_safetensors
+from ttcompress.files.header import canonical_json
+from ttcompress.planning.plan_file import read_plan, write_plan
+from ttcompress.processes import World
+from ttcompress.records.common import Json
+from ttcompress.records.plan import CompressionPlan
+
+KEY = "run.json"
+PLAN = "plan.json"
+
+
+def work_folder(output: Path) -> Path:
+    """Where the run that will write `output` keeps what it has finished."""
+    return output.with_name(f"{output.name}.partial")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A folder of results, to which all processes of a run add."""
+
+    folder: Path
+    world: World
+
+    def files(self, what: str, sizes: Sequence[int], compute: Callable[[int], dict[str, Tensor]]) -> list[Path]:
+        """Files of compute(0), compute(1) ...: those that are missing are computed, shared out by their sizes."""
+        found = [self.folder / f"{what}-{index:06}.safetensors" for index in range(len(sizes))]
+        for index in self.world.share(sizes):
+            if not found[index].exists():
+                write_safetensors(found[index], compute(index))
+        self.world.wait()
+        return found
+
+    def results(
+        self, what: str, sizes: Sequence[int], compute: Callable[[int], dict[str, Tensor]]
+    ) -> list[dict[str, Tensor]]:
+        """What `files` hold."""
+        return [load_compressed(file) for file in self.files(what, sizes, compute)]
+
+    def plan(self, make: Callable[[], CompressionPlan]) -> CompressionPlan:
+        """The plan of the run, made by all processes together; as the file has it, so that all have the same."""
+        file = self.folder / PLAN
+        if not file.exists():
+            plan = make()
+            self.world.wait()
+            if self.world.leads:
+                write_plan(file, plan)
+        self.world.wait()
+        return read_plan(file)
+
+
+@contextmanager
+def work_on(output: Path, key: Json, force: bool, world: World) -> Iterator[Work]:
+    """The work folder of a run, which vanishes when the block ends well.
+
+    Args:
+        key: all that the results depend on; what another run has left is not taken.
+        force: do away with what another run has left.
+
+    Raises:
+        CheckpointError: another run has left something.
+    """
+    folder = work_folder(output)
+    if world.leads:
+        _prepare(folder, key, force)
+    world.wait()
+    try:
+        yield Work(folder, world)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; the same command once more goes on from {folder}") from None
+    except (PlanError, ShapeError):
+        # The same command would fail again, and another one shall not find anything.
+        if world.leads:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    world.wait()
+    if world.leads:
+        shutil.rmtree(folder)
+
+
+def _prepare(folder: Path, key: Json, force: bool) -> None:
+    before = _key(folder / KEY)
+    if before == key:
+        return
+    if folder.exists() and not force:
+        differ = differences(before, key) if before else f"no {KEY} in it"
+        raise CheckpointError(
+            f"{folder}: is left from another command ({differ}); "
+            "repeat that one to go on with it, or --force to start anew"
+        )
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    with replacing(folder / KEY) as temporary:
+        temporary.write_text(canonical_json(key))
+
+
+def _key(file: Path) -> Json | None:
+    try:
+        key: Json = json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+    return key

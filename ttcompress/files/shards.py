@@ -1,0 +1,127 @@
+"""Checkpoints in several safetensors files with an index, as Hugging Face lays them out; no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ttcompress.errors import CheckpointError, shortlist
+from ttcompress.files import header
+
+INDEX_SUFFIX = ".index.json"
+
+
+@dataclass(frozen=True)
+class Index:
+    """Which shard, a file beside the index, holds which tensor."""
+
+    path: Path
+    homes: Mapping[str, str]
+
+    @property
+    def files(self) -> list[Path]:
+        """The shards, in the order of their names."""
+        return [self.path.with_name(name) for name in sorted(set(self.homes.values()))]
+
+    @property
+    def name(self) -> str:
+        """Of the whole checkpoint: that of its folder."""
+        return self.path.resolve().parent.name or "checkpoint"
+
+    def moved(self, homes: Mapping[str, str]) -> Index:
+        """An index of the same name over other tensors in the same shards."""
+        return Index(self.path, homes)
+
+
+def resolve(path: Path) -> Path:
+    """The file that a path stands for: itself, or in a folder the index or else the only safetensors file.
+
+    Raises:
+        CheckpointError: a folder with neither, or with several.
+    """
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob(f"*.safetensors{INDEX_SUFFIX}")) or sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise CheckpointError(f"{path}: is a folder without *.safetensors{INDEX_SUFFIX} or a safetensors file")
+    raise CheckpointError(f"{path}: is a folder with several checkpoints, name one: {shortlist(f.name for f in found)}")
+
+
+def read_index(path: Path) -> Index | None:
+    """The index that a path stands for, checked against its shards; None for a checkpoint in one file.
+
+    Raises:
+        CheckpointError: a damaged index, one that names other files than safetensors beside it, missing shards, or
+            shards that hold other tensors than it says.
+    """
+    path = resolve(path)
+    if not path.name.endswith(INDEX_SUFFIX):
+        return None
+    index = Index(path, _weight_map(path))
+    names = sorted(set(index.homes.values()))
+    # A path in an index from elsewhere could name any file of this machine.
+    if odd := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+        raise CheckpointError(f"{path}: shards must be safetensors files beside the index, not {shortlist(odd)}")
+    if missing := [file.name for file in index.files if not file.is_file()]:
+        raise CheckpointError(f"{path}: lacks {len(missing)} of {len(names)} shards: {shortlist(missing)}")
+    held = {(name, file.name) for file in index.files for name in header.read_header(file)[0]}
+    named = set(index.homes.items())
+    if held != named:
+        wrong = [f"{name} is named but not in {file}" for name, file in sorted(named - held)]
+        wrong += [f"{name} in {file} is not named" for name, file in sorted(held - named)]
+        raise CheckpointError(f"{path}: does not fit its shards: {shortlist(wrong)}")
+    return index
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        homes = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not homes or not all(isinstance(name, str) for name in homes.values()):
+            raise ValueError("weight_map must map tensors to files")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not an index of shards ({header.brief(error)})") from error
+    return dict(homes)
+
+
+def checkpoint_files(path: Path) -> list[Path]:
+    """The files with the tensors of a checkpoint: its shards, or itself."""
+    index = read_index(path)
+    return index.files if index else [resolve(path)]
+
+
+def stem(path: Path) -> str:
+    """What outputs are named after: a file without its suffix, or the folder of a sharded checkpoint."""
+    path = resolve(path)
+    return Index(path, {}).name if path.name.endswith(INDEX_SUFFIX) else path.stem
+
+
+def stored_bytes(path: Path) -> int:
+    """Size on disk of a compressed file, or of all shards of a folder."""
+    return sum(file.stat().st_size for file in checkpoint_files(path))
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The `ttcompress` metadata of a compressed file or of a sharded one, parsed.
+
+    Raises:
+        CheckpointError: not written by this tool, damaged, or shards of different runs.
+    """
+    first, *others = checkpoint_files(path)
+    metadata = header.read_metadata(first)
+    whole = header.read_header(first)[1] if others else {}
+    if strange := [file.name for file in others if header.read_header(file)[1] != whole]:
+        raise CheckpointError(f"{path}: {first.name} and {shortlist(strange)} are of different runs")
+    return metadata
+
+
+def encode_index(homes: Mapping[str, str], total_size: int) -> str:
+    """The text of an index; `total_size` is the bytes of all tensors."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(homes)}
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,12 @@
+"""Layer classes by kind: a fixed table, since files name kinds and never classes."""
+
+from __future__ import annotations
+
+from ttcompress.layers.conv import TTConv2d
+from ttcompress.layers.linear import TTLinear
+from ttcompress.records.layers import LayerSpec, LinearSpec
+
+
+def tt_layer(spec: LayerSpec) -> type[TTLinear] | type[TTConv2d]:
+    """The layer class of a kind: a fixed table, since files name kinds and never classes."""
+    return TTLinear if isinstance(spec, LinearSpec) else TTConv2d

@@ -1,0 +1,97 @@
+"""Accuracy of a classifier, and agreement of two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+
+from ttcompress.errors import DataError
+from ttcompress.networks.running import forward, input_dtype
+from ttcompress.records.common import Progress
+from ttcompress.records.report import Accuracy, Comparison
+
+Batches = Iterable[tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The (up to) five most likely classes of each image, best first (n, k), and the labels (n)."""
+
+    classes: Tensor
+    labels: Tensor
+
+    def accuracy(self) -> Accuracy:
+        """Top-1 and top-5 in percent; the interval belongs to top-1."""
+        hits = self.classes == self.labels[:, None]
+        n, right = len(self.labels), int(hits[:, 0].sum())
+        return Accuracy(100 * right / n, 100 * int(hits.sum()) / n, n, wilson_interval(right, n))
+
+
+def wilson_interval(right: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """95 % confidence interval in percent of a proportion right / n (Wilson 1927)."""
+    p = right / n
+    centre = p + z * z / (2 * n)
+    half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 100 / (1 + z * z / n)
+    # The interval holds p itself, also where it is 0 or 1 and round-off would have it outside.
+    return max(0.0, min((centre - half) * scale, 100 * p)), min(100.0, max((centre + half) * scale, 100 * p))
+
+
+def predict(
+    model: nn.Module, batches: Batches, device: torch.device | str = "cpu", progress: Progress | None = None
+) -> Predictions:
+    """Run a classifier over labelled batches of (images, labels), in eval mode; its own mode is put back after.
+
+    Raises:
+        DataError: no image, no labels, labels that are no classes, images the network does not take, NaN logits.
+    """
+    was_training, dtype = model.training, input_dtype(model)
+    model.eval()
+    classes: list[Tensor] = []
+    labels: list[Tensor] = []
+    try:
+        for images, target in batches:
+            if target is None:
+                raise DataError("accuracy needs labels; this data has none")
+            logits = _logits(model, images.to(device, dtype if images.is_floating_point() else images.dtype))
+            _check_labels(target, logits)
+            classes.append(logits.topk(min(5, logits.shape[1])).indices.cpu())
+            labels.append(target.cpu())
+            if progress:
+                progress("evaluating", sum(map(len, labels)), 0)
+    finally:
+        model.train(was_training)
+    if not sum(map(len, labels)):
+        raise DataError("the data holds no image")
+    return Predictions(torch.cat(classes), torch.cat(labels))
+
+
+def _check_labels(labels: Tensor, logits: Tensor) -> None:
+    if labels.shape != logits.shape[:1]:
+        raise DataError(f"labels {tuple(labels.shape)} for logits {tuple(logits.shape)}: one class number an image")
+    for label in set(labels.tolist()):
+        if not 0 <= label < logits.shape[1]:
+            raise DataError(f"the data has label {label}, the network {logits.shape[1]} classes")
+
+
+@torch.inference_mode()
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    logits = forward(model, images)
+    if logits.dim() != 2:
+        raise DataError(f"accuracy needs logits (images, classes); the network returns {tuple(logits.shape)}")
+    return logits
+
+
+def compare(dense: Predictions, compressed: Predictions, data: str) -> Comparison:
+    """Both accuracies, and the share of images on which the first choices agree; `data` names the images.
+
+    That share is not known where the images came in another order the second time, as their labels tell.
+    """
+    agreement = None
+    if torch.equal(dense.labels, compressed.labels):
+        agreement = 100 * int((dense.classes[:, 0] == compressed.classes[:, 0]).sum()) / len(dense.labels)
+    return Comparison(dense.accuracy(), compressed.accuracy(), agreement, data)

@@ -1,0 +1,145 @@
+"""Latency as a budget, and ways to run layers by measurement: both on this device, before anything is decomposed.
+
+How long a network takes depends on the shapes of its cores, not on their values: random ones are timed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import sqrt
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from ttcompress.errors import PlanError
+from ttcompress.measure.timing import NOISE, at_its_best, by_turns, device_name, input_of, runner
+from ttcompress.networks.running import forward, input_dtype
+from ttcompress.networks.surgery import fresh_layer, swap
+from ttcompress.records.common import Json, Progress, format_compression
+from ttcompress.records.plan import CompressionPlan, LayerPlan
+
+BATCH_SIZES = 1, 32
+"""Those that ways to run a layer are timed at."""
+SEARCH_STEP = 1.03
+SHARE = 0.3
+"""Of the time that a benchmark takes, for each point of a search and each layer."""
+
+
+class Bed:
+    """A dense network on a device, and inputs of it, to try plans on."""
+
+    def __init__(self, model: nn.Module, input_shape: Sequence[int], device: torch.device) -> None:
+        """Copy the network; the copy of one on the meta device has arbitrary values.
+
+        Raises:
+            DataError: an input that the network does not take.
+        """
+        self._dense = _filled(copy.deepcopy(model), device).requires_grad_(False).eval()
+        self._shape, self._device = input_shape, device
+        with torch.no_grad():
+            forward(self._dense, self._inputs(1))
+
+    def _inputs(self, batch: int) -> Tensor:
+        drawn = torch.randn(batch, *self._shape, generator=torch.Generator().manual_seed(0))
+        return drawn.to(self._device, input_dtype(self._dense))
+
+    def _compressed(self, layers: Sequence[LayerPlan]) -> nn.Module:
+        model = copy.deepcopy(self._dense)
+        dtype = input_dtype(self._dense)
+        for layer in layers:
+            swap(model, layer.fqn, fresh_layer(layer, self._device, dtype).requires_grad_(False).eval())
+        return model
+
+    def latency(self, plan: CompressionPlan, share: float) -> Json:
+        """Seconds for one input, `dense` and `compressed`, their `ratio`, and the device."""
+        sides = [self._dense, self._compressed(plan.layers)]
+        runs = [runner(model, at_its_best(model, self._inputs(1))[0], training=False) for model in sides]
+        timings = by_turns(runs[0], runs[1], self._device, share)
+        seconds = {"dense": median(timings.dense), "compressed": median(timings.compressed)}
+        return {**seconds, "ratio": 1 / timings.ratio, "device": device_name(self._device)}
+
+    def tuned(self, plan: CompressionPlan, progress: Progress | None = None) -> CompressionPlan:
+        """The plan with each layer run in the way that is faster at all BATCH_SIZES, `auto` where they differ."""
+        model = self._compressed(plan.layers)
+        winners: dict[str, set[str]] = {layer.fqn: set() for layer in plan.layers}
+        for number, batch in enumerate(BATCH_SIZES):
+            images, _ = at_its_best(model, self._inputs(batch))
+            for done, layer in enumerate(plan.layers):
+                if progress:
+                    progress(f"timing {layer.fqn}", number * len(plan.layers) + done, 2 * len(plan.layers))
+                winners[layer.fqn].add(self._faster_way(model, layer, images))
+        ways = {fqn: found.pop() if len(found) == 1 else "auto" for fqn, found in winners.items()}
+        return plan.with_layers([replace(layer, execution=ways[layer.fqn]) for layer in plan.layers])
+
+    def _faster_way(self, model: nn.Module, layer: LayerPlan, images: Tensor) -> str:
+        _, factored, dense = layer.executions
+        module = model.get_submodule(layer.fqn)
+        x = input_of(model, module, images)
+        twins = {way: copy.deepcopy(module) for way in (dense, factored)}
+        for way, twin in twins.items():
+            twin.execution = way  # type: ignore[assignment]
+        runs = [runner(twin, x, training=False) for twin in twins.values()]
+        ratio = by_turns(runs[0], runs[1], self._device, SHARE).ratio
+        if 1 / NOISE < ratio < NOISE:
+            return "auto"
+        return factored if ratio < 1 else dense
+
+
+def _filled(model: nn.Module, device: torch.device) -> nn.Module:
+    """On a device, with small constants where there were no values."""
+    if not any(tensor.is_meta for tensor in model.state_dict().values()):
+        return model.to(device)
+    model = model.to_empty(device=device)
+    for tensor in model.state_dict().values():
+        tensor.fill_(0.01 if tensor.is_floating_point() else 0)
+    return model
+
+
+def within_latency(
+    asked: float,
+    plan_at: Callable[[float], CompressionPlan],
+    most: float,
+    bed: Bed,
+    progress: Progress | None = None,
+) -> CompressionPlan:
+    """The mildest plan found by bisection that runs `asked` times as fast as the dense network, one input at a time.
+
+    Args:
+        plan_at: the plan for a ratio of what the cost model says, up to `most`.
+
+    Raises:
+        PlanError: not even the plan for `most` does, with what it reaches.
+    """
+    if most <= 1:
+        raise PlanError(f"--latency-ratio {asked:g} is out of reach: by the cost model no TT form of a layer is faster")
+    points = 0
+
+    def latency_at(ratio: float, share: float) -> tuple[CompressionPlan, Json]:
+        nonlocal points
+        plan, points = plan_at(ratio), points + 1
+        if progress:
+            progress("latency", points, 0)
+        return plan, bed.latency(plan, share)
+
+    low, high = 1.0, most
+    _, latency = latency_at(most, SHARE)
+    while high > low * SEARCH_STEP and latency["ratio"] >= asked:
+        middle = sqrt(low * high)
+        if latency_at(middle, SHARE)[1]["ratio"] >= asked:
+            high = middle
+        else:
+            low = middle
+    # Points of a search are timed shortly; what is promised is not.
+    while True:
+        plan, latency = latency_at(high, 1.0)
+        if latency["ratio"] >= asked:
+            return replace(plan, latency={"asked": asked, **latency})
+        if high >= most:
+            raise PlanError(
+                f"--latency-ratio {asked:g} is out of reach: the most that was measured is {latency['ratio']:.2f}x, "
+                f"with {format_compression(plan.compression)} fewer parameters ({latency['device']})"
+            )
+        high = min(most, high * SEARCH_STEP)

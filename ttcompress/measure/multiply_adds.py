@@ -1,0 +1,67 @@
+"""What a network does with one input: multiply-adds, and how often each layer applies its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ttcompress.networks.running import forward, input_dtype
+from ttcompress.tt.cost import Calls
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Multiply-adds of the whole network for one input, and by fqn the calls of its Linear and Conv2d layers."""
+
+    multiply_adds: int
+    calls: Mapping[str, Calls]
+
+
+def usage_of(model: nn.Module, input_shape: Sequence[int]) -> Usage:
+    """What the network does with one input of this shape; on the meta device nothing is computed.
+
+    Raises:
+        DataError: an input that the network does not take.
+    """
+    x = torch.zeros(1, *input_shape, device=next(model.parameters()).device, dtype=input_dtype(model))
+    calls: dict[str, Calls] = {}
+
+    def count(name: str, module: nn.Module, given: Any, output: Tensor) -> None:
+        before = calls.get(name, Calls(0, 0))
+        pixels, out_pixels = _positions(module, given[0]), _positions(module, output)
+        calls[name] = Calls(before.pixels + pixels, before.out_pixels + out_pixels)
+
+    was_training = model.training
+    with ExitStack() as stack:
+        stack.callback(model.train, was_training)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                stack.enter_context(module.register_forward_hook(partial(count, name)))
+        counter = stack.enter_context(FlopCounterMode(display=False))
+        stack.enter_context(torch.no_grad())
+        forward(model.eval(), x)
+    return Usage(int(counter.get_total_flops()) // 2, calls)
+
+
+def _positions(module: nn.Module, x: Tensor) -> int:
+    """Rows of a Linear; pixels of a Conv2d, over all images."""
+    if isinstance(module, nn.Linear):
+        return x.numel() // x.shape[-1]
+    return x.numel() // x.shape[-3]
+
+
+@torch.no_grad()
+def multiply_adds(module: nn.Module, x: Tensor) -> int:
+    """Of products of matrices and convolutions in a forward pass, as torch counts them."""
+    # What layers keep is made in the first call and not counted; the second one has all at hand.
+    module(x)
+    with FlopCounterMode(display=False) as counter:
+        module(x)
+    return int(counter.get_total_flops()) // 2

@@ -1,0 +1,328 @@
+"""Architecture references -> constructors, and inference of the architecture from keys and shapes."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ttcompress.errors import ArchitectureError, shortlist
+from ttcompress.networks.zoo import DEFAULT_CLASSES, ZOO, mlp_widths, named_widths, zoo_preprocessing
+from ttcompress.records.report import Architecture, Preprocessing
+
+Shapes = Mapping[str, tuple[int, ...]]
+Factory = Callable[[], nn.Module]
+
+_CLASSES = {"zoo": DEFAULT_CLASSES, "torchvision": 1000}
+_OPTIONAL = "num_batches_tracked"
+# The published weights of these two carry auxiliary heads and expect input normalised as for the other networks.
+_WITH_AUX = ("googlenet", "inception_v3")
+_ADVICE = "choose with --arch NAME or --arch path/to/net.py:factory"
+
+
+class _WeightsOnMeta(TorchFunctionMode):
+    """Parameters take no memory and no initialisation time, while other tensors hold numbers.
+
+    `torch.device("meta")` would do but for torchvision's RegNets, which compute their widths with tensors.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **{**kwargs, "device": "meta"} if func is torch.empty else kwargs)
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """Where a checkpoint and a network disagree; `shapes` maps a key to (in the checkpoint, in the network)."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    agreeing: int
+
+    @property
+    def keys(self) -> int:
+        return len(self.missing) + len(self.unexpected) + len(self.shapes)
+
+    def classes(self, default: int) -> int | None:
+        """The one number that stands where the network has its `default` classes, if that is all the difference."""
+        counts = {have[0] if want == (default, *have[1:]) else None for have, want in self.shapes.values()}
+        return counts.pop() if len(counts) == 1 and not self.missing and not self.unexpected else None
+
+    def __str__(self) -> str:
+        shapes = [f"{key} is {have}, the network has {want}" for key, (have, want) in sorted(self.shapes.items())]
+        parts = {"missing": sorted(self.missing), "unexpected": sorted(self.unexpected), "other shapes": shapes}
+        return "; ".join(f"{word}: {shortlist(items, 4)}" for word, items in parts.items() if items)
+
+
+def _shapes(model: nn.Module) -> Shapes:
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+@cache
+def _shapes_of(kind: str, name: str, **arguments: int) -> Shapes:
+    # Building every network of torchvision takes seconds, and inference may be asked for more than one checkpoint.
+    return _shapes(build(Architecture(kind, name, arguments)))
+
+
+def _difference(shapes: Shapes, wanted: Shapes) -> _Difference:
+    common = shapes.keys() & wanted.keys()
+    differing = {key: (tuple(shapes[key]), wanted[key]) for key in common if tuple(shapes[key]) != wanted[key]}
+    return _Difference(
+        missing=tuple(key for key in wanted.keys() - common if not key.endswith(_OPTIONAL)),
+        unexpected=tuple(key for key in shapes.keys() - common if not key.endswith(_OPTIONAL)),
+        shapes=differing,
+        agreeing=len(common) - len(differing),
+    )
+
+
+def mismatch(shapes: Shapes, model: nn.Module) -> str | None:
+    """Say in one line which keys and shapes of a checkpoint `model` does not have, or None where all agree.
+
+    `num_batches_tracked` is optional on either side. Missing, unexpected and differing keys are sorted, long lists cut.
+    """
+    difference = _difference(shapes, _shapes(model))
+    return str(difference) if difference.keys else None
+
+
+def build(architecture: Architecture, factory: Factory | None = None, device: str = "meta") -> nn.Module:
+    """Construct the network in eval mode, by default with parameters and buffers on the meta device.
+
+    There they wait for `load_state_dict(..., assign=True)`; only `num_batches_tracked`, which checkpoints may lack, is
+    a real zero. A factory, which may not support other devices, builds on the CPU whatever `device` is.
+
+    Raises:
+        ArchitectureError: a factory is needed and not given, or the network cannot be constructed.
+    """
+    if architecture.kind == "factory":
+        return _call(architecture.name, factory).eval()
+    constructor, fixed = _constructor(architecture)
+    on_meta = device == "meta"
+    try:
+        with _WeightsOnMeta() if on_meta else torch.device(device):
+            model: nn.Module = constructor(**fixed, **architecture.arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArchitectureError(f"{_reference(architecture)} cannot be constructed: {_one_line(error)}") from error
+    return (_to_meta(model) if on_meta else model).eval()
+
+
+def _to_meta(model: nn.Module) -> nn.Module:
+    model.to("meta")
+    for module in model.modules():
+        if getattr(module, _OPTIONAL, None) is not None:
+            module.num_batches_tracked = torch.zeros((), dtype=torch.long)
+    return model
+
+
+def _constructor(architecture: Architecture) -> tuple[Callable[..., Any], dict[str, Any]]:
+    kind, name = architecture.kind, architecture.name
+    if name not in _names(kind):
+        raise ArchitectureError(_unknown(f"{kind}:{name}"))
+    if kind == "zoo":
+        return ZOO[name], {}
+    import torchvision
+
+    fixed = {"init_weights": False, "transform_input": True} if name in _WITH_AUX else {}
+    return torchvision.models.get_model_builder(name), {"weights": None, **fixed}
+
+
+def _names(kind: str) -> list[str]:
+    if kind == "zoo":
+        return list(ZOO)
+    if kind != "torchvision":
+        return []
+    import torchvision
+
+    return list(torchvision.models.list_models(module=torchvision.models))
+
+
+def _reference(architecture: Architecture) -> str:
+    return f"{architecture.kind}:{architecture.name}"
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def _call(name: str, factory: Factory | None) -> nn.Module:
+    if factory is None:
+        raise ArchitectureError(f"the network comes from {name}: pass --arch net.py:build (or factory= in Python)")
+    try:
+        with torch.device("cpu"):
+            model = factory()
+    except Exception as error:
+        raise ArchitectureError(f"{name} failed: {_one_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ArchitectureError(f"{name} returned a {type(model).__name__}, it has to return an nn.Module")
+    return model
+
+
+def _is_factory(reference: str) -> bool:
+    return reference.endswith(".py") or reference.rpartition(":")[0].endswith(".py")
+
+
+def _split_factory(reference: str) -> tuple[Path, str]:
+    head, _, name = reference.rpartition(":")
+    if not head.endswith(".py") or not name:
+        raise ArchitectureError(f"{reference} names no factory: write path/to/net.py:factory")
+    path = Path(head).expanduser()
+    if not path.is_file():
+        raise ArchitectureError(f"no file {path}: --arch path/to/net.py:factory needs one")
+    return path, name
+
+
+def load_factory(reference: str) -> Factory:
+    """Import `path/to/net.py` of the reference `path/to/net.py:factory` and return its function `factory`.
+
+    Raises:
+        ArchitectureError: no such file or function, or an exception while the file was imported.
+    """
+    path, name = _split_factory(reference)
+    spec = importlib.util.spec_from_file_location(f"ttcompress_factory_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ArchitectureError(f"{path} cannot be imported as a Python file")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickling look a class's module up by name.
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[spec.name]
+        raise ArchitectureError(f"{path} failed on import: {_one_line(error)}") from error
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ArchitectureError(f"{path} has no function {name!r}; it has {shortlist(functions) or 'none'}")
+    return factory  # type: ignore[no-any-return]
+
+
+def resolve(reference: str, shapes: Shapes | None = None) -> Architecture:
+    """Turn `vgg16`, `zoo:resnet20`, `mlp-784-300-10`, `torchvision:resnet18` or `net.py:build` into an `Architecture`.
+
+    A bare name is looked up in the zoo, then in torchvision. With `shapes` (a checkpoint's keys -> shapes) arguments
+    are filled in such that the network fits.
+
+    Raises:
+        ArchitectureError: an unknown name, a factory that fails, or a network that does not fit `shapes`.
+    """
+    if reference == "none":
+        raise ArchitectureError("--arch none is for compress and plan of a checkpoint: it makes no network")
+    if _is_factory(reference):
+        return _resolve_factory(reference, shapes)
+    prefix, _, named = reference.rpartition(":")
+    name, arguments = named_widths(named)
+    kinds = [prefix] if prefix else list(_CLASSES)
+    kind = next((kind for kind in kinds if name in _names(kind)), None)
+    if kind is None:
+        raise ArchitectureError(_unknown(reference))
+    if shapes is None:
+        return Architecture(kind, name, arguments)
+    architecture, difference = _fit(kind, name, shapes, arguments)
+    if difference.keys:
+        raise ArchitectureError(f"{reference} does not fit the checkpoint: {difference}")
+    return architecture
+
+
+def _resolve_factory(reference: str, shapes: Shapes | None) -> Architecture:
+    path, name = _split_factory(reference)
+    factory = load_factory(reference)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    architecture = Architecture("factory", f"{path.name}:{name}", sha256=digest)
+    problem = mismatch(shapes, build(architecture, factory)) if shapes is not None else None
+    if problem:
+        raise ArchitectureError(f"{architecture.name} does not fit the checkpoint: {problem}")
+    return architecture
+
+
+def _unknown(reference: str) -> str:
+    prefix, _, name = reference.rpartition(":")
+    kinds = [prefix] if prefix in _CLASSES else list(_CLASSES)
+    known = [known for kind in kinds for known in _names(kind)]
+    nearest = get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"nearest are {shortlist(nearest)}" if nearest else f"the zoo has {shortlist(ZOO, len(ZOO))}"
+    return f"unknown architecture {reference!r}: {hint}; else name one of torchvision.models or path/to/net.py:factory"
+
+
+def _fit(
+    kind: str, name: str, shapes: Shapes, stated: Mapping[str, int] | None = None
+) -> tuple[Architecture, _Difference]:
+    """The arguments with which the network comes nearest to `shapes`, and what then still differs."""
+    choices: list[dict[str, int]] = [dict(stated or {})]
+    if name == "mlp" and not stated:
+        choices = [mlp_widths(shapes)]
+    elif name in _WITH_AUX:
+        # torchvision drops the heads when it loads the weights of googlenet, so checkpoints come with and without.
+        choices = [{}, {"aux_logits": 0}]
+    fits = [_fit_classes(kind, name, arguments, shapes) for arguments in choices]
+    return min(fits, key=lambda fit: fit[1].keys)
+
+
+def _fit_classes(kind: str, name: str, arguments: dict[str, int], shapes: Shapes) -> tuple[Architecture, _Difference]:
+    difference = _difference(shapes, _shapes_of(kind, name, **arguments))
+    classes = difference.classes(_CLASSES[kind])
+    if classes is not None:
+        arguments = {**arguments, "num_classes": classes}
+        difference = _difference(shapes, _shapes_of(kind, name, **arguments))
+    return Architecture(kind, name, arguments), difference
+
+
+def infer(shapes: Shapes) -> Architecture:
+    """Find the network of the zoo, else of torchvision, that has exactly these keys and shapes.
+
+    Raises:
+        ArchitectureError: several networks of the zoo fit, or none of either: names the nearest and what differs.
+    """
+    fits = [_fit("zoo", name, shapes) for name in ZOO if name != "mlp" or mlp_widths(shapes)]
+    exact = [architecture for architecture, difference in fits if not difference.keys]
+    if len(exact) > 1:
+        names = shortlist(_reference(architecture) for architecture in exact)
+        raise ArchitectureError(f"the checkpoint fits several architectures, {names}: {_ADVICE}")
+    if exact:
+        return exact[0]
+    for name in _names("torchvision"):
+        architecture, difference = _fit("torchvision", name, shapes)
+        if not difference.keys:
+            return architecture
+        fits.append((architecture, difference))
+    raise ArchitectureError(_no_match(fits, shapes))
+
+
+def _no_match(fits: list[tuple[Architecture, _Difference]], shapes: Shapes) -> str:
+    near = sorted((fit for fit in fits if fit[1].agreeing), key=lambda fit: fit[1].keys / fit[1].agreeing)[:3]
+    if not near:
+        return f"no known architecture has any of the checkpoint's keys ({shortlist(shapes, 3)}): {_ADVICE}"
+    names = shortlist(f"{_reference(fit)} ({difference.keys} keys differ)" for fit, difference in near)
+    nearest, difference = near[0]
+    return f"no known architecture fits the checkpoint; nearest are {names}; {nearest.name}: {difference}; {_ADVICE}"
+
+
+def preprocessing(architecture: Architecture) -> Preprocessing | None:
+    """Normalisation and input size that the network was trained with; None where that is not known (factories).
+
+    For torchvision these are the transforms of its IMAGENET1K_V1 weights, else of the first that it lists.
+    """
+    if architecture.kind == "zoo":
+        return zoo_preprocessing(architecture.name, architecture.arguments)
+    if architecture.kind != "torchvision":
+        return None
+    import torchvision
+
+    weights = list(torchvision.models.get_model_weights(architecture.name))
+    chosen = next((entry for entry in weights if entry.name == "IMAGENET1K_V1"), weights[0])
+    transforms = chosen.transforms()
+    crop = int(transforms.crop_size[0])
+    return Preprocessing(
+        tuple(transforms.mean), tuple(transforms.std), (3, crop, crop), resize=int(transforms.resize_size[0])
+    )

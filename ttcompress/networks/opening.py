@@ -1,0 +1,205 @@
+"""Networks with their weights: from a dense checkpoint, from a compressed file, and what a file stores of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ttcompress.errors import ArchitectureError, CheckpointError, PlanError
+from ttcompress.files.checkpoint import Checkpoint, is_compressed, load_checkpoint, load_compressed
+from ttcompress.files.header import blaming
+from ttcompress.files.shards import read_metadata
+from ttcompress.networks import architectures as models
+from ttcompress.networks.architectures import Factory
+from ttcompress.networks.matrices import Weights
+from ttcompress.networks.stored import core_values, tied_parameters
+from ttcompress.networks.surgery import check_layers, insert_empty
+from ttcompress.records.common import Json
+from ttcompress.records.report import Architecture, Preprocessing, Report
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with its weights, and what is known about where it came from."""
+
+    model: nn.Module
+    tensors: Mapping[str, Tensor]
+    architecture: Architecture | None = None
+    preprocessing: Preprocessing | None = None
+    source: Json | None = None
+
+
+def open_any(path: Path, arch: str | None = None, key: str = "") -> Network:
+    """A dense checkpoint or a compressed file; `arch` also names the factory that a compressed file may need."""
+    if not is_compressed(path):
+        return open_dense(path, arch, key)
+    with blaming(path):
+        known = Report.from_json(read_metadata(path)).architecture
+    needs_factory = known is None or known.kind == "factory"
+    model, report = open_compressed(path, models.load_factory(arch) if arch and needs_factory else None)
+    return Network(model, model.state_dict(), report.architecture, report.preprocessing, report.source)
+
+
+def input_shape(source: Path, network: Network, given: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Of one input, without the batch: as given, else as recorded or known of the architecture.
+
+    Raises:
+        ArchitectureError: neither, or no sizes.
+    """
+    recorded = network.preprocessing and network.preprocessing.input_size
+    shape = tuple(given or recorded or ())
+    if not shape:
+        raise ArchitectureError(
+            f"{source}: the size of an input is not known; give it with --input-size, such as 3,224,224"
+        )
+    if min(shape) < 1:
+        raise ArchitectureError(f"--input-size takes numbers from 1 on, not {','.join(map(str, shape))}")
+    return shape
+
+
+def open_empty(arch: str) -> Network:
+    """An architecture without weights, on the meta device: enough for TT-ranks given by hand."""
+    architecture, factory = _resolve(arch, None)
+    model = models.build(architecture, factory)
+    return Network(model, model.state_dict(), architecture, models.preprocessing(architecture))
+
+
+def open_fresh(arch: str) -> Network:
+    """An architecture with random weights, drawn from torch's generator; those of the zoo wait for `initialise`.
+
+    Its layers that are large as they are may then first be replaced by smaller ones.
+    """
+    architecture, factory = _resolve(arch, None)
+    model = models.build(architecture, factory, "meta" if architecture.kind == "zoo" else "cpu")
+    return Network(model, model.state_dict(), architecture, models.preprocessing(architecture))
+
+
+def initialise(model: nn.Module) -> None:
+    """Give all layers on the meta device random weights, as torch does when it makes them."""
+    for module in model.modules():
+        if any(tensor.is_meta for tensor in (*module.parameters(False), *module.buffers(False))):
+            module.to_empty(device="cpu", recurse=False)
+            module.reset_parameters()  # type: ignore[operator]
+
+
+def open_dense(path: Path, arch: str | None = None, key: str = "") -> Network:
+    """A dense checkpoint in its architecture, given by `arch` or inferred from keys and shapes.
+
+    Raises:
+        CheckpointError: see `load_checkpoint`.
+        ArchitectureError: none fits, or several.
+    """
+    checkpoint = _dense_checkpoint(path, key)
+    architecture, factory = _resolve(arch, checkpoint)
+    model = _filled(lambda device: models.build(architecture, factory, device), checkpoint.tensors)
+    return Network(model, checkpoint.tensors, architecture, models.preprocessing(architecture), checkpoint.source)
+
+
+def open_weights(path: Path, key: str = "") -> Network:
+    """A dense checkpoint without its architecture, its tensors under their exact names.
+
+    Raises:
+        CheckpointError: see `load_checkpoint`.
+    """
+    checkpoint = _dense_checkpoint(path, key, exact=True)
+    return Network(Weights(checkpoint.tensors), checkpoint.tensors, source=checkpoint.source)
+
+
+def _dense_checkpoint(path: Path, key: str, exact: bool = False) -> Checkpoint:
+    if is_compressed(path):
+        raise CheckpointError(f"{path}: is compressed already; `ttcompress expand` makes it dense again")
+    return load_checkpoint(path, key, exact)
+
+
+def _resolve(arch: str | None, checkpoint: Checkpoint | None) -> tuple[Architecture, Factory | None]:
+    shapes = checkpoint.shapes if checkpoint else None
+    architecture = models.resolve(arch, shapes) if arch else models.infer(shapes or {})
+    return architecture, models.load_factory(arch) if arch and architecture.kind == "factory" else None
+
+
+def _filled(build: Callable[[str], nn.Module], state: Mapping[str, Tensor]) -> nn.Module:
+    """The built network with these tensors in it, tied parameters still tied, nothing left without a value."""
+    model = build("meta")
+    _assign(model, state)
+    if _is_unfinished(model):
+        # Buffers outside the state dict have their values from the constructor alone.
+        model = build("cpu")
+        _assign(model, state)
+    return model.eval()
+
+
+def _assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    tied = tied_parameters(model)
+    state = {**{alias: state[name] for alias, name in tied.items() if name in state}, **state}
+    problem = models.mismatch({name: tuple(tensor.shape) for name, tensor in state.items()}, model)
+    if problem:
+        raise CheckpointError(f"the file does not fit its architecture: {problem}")
+    model.load_state_dict(state, strict=False, assign=True)
+    for alias, name in tied.items():
+        owner, _, own_name = alias.rpartition(".")
+        setattr(model.get_submodule(owner), own_name, model.get_parameter(name))
+
+
+def _is_unfinished(model: nn.Module) -> bool:
+    values = [value for module in model.modules() for value in vars(module).values()]
+    held = [*model.parameters(), *model.buffers(), *(value for value in values if isinstance(value, Tensor))]
+    return any(tensor.is_meta for tensor in held)
+
+
+ALIGNMENT = 64
+"""Bytes between which torch places the tensors that it allocates."""
+
+
+def load(path: str | os.PathLike[str], factory: Factory | None = None, device: str = "cpu") -> nn.Module:
+    """Load a compressed file into a module, in eval mode; no checkpoint is needed.
+
+    Args:
+        factory: builds the original network, for files whose architecture is neither in the zoo nor in torchvision.
+
+    Raises:
+        CheckpointError: not a compressed file, damaged, or of another schema.
+        ArchitectureError: a factory is needed, or the one given builds another network.
+    """
+    return open_compressed(Path(path), factory)[0].to(device)
+
+
+def open_compressed(path: Path, factory: Factory | None = None) -> tuple[nn.Module, Report]:
+    """A compressed file as a module, and its report."""
+    tensors = load_compressed(path)
+    with blaming(path):
+        report = Report.from_json(read_metadata(path))
+        return _rebuilt(report, {name: _aligned(tensor) for name, tensor in tensors.items()}, factory), report
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Where torch itself would have put it: kernels round differently where a weight begins between cache lines."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
+def _rebuilt(report: Report, tensors: Mapping[str, Tensor], factory: Factory | None) -> nn.Module:
+    if factory is None and report.architecture is None:
+        raise ArchitectureError("records no architecture; pass factory= (or --arch net.py:build)")
+    tensors = dict(tensors)
+    for layer in report.plan.layers:
+        tensors |= core_values(tensors, layer)
+        for name in layer.scale_shapes:
+            del tensors[name]
+    state = {**tensors, **{alias: tensors[name] for alias, name in report.tied.items()}}
+    architecture = report.architecture or Architecture("factory", "factory")
+    if factory is not None:
+        architecture = replace(architecture, kind="factory")
+
+    def build(device: str) -> nn.Module:
+        model = models.build(architecture, factory, device)
+        check_layers(model, report.plan.layers)
+        insert_empty(model, report.plan.layers)
+        return model
+
+    try:
+        return _filled(build, state)
+    except PlanError as error:
+        raise ArchitectureError(f"{architecture.name} builds another network: {error}") from error

@@ -1,0 +1,165 @@
+"""Swap TT layers into a network: with weights, from a plan, or empty, to load a file into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttcompress.errors import PlanError, ShapeError, shortlist
+from ttcompress.layers.conv import TTConv2d
+from ttcompress.layers.execution import layer_spec
+from ttcompress.layers.kinds import tt_layer
+from ttcompress.layers.linear import TTLinear
+from ttcompress.records.common import Progress
+from ttcompress.records.layers import LinearSpec
+from ttcompress.records.plan import CompressionPlan, LayerPlan
+from ttcompress.tt.decompose import TTSVD, decompose_weight
+from ttcompress.tt.quantize import as_stored
+
+
+def check_plan(model: nn.Module, plan: CompressionPlan) -> None:
+    """See that a plan was made for this network.
+
+    Raises:
+        PlanError: layers or parameters that it lacks, another shape, or parameters that the plan does not list.
+    """
+    check_layers(model, plan.layers)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if plan.params_before != count:
+        lists = f"the plan lists {plan.params_before:,} parameters, the network has {count:,}"
+        raise PlanError(f"the plan does not fit this network: {lists}")
+    names = {name for name, _ in model.named_parameters()}
+    if unknown := [kept.name for kept in plan.kept if kept.name not in names]:
+        raise PlanError(f"the plan does not fit this network, which lacks {shortlist(unknown)}")
+
+
+def check_layers(model: nn.Module, layers: Sequence[LayerPlan]) -> None:
+    """See that a network has these layers.
+
+    Raises:
+        PlanError: it lacks some, or they have another shape.
+    """
+    dense = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    wrong = []
+    for layer in layers:
+        module = dense.get(layer.fqn)
+        if module is None:
+            wrong.append(f"{layer.fqn} is no Linear or Conv2d of this network")
+        elif layer_spec(module) != layer.spec or getattr(module, "groups", 1) != 1:
+            wrong.append(f"{layer.fqn} has another shape or geometry")
+    if wrong:
+        raise PlanError("the plan does not fit this network: " + "; ".join(sorted(wrong)))
+
+
+def apply_plan(
+    model: nn.Module,
+    plan: CompressionPlan,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> CompressionPlan:
+    """Decompose the planned layers one at a time and swap them in; returns the plan with the measured errors.
+
+    The model is changed only once every decomposition has gone well.
+
+    Args:
+        device: where the decomposition runs; the cores come back to the device of the weight.
+    """
+    check_plan(model, plan)
+    done, layers = [], []
+    for index, layer in enumerate(plan.layers):
+        if progress:
+            progress(f"decomposing {layer.fqn}", index, len(plan.layers))
+        dense = model.get_submodule(layer.fqn)
+        weight = dense.weight.detach()  # type: ignore[operator]
+        result = decompose(layer, weight.to(device))
+        cores = [core.to(weight.device) for core in result.cores]
+        layers.append(layer_from(layer, dense, cores))
+        done.append(replace(layer, relative_error=result.relative_error))
+    for layer, compressed in zip(done, layers, strict=True):
+        swap(model, layer.fqn, compressed)
+    return plan.with_layers(done)
+
+
+def layer_from(layer: LayerPlan, dense: nn.Module, cores: Sequence[Tensor]) -> TTLinear | TTConv2d:
+    """The planned layer with these cores, in the place of the dense one."""
+    made = tt_layer(layer.spec).from_cores(dense, layer.tensorization, cores)
+    made.execution = layer.execution
+    return made
+
+
+@torch.no_grad()
+def store_cores(model: nn.Module, plan: CompressionPlan) -> None:
+    """Give the cores of the planned layers the values that they have after being stored, in that type."""
+    for layer in plan.layers:
+        module: Any = model.get_submodule(layer.fqn)
+        with _blaming(layer):
+            cores = as_stored(list(module.cores), getattr(torch, layer.stored_dtype))
+        for k, core in enumerate(cores):
+            module.cores[k] = nn.Parameter(core, requires_grad=module.cores[k].requires_grad)
+
+
+def fresh_layer(
+    layer: LayerPlan, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> TTLinear | TTConv2d:
+    """The planned layer with random cores."""
+    made = tt_layer(layer.spec)(layer.spec, layer.tensorization, layer.tt_ranks, device, dtype)
+    made.execution = layer.execution
+    return made
+
+
+def decompose(layer: LayerPlan, weight: Tensor) -> TTSVD:
+    """The weight of one layer decomposed as planned.
+
+    Raises:
+        ShapeError: values that cannot be, naming the layer.
+    """
+    with _blaming(layer):
+        return decompose_weight(weight, layer.tensorization, layer.tt_ranks, dtype=getattr(torch, layer.stored_dtype))
+
+
+@contextmanager
+def _blaming(layer: LayerPlan) -> Iterator[None]:
+    try:
+        yield
+    except ShapeError as error:
+        raise ShapeError(f"{layer.fqn}: {error}") from error
+
+
+def insert_empty(model: nn.Module, layers: Sequence[LayerPlan]) -> None:
+    """Swap in layers on the meta device, for a state dict to be assigned to."""
+    for layer in layers:
+        swap(model, layer.fqn, fresh_layer(layer, "meta").train(model.training))
+
+
+def expand_layers(model: nn.Module) -> nn.Module:
+    """Put dense layers in the place of the TT layers, in the same module, which is returned."""
+    layers = {fqn: layer for fqn, layer in model.named_modules() if isinstance(layer, TTLinear | TTConv2d)}
+    for fqn, layer in layers.items():
+        swap(model, fqn, dense_layer(layer))
+    return model
+
+
+def dense_layer(layer: TTLinear | TTConv2d) -> nn.Linear | nn.Conv2d:
+    """The layer that a TT layer stands for."""
+    spec, weight = layer.spec, layer.weight.detach()
+    dense: nn.Linear | nn.Conv2d
+    if isinstance(spec, LinearSpec):
+        dense = nn.Linear(spec.in_features, spec.out_features, spec.bias, device="meta")
+    else:
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode", "bias")
+        dense = nn.Conv2d(**{name: getattr(spec, name) for name in names}, device="meta")
+    dense.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
+    if layer.bias is not None:
+        dense.bias = nn.Parameter(layer.bias.detach().clone())
+    return dense.train(layer.training)
+
+
+def swap(model: nn.Module, fqn: str, layer: nn.Module) -> None:
+    """Put a layer in the place of the one named `fqn`."""
+    parent, _, name = fqn.rpartition(".")
+    setattr(model.get_submodule(parent), name, layer)

@@ -1,0 +1,33 @@
+"""What all records share: JSON, progress, and the one meaning of compression."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+Json = dict[str, Any]
+
+
+Progress = Callable[[str, int, int], None]
+"""Called as progress(what, done, total) while a long stage runs."""
+
+
+def compression(params_before: int, params_after: int) -> float:
+    """params_before / params_after, the one meaning of compression here."""
+    return params_before / params_after
+
+
+def format_compression(ratio: float) -> str:
+    """`7.4x`: one decimal below 1,000, else rounded, with separators."""
+    return f"{ratio:.1f}x" if round(ratio, 1) < 1000 else f"{ratio:,.0f}x"
+
+
+def listed(record: Any) -> Json:
+    """A flat dataclass as JSON has it."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(record).items()}
+
+
+def tupled(data: Json) -> Json:
+    """JSON lists as the tuples of records."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}

@@ -1,0 +1,243 @@
+"""Plans: what is to be done to each weight of a network, and why the others stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from operator import index
+
+from ttcompress.errors import PlanError, ShapeError
+from ttcompress.records.common import Json, compression, listed, tupled
+from ttcompress.records.layers import ConvSpec, LayerSpec, LinearSpec, executions
+from ttcompress.tt.shapes import Mode, Tensorization, tensorize_shape
+
+PLAN_SCHEMA = "ttcompress-plan/1"
+
+
+WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+CORE_DTYPES = (*WEIGHT_DTYPES, "int8")
+"""Storage types of TT-cores."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One weight to be replaced: its layer, tensorization and TT-ranks; errors as far as they are known.
+
+    `predicted_error` bounds the relative Frobenius error from the singular values (with calibration, that of the
+    output), `relative_error` is measured. `output_error` is, by stage of a calibrated compression, the relative error
+    of the layer's output on held-out images. `execution` is how the layer is to run, one of `executions`. `core_dtype`
+    is the storage type of the cores, `int8` with scales among them; none stands for that of the weight.
+    """
+
+    fqn: str
+    spec: LayerSpec
+    tensorization: Tensorization
+    tt_ranks: tuple[int, ...]
+    weight_dtype: str
+    predicted_error: float | None = None
+    relative_error: float | None = None
+    output_error: Mapping[str, float] | None = None
+    note: str = ""
+    execution: str = "auto"
+    core_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight_dtype not in WEIGHT_DTYPES:
+            types = ", ".join(WEIGHT_DTYPES)
+            raise ShapeError(f"{self.fqn}: weight_dtype must be one of {types}, not {self.weight_dtype!r}")
+        if self.execution not in self.executions:
+            ways = ", ".join(self.executions)
+            raise ShapeError(f"{self.fqn}: execution must be one of {ways}, not {self.execution!r}")
+        if self.core_dtype not in (None, *CORE_DTYPES):
+            types = ", ".join(CORE_DTYPES)
+            raise ShapeError(f"{self.fqn}: core_dtype must be one of {types}, not {self.core_dtype!r}")
+
+    @property
+    def params_before(self) -> int:
+        """Entries of the dense weight."""
+        return prod(self.spec.weight_shape)
+
+    @property
+    def params_after(self) -> int:
+        """Entries of the TT-cores."""
+        return self.tensorization.num_params(self.tt_ranks)
+
+    @property
+    def executions(self) -> tuple[str, ...]:
+        """The ways this layer can run."""
+        return executions(self.spec, self.tensorization)
+
+    @property
+    def core_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the TT-cores by their names in a file."""
+        shapes = self.tensorization.core_shapes(self.tt_ranks)
+        return {f"{self.fqn}.cores.{k}": shape for k, shape in enumerate(shapes)}
+
+    @property
+    def stored_dtype(self) -> str:
+        """Storage type of the cores."""
+        return self.core_dtype or self.weight_dtype
+
+    @property
+    def scale_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the scales of int8 cores by their names in a file; none for other types."""
+        if self.stored_dtype != "int8":
+            return {}
+        return {f"{self.fqn}.core_scales.{k}": (rank,) for k, rank in enumerate(self.tt_ranks[1:])}
+
+    @property
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all that a file holds of the weight, by name."""
+        return {**self.core_shapes, **self.scale_shapes}
+
+    def to_json(self) -> Json:
+        """The `layers` entry of plans, reports and files."""
+        return {
+            "fqn": self.fqn,
+            "kind": self.spec.kind,
+            "format": self.tensorization.format,
+            "out_modes": list(self.tensorization.out_modes),
+            "in_modes": list(self.tensorization.in_modes),
+            "window_modes": list(self.tensorization.window_modes),
+            "tt_ranks": list(self.tt_ranks),
+            "params_before": self.params_before,
+            "params_after": self.params_after,
+            "predicted_error": self.predicted_error,
+            "relative_error": self.relative_error,
+            "output_error": dict(self.output_error) if self.output_error else None,
+            "weight_dtype": self.weight_dtype,
+            "spec": listed(self.spec),
+            **({"note": self.note} if self.note else {}),
+            **({"execution": self.execution} if self.execution != "auto" else {}),
+            **({"core_dtype": self.core_dtype} if self.core_dtype else {}),
+        }
+
+    @classmethod
+    def from_json(cls, data: Json) -> LayerPlan:
+        """Read an entry back; parameter counts are recomputed.
+
+        Raises:
+            ShapeError: modes that do not make the weight, or TT-ranks that do not fit them.
+            PlanError: a name that is no text.
+        """
+        if not isinstance(data["fqn"], str):
+            raise PlanError(f"fqn must be a text, not {data['fqn']!r}")
+        spec: LayerSpec = (LinearSpec if data["kind"] == "linear" else ConvSpec)(**tupled(data["spec"]))
+        modes = [Mode(*mode) for mode in zip(data["out_modes"], data["in_modes"], data["window_modes"], strict=True)]
+        tensorization = Tensorization(data["format"], tuple(modes))
+        _check_modes(data["fqn"], spec, tensorization)
+        ranks = tensorization.expand_ranks([index(rank) for rank in data["tt_ranks"]])
+        known: Json = {key: data.get(key) for key in ("predicted_error", "relative_error", "output_error")}
+        known |= {key: data[key] for key in ("note", "execution", "core_dtype") if key in data}
+        return cls(data["fqn"], spec, tensorization, ranks, data["weight_dtype"], **known)
+
+
+def _check_modes(fqn: str, spec: LayerSpec, stated: Tensorization) -> None:
+    """A format has one tensorization of a weight, but for the factors of `matrix`."""
+    pairs = [mode for mode in stated.modes if mode.window == 1] if stated.format == "matrix" else []
+    out_modes, in_modes = [mode.out for mode in pairs] or None, [mode.inp for mode in pairs] or None
+    try:
+        proper = tensorize_shape(stated.format, spec.weight_shape, out_modes, in_modes)
+    except ShapeError as error:
+        raise ShapeError(f"{fqn}: {error}") from error
+    if proper != stated:
+        modes = [tuple(mode) for mode in stated.modes]
+        raise ShapeError(f"{fqn}: format {stated.format} of this weight has no (out, in, window) modes {modes}")
+
+
+@dataclass(frozen=True)
+class KeptParameter:
+    """A parameter that stays as it is, and why; `kind` is that of its layer where it is a Linear or Conv2d weight."""
+
+    name: str
+    params: int
+    reason: str
+    kind: str = ""
+
+    def to_json(self) -> Json:
+        """A `layers` entry where this is the weight of a layer, else a `kept_parameters` entry."""
+        if not self.kind:
+            return asdict(self)
+        counts = {"params_before": self.params, "params_after": self.params}
+        return {"fqn": self.name.removesuffix(".weight"), "kind": self.kind, "kept": self.reason, **counts}
+
+    @classmethod
+    def from_json(cls, data: Json) -> KeptParameter:
+        """Read either entry back."""
+        if "fqn" in data:
+            return cls(data["fqn"] + ".weight", int(data["params_before"]), data["kept"], data["kind"])
+        return cls(data["name"], int(data["params"]), data["reason"])
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """What is to be done to a network, and every parameter of it, so that the totals add up.
+
+    `multiply_adds` of one input before and after and `latency` are known where they were the target.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    kept: tuple[KeptParameter, ...]
+    notes: tuple[str, ...] = ()
+    multiply_adds: tuple[int, int] | None = None
+    latency: Json | None = None
+
+    @property
+    def params_before(self) -> int:
+        """Parameters of the dense network, buffers not counted."""
+        return sum(layer.params_before for layer in self.layers) + sum(kept.params for kept in self.kept)
+
+    @property
+    def params_after(self) -> int:
+        """Parameters of the compressed network."""
+        return sum(layer.params_after for layer in self.layers) + sum(kept.params for kept in self.kept)
+
+    @property
+    def compression(self) -> float:
+        """Over all parameters of the network."""
+        return compression(self.params_before, self.params_after)
+
+    def with_layers(self, layers: Sequence[LayerPlan]) -> CompressionPlan:
+        """The same plan with its layers replaced, as after decomposition."""
+        return replace(self, layers=tuple(layers))
+
+    def to_json(self) -> Json:
+        """The keys that plans and reports share."""
+        weights = [kept for kept in self.kept if kept.kind]
+        return {
+            "compression": self.compression,
+            "params_before": self.params_before,
+            "params_after": self.params_after,
+            "layers": [layer.to_json() for layer in self.layers] + [kept.to_json() for kept in weights],
+            "kept_parameters": [kept.to_json() for kept in self.kept if not kept.kind],
+            "notes": list(self.notes),
+            **({"multiply_adds": list(self.multiply_adds)} if self.multiply_adds else {}),
+            **({"latency": self.latency} if self.latency else {}),
+        }
+
+    @classmethod
+    def from_json(cls, data: Json) -> CompressionPlan:
+        """Read a plan, edited or not.
+
+        Raises:
+            PlanError: keys are missing or hold values of the wrong kind.
+            ShapeError: modes and TT-ranks that do not fit the layer.
+        """
+        try:
+            entries = data["layers"]
+            layers = [LayerPlan.from_json(entry) for entry in entries if "kept" not in entry]
+            kept = [KeptParameter.from_json(entry) for entry in entries if "kept" in entry]
+            kept += [KeptParameter.from_json(entry) for entry in data["kept_parameters"]]
+            before_and_after = data.get("multiply_adds")
+            return cls(
+                tuple(layers),
+                tuple(kept),
+                tuple(data.get("notes", ())),
+                before_and_after and (index(before_and_after[0]), index(before_and_after[1])),
+                data.get("latency"),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"not a readable plan: {type(error).__name__}: {error}") from error
