@@ -11,31 +11,44 @@ from typing import TYPE_CHECKING, Any
 from ttcompress.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from ttcompress.commands.compress import compress as compress
-    from ttcompress.commands.compress import save as save
+    from ttcompress import tt as tt
+    from ttcompress.commands.in_memory import compress as compress
+    from ttcompress.commands.in_memory import evaluate as evaluate
+    from ttcompress.commands.in_memory import plan as plan
+    from ttcompress.commands.in_memory import save as save
     from ttcompress.errors import TTCompressError as TTCompressError
     from ttcompress.layers.conv import TTConv2d as TTConv2d
     from ttcompress.layers.linear import TTLinear as TTLinear
     from ttcompress.networks.opening import load as load
+    from ttcompress.recipe import LayerRule as LayerRule
+    from ttcompress.records.plan import CompressionPlan as CompressionPlan
+    from ttcompress.records.report import Report as Report
     from ttcompress.report.text import read_report as read_report
     from ttcompress.tt.decompose import tt_svd as tt_svd
     from ttcompress.tt.shapes import tensorize_shape as tensorize_shape
 
 _HOMES = {
+    "CompressionPlan": "records.plan",
+    "LayerRule": "recipe",
+    "Report": "records.report",
     "TTCompressError": "errors",
     "TTConv2d": "layers.conv",
     "TTLinear": "layers.linear",
-    "compress": "commands.compress",
+    "compress": "commands.in_memory",
+    "evaluate": "commands.in_memory",
     "load": "networks.opening",
+    "plan": "commands.in_memory",
     "read_report": "report.text",
-    "save": "commands.compress",
+    "save": "commands.in_memory",
     "tensorize_shape": "tt.shapes",
     "tt_svd": "tt.decompose",
 }
-__all__ = sorted(_HOMES)
+__all__ = [*sorted(_HOMES), "tt"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "tt":
+        return import_module("ttcompress.tt")
     if name not in _HOMES:
         raise AttributeError(f"module 'ttcompress' has no attribute {name!r}")
     return getattr(import_module(f"ttcompress.{_HOMES[name]}"), name)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, distributed
 
 from ttcompress.errors import PlanError, TTCompressError
+from ttcompress.torchrun import expected_size
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,6 @@ class World:
                 raise TTCompressError("another process stopped") from error
 
 
-def expected_rank() -> int:
-    """The rank that torchrun gave this process, 0 where there is none."""
-    return int(os.environ.get("RANK", "0"))
-
-
 @contextmanager
 def joined(device: torch.device, patience: timedelta | None = None) -> Iterator[World]:
     """The world of this process: NCCL between GPUs, gloo between CPUs.
@@ -76,7 +72,7 @@ def joined(device: torch.device, patience: timedelta | None = None) -> Iterator[
     Raises:
         PlanError: more processes on this machine than it has GPUs.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = expected_size()
     if size == 1:
         yield World(device)
         return

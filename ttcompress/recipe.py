@@ -6,129 +6,18 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ttcompress.errors import PlanError
-from ttcompress.records.plan import CORE_DTYPES
-from ttcompress.tt.shapes import FORMATS
+from ttcompress.options import RULE_KINDS, RUN_OPTIONS, Kind, flag
 
 Ranks = int | tuple[int, ...]
-EXECUTIONS = ("auto", "contract", "chain", "dense")
-EFFORTS = ("fast", "default", "max")
-OPTIMIZERS = ("sgd", "adamw")
-SCHEDULES = ("cosine", "step")
-AUGMENTATIONS = ("none", "shift", "flip")
-PRECISIONS = ("float32", "bfloat16", "float16")
 TARGETS = (("ranks", "conv_ranks"), ("eps",), ("ratio",), ("params",), ("macs_ratio",), ("latency_ratio",))
 """What a run can aim at; the options of one group go together."""
-
-
-class _Check(NamedTuple):
-    """What a value has to be: the words of the message, and the test that they describe."""
-
-    wanted: str
-    holds: Callable[[Any], bool]
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return _is_int(value) or (isinstance(value, float) and isfinite(value))
-
-
-def _is_count(value: Any) -> bool:
-    return _is_int(value) and value > 0
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-def _each(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list | tuple) and bool(value) and all(map(holds, value))
-
-
-def _one_of(names: Sequence[str]) -> _Check:
-    return _Check(f"one of {', '.join(names)}", lambda value: value in names)
-
-
-_TEXT = _Check("a text", _is_text)
-_PATTERNS = _Check("a list of patterns", _each(_is_text))
-_COUNT = _Check("a whole number above 0", _is_count)
-_COUNTS = _Check("a list of whole numbers above 0", _each(_is_count))
-_FROM_ZERO = _Check("a whole number, 0 or above", lambda value: _is_int(value) and value >= 0)
-_RANKS = _Check("a whole number above 0 or a list of them", lambda value: _is_count(value) or _each(_is_count)(value))
-_FORMAT = _one_of(("auto", *FORMATS))
-_ABOVE_ONE = _Check("above 1", lambda value: _is_number(value) and value > 1)
-_ABOVE_ZERO = _Check("a number above 0", lambda value: _is_number(value) and value > 0)
-_FROM_ZERO_ON = _Check("a number, 0 or above", lambda value: _is_number(value) and value >= 0)
-_SHARE = _Check("a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1)
-_SWITCH = _Check("true or false", lambda value: isinstance(value, bool))
-
-_SHARED = {"format": _FORMAT, "in_modes": _COUNTS, "out_modes": _COUNTS, "ranks": _RANKS}
-_LAYER_CHECKS = {"match": _Check("a pattern", _is_text), **_SHARED}
-_CHECKS = {
-    **_SHARED,
-    "arch": _TEXT,
-    "key": _TEXT,
-    "conv_ranks": _RANKS,
-    "eps": _Check("above 0 and below 1", lambda value: _is_number(value) and 0 < value < 1),
-    "ratio": _ABOVE_ONE,
-    "params": _COUNT,
-    "macs_ratio": _ABOVE_ONE,
-    "latency_ratio": _ABOVE_ONE,
-    "exec": _one_of(EXECUTIONS),
-    "tune": _SWITCH,
-    "input_size": _COUNTS,
-    "include": _PATTERNS,
-    "exclude": _PATTERNS,
-    "data": _TEXT,
-    "mean": _Check("a list of numbers", _each(_is_number)),
-    "std": _Check("a list of numbers above 0", _each(lambda value: _is_number(value) and value > 0)),
-    "dtype": _one_of(CORE_DTYPES),
-    "device": _TEXT,
-    "batch_size": _COUNT,
-    "workers": _FROM_ZERO,
-    "seed": _Check("a whole number from 0 to below 2**63", lambda value: _is_int(value) and 0 <= value < 2**63),
-    "max_drop": _Check("a number of points, 0 or above", lambda value: _is_number(value) and value >= 0),
-    "val": _TEXT,
-    "calib": _TEXT,
-    "calib_images": _COUNT,
-    "effort": _one_of(EFFORTS),
-    "train": _TEXT,
-    "teacher": _TEXT,
-    "epochs": _COUNT,
-    "lr": _Check("above 0 and at most 1000", lambda value: _is_number(value) and 0 < value <= 1000),
-    "optimizer": _one_of(OPTIMIZERS),
-    "schedule": _one_of(SCHEDULES),
-    "warm_up": _FROM_ZERO_ON,
-    "weight_decay": _FROM_ZERO_ON,
-    "clip": _FROM_ZERO_ON,
-    "ema": _SHARE,
-    "label_smoothing": _SHARE,
-    "distill": _Check("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1),
-    "temperature": _ABOVE_ZERO,
-    "augment": _one_of(AUGMENTATIONS),
-    "mixup": _FROM_ZERO_ON,
-    "cutmix": _FROM_ZERO_ON,
-    "precision": _one_of(PRECISIONS),
-    "channels_last": _SWITCH,
-    "compile": _SWITCH,
-    "accumulate": _COUNT,
-    "deterministic": _SWITCH,
-    "from_scratch": _SWITCH,
-}
 FORM = ("format", "in_modes", "out_modes", "include", "exclude")
 """Options that say which layers get which form."""
-_FLOATS = (
-    "eps", "ratio", "macs_ratio", "latency_ratio", "mean", "std", "max_drop",
-    "lr", "warm_up", "weight_decay", "clip", "ema", "label_smoothing",
-    "distill", "temperature", "mixup", "cutmix",
-)  # fmt: skip
+_RUN_KINDS = {name: option.kind for name, option in RUN_OPTIONS.items()}
 
 
 @dataclass(frozen=True)
@@ -146,7 +35,7 @@ class LayerRule:
     ranks: Ranks | None = None
 
     def __post_init__(self) -> None:
-        _raise_all(_problems(vars(self), _LAYER_CHECKS))
+        _raise_all(_problems(vars(self), RULE_KINDS))
         _freeze(self)
 
 
@@ -213,7 +102,7 @@ class Recipe:
     layers: tuple[LayerRule, ...] = ()
 
     def __post_init__(self) -> None:
-        _raise_all(_problems(vars(self), _CHECKS, _flag))
+        _raise_all(_problems(vars(self), _RUN_KINDS, flag))
         _freeze(self)
 
     @classmethod
@@ -223,9 +112,9 @@ class Recipe:
         Raises:
             PlanError: the file is missing, unreadable or no TOML; or, in one line, all that is wrong with what it says.
         """
-        options, problems = _known(_read_toml(path), [*_CHECKS, "layers"])
+        options, problems = _known(_read_toml(path), [*RUN_OPTIONS, "layers"])
         rules, wrong = _layer_rules(options.pop("layers", []))
-        _raise_all([*problems, *_problems(options, _CHECKS, _flag), *wrong], f"{path}: ")
+        _raise_all([*problems, *_problems(options, _RUN_KINDS, flag), *wrong], f"{path}: ")
         return cls(**options, layers=tuple(LayerRule(**rule) for rule in rules))
 
     @property
@@ -256,14 +145,14 @@ class Recipe:
         if not stated and self.max_drop is not None:
             return "max_drop"
         if len(stated) != 1:
-            choices = ", ".join("/".join(map(_flag, group)) for group in (*TARGETS, ("max_drop",)))
-            found = " and ".join(map(_flag, got)) or "none"
+            choices = ", ".join("/".join(map(flag, group)) for group in (*TARGETS, ("max_drop",)))
+            found = " and ".join(map(flag, got)) or "none"
             raise PlanError(f"state exactly one of {choices}, --plan: got {found}")
         return stated[0]
 
     def given(self, *names: str) -> list[str]:
         """Those of these options that are stated, as the command line spells them."""
-        return [_flag(name) for name in names if _is_stated(getattr(self, name))]
+        return [flag(name) for name in names if _is_stated(getattr(self, name))]
 
     def override(self, **options: Any) -> Recipe:
         """A new recipe in which every stated option replaces its own; a target among them displaces the other targets.
@@ -300,9 +189,9 @@ def _layer_rules(tables: object) -> tuple[list[dict[str, Any]], list[str]]:
         return [], [f"layers must be tables that begin with [[layers]], not {tables!r}"]
     rules, problems = [], []
     for number, table in enumerate(tables, 1):
-        rule, wrong = _known(table, _LAYER_CHECKS)
+        rule, wrong = _known(table, RULE_KINDS)
         rules.append({"match": "", **rule})
-        wrong += _problems(rules[-1], _LAYER_CHECKS)
+        wrong += _problems(rules[-1], RULE_KINDS)
         problems += [f"[[layers]] {number}: {problem}" for problem in wrong]
     return rules, problems
 
@@ -321,11 +210,13 @@ def _known(table: Mapping[str, Any], names: Iterable[str]) -> tuple[dict[str, An
     return {name: known[name] for name in names if name in known}, problems
 
 
-def _problems(values: Mapping[str, Any], checks: Mapping[str, _Check], label: Callable[[str], str] = str) -> list[str]:
+def _problems(values: Mapping[str, Any], kinds: Mapping[str, Kind], label: Callable[[str], str] = str) -> list[str]:
+    """What is wrong with the values that are stated, a line each."""
+    stated = {name: value for name, value in values.items() if name in kinds and value not in (None, ())}
     return [
-        f"{label(name)} must be {check.wanted}, not {values[name]!r}"
-        for name, check in checks.items()
-        if name in values and values[name] not in (None, ()) and not check.holds(values[name])
+        f"{label(name)} must be {kinds[name].wanted}, not {value!r}"
+        for name, value in stated.items()
+        if not kinds[name].holds(value)
     ]
 
 
@@ -335,12 +226,16 @@ def _raise_all(problems: Sequence[str], where: str = "") -> None:
 
 
 def _freeze(record: Recipe | LayerRule) -> None:
-    """Make lists tuples and whole numbers floats where the option is a float, so that equal options are equal."""
+    """Make lists tuples, and whole numbers floats where the option is one, so that equal options are equal."""
+    kinds = RULE_KINDS if isinstance(record, LayerRule) else _RUN_KINDS
+
     for name, value in list(vars(record).items()):
+        is_real = name in kinds and kinds[name].is_real
+        frozen: object = value
         if isinstance(value, list | tuple):
-            frozen: object = tuple(float(item) if name in _FLOATS else item for item in value)
-        else:
-            frozen = float(value) if name in _FLOATS and value is not None else value
+            frozen = tuple(float(item) if is_real else item for item in value)
+        elif is_real and value is not None:
+            frozen = float(value)
         object.__setattr__(record, name, frozen)
 
 
@@ -354,8 +249,3 @@ def _stated(record: Recipe | LayerRule) -> dict[str, Any]:
         for name, value in vars(record).items()
         if _is_stated(value)
     }
-
-
-def _flag(name: str) -> str:
-    """An option as the command line spells it."""
-    return "--" + name.replace("_", "-")

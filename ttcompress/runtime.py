@@ -1,4 +1,4 @@
-"""Where and with what a run computes: device, types, threads and random numbers."""
+"""Where and with what a run computes: device, threads and random numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 
 from ttcompress.errors import PlanError
-from ttcompress.recipe import Recipe
+
+MOST_THREADS = 16
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def fixed_threads() -> Iterator[None]:
     _replaced.append(torch.get_num_threads())
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(max(1, min(16, usable // sharing)))
+    torch.set_num_threads(max(1, min(MOST_THREADS, usable // sharing)))
     try:
         yield
     finally:
@@ -29,6 +30,7 @@ def fixed_threads() -> Iterator[None]:
 
 
 _replaced: list[int] = []
+"""What the settings of `fixed_threads` that are in force have replaced."""
 
 
 @contextmanager
@@ -42,26 +44,26 @@ def threads_as_set() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def device_of(recipe: Recipe) -> torch.device:
-    """`auto` (the default) is the GPU where there is one.
+def chosen_device(name: str) -> torch.device:
+    """The device of that name; `auto` is the GPU where there is one.
 
     Raises:
         PlanError: a device that torch does not know or this machine does not have.
     """
-    name = recipe.device or "auto"
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.split(":")[0] not in ("cpu", "cuda"):
         raise PlanError(f"--device must be auto, cpu, cuda or cuda:N, not {name!r}")
     try:
+        # An empty device fails only when something is put there.
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise PlanError(f"--device {name} is not available: {str(error).splitlines()[0]}") from error
 
 
 @contextmanager
-def seeded(recipe: Recipe) -> Iterator[None]:
-    """Random numbers from the recipe's seed; the caller's own state is put back."""
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers from this seed; the caller's own state is put back."""
     with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed or 0)
+        torch.manual_seed(seed)
         yield

@@ -35,6 +35,7 @@ from ttcompress.networks.zoo import CifarResNet, Mlp
 from ttcompress.planning.plan_file import read_plan, write_plan
 from ttcompress.recipe import Recipe
 from ttcompress.records.report import Report
+from ttcompress.settings import Settings
 
 WIDTHS = {"width0": 64, "width1": 96, "width2": 80, "width3": 10}
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -170,7 +171,7 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
 @every_network
 def test_a_fresh_process_with_only_the_file_gives_the_same_logits(folder: Path, tmp_path: Path, name: str) -> None:
     network = open_dense(folder / f"{name}.pt")
-    pipeline.compress_network(network, RECIPES[name])
+    pipeline.compress_network(network, Settings.of(RECIPES[name]))
     x, alone = images(name), tmp_path / "alone"
     alone.mkdir()
     shutil.copy(folder / f"{name}-tt.safetensors", alone / "only.safetensors")
@@ -402,7 +403,7 @@ def test_tied_weights_hidden_buffers_and_absent_counters(
     torch.save(images("mlp"), tmp_path / "x")
     python(script, output, tmp_path / "x", tmp_path / "y", torch.get_num_threads(), cwd=net_file.parent)
     network = open_dense(checkpoint, arch)
-    pipeline.compress_network(network, Recipe(ranks=3))
+    pipeline.compress_network(network, Settings.of(Recipe(ranks=3)))
     assert torch.equal(torch.load(tmp_path / "y"), logits_of(network.model, images("mlp")))
     loaded = ttcompress.load(output, factory=load_factory(arch))
     assert loaded.get_parameter("decode.weight") is loaded.get_parameter("encode.weight")
@@ -527,7 +528,7 @@ BATCH = (torch.randn(4, 64), torch.zeros(4, dtype=torch.long))
     [
         ({}, PlanError, "exactly one"),
         ({"ranks": 4, "ratio": 2.0}, PlanError, "exactly one"),
-        ({"ranks": 0}, PlanError, "--ranks"),
+        ({"ranks": 0}, PlanError, "^ranks must be a whole number above 0"),
         ({"ranks": 4, "data": [BATCH], "metric": lambda module: 1.0}, PlanError, "not both"),
         ({"ranks": 4, "data": iter([BATCH])}, DataError, "read more than once"),
         ({"ranks": 4, "metric": lambda module: float("nan")}, DataError, "returned nan"),
@@ -535,7 +536,7 @@ BATCH = (torch.randn(4, 64), torch.zeros(4, dtype=torch.long))
         ({"ranks": 4, "data": []}, DataError, "no image"),
         ({"ranks": 4, "include": ["nothing*"]}, PlanError, "nothing"),
         ({"ranks": 4, "device": "nonsense"}, PlanError, "device"),
-        ({"ranks": 4, "arch": "vgg16"}, PlanError, "its own architecture"),
+        ({"ranks": 4, "calib_images": 20}, DataError, "^calib_images needs calib,"),
         ({"conv_ranks": 4}, PlanError, "nothing would be compressed"),
     ],
 )

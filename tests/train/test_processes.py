@@ -37,7 +37,8 @@ from toys import teacher as a_teacher
 
 from ttcompress.data.training_batches import Stream
 from ttcompress.errors import TrainingError, TrainingStoppedError
-from ttcompress.processes import World, expected_rank, joined
+from ttcompress.processes import World, joined
+from ttcompress.torchrun import expected_rank
 from ttcompress.train.batch_norm import ReducedBatchNorm, parallel, reduce_batch_norms
 from ttcompress.train.loop import Options, train
 

@@ -1,46 +1,97 @@
-"""Compress a checkpoint into a file, or a module in memory: plan, decompose, swap in, measure, write."""
+"""Compress a checkpoint into a file: open, plan, decompose, swap in, measure, write; `plan` stops half-way."""
 
 from __future__ import annotations
 
-import copy
-import os
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from functools import partial
-from math import isfinite
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor, nn
 
 from ttcompress.calibrate.stages import adopt
-from ttcompress.commands.compressor import Compressed, Compressor, promised_bytes, recorded, report_of
-from ttcompress.commands.inputs import (
-    Meter,
-    Sources,
-    calibration_images,
-    classification,
-    judge_by,
-    tensor_calibration,
-    with_sources,
+from ttcompress.commands.compressor import Compressed, Compressor
+from ttcompress.commands.finetune import (
+    ONLY_IN_TRAINING,
+    EpochLog,
+    check_inputs,
+    finetune_file,
+    state_file,
 )
+from ttcompress.commands.inputs import Inputs, calibration_name, open_inputs
+from ttcompress.commands.reports import promised_bytes, recorded, report_of
 from ttcompress.commands.weights_only import compress_weights, plan_weights
 from ttcompress.errors import CheckpointError, DataError, PlanError, differences
-from ttcompress.files.checkpoint import (
-    check_output,
-    file_digest,
-    tensor_bytes,
-    write_safetensors,
-)
-from ttcompress.files.shards import read_metadata
+from ttcompress.files.checkpoint import check_output, file_digest, tensor_bytes, write_safetensors
+from ttcompress.files.shards import read_index, read_metadata, stem
 from ttcompress.networks.opening import Network, open_dense, open_empty
 from ttcompress.networks.stored import stored_tensors
 from ttcompress.planning.plan_file import is_made_by
 from ttcompress.recipe import Recipe
-from ttcompress.records.common import Json, Progress
+from ttcompress.records.common import Progress
 from ttcompress.records.plan import CompressionPlan
 from ttcompress.records.report import Report
-from ttcompress.runtime import device_of, fixed_threads, seeded
+from ttcompress.runtime import chosen_device, fixed_threads, seeded
+from ttcompress.settings import Settings
+from ttcompress.torchrun import expected_size
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `compress` did: its report, the file it wrote, and by how much the drop exceeds what `--max-drop` allows."""
+
+    report: Report
+    output: Path
+    excess_drop: float | None = None
+
+
+def compress_and_train(
+    checkpoint: Path,
+    output: Path | None,
+    recipe: Recipe,
+    plan: CompressionPlan | None = None,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    log: EpochLog | None = None,
+) -> Outcome:
+    """The whole verb: compress a checkpoint, and where the recipe names epochs, train the result further.
+
+    Raises:
+        TTCompressError: whatever does not fit, in one line.
+    """
+    _check_training_options(recipe, resume)
+    target = output or default_output(checkpoint, recipe)
+    resume = resume and state_file(target).exists()
+
+    if resume:
+        check_repeats(checkpoint, target, recipe, plan)
+    else:
+        if recipe.train:
+            # What can be known to fail in the training fails before something long comes first.
+            check_inputs(recipe)
+        report = compress_file(checkpoint, target, recipe, plan, force=force, progress=progress)
+
+    if recipe.train:
+        report = finetune_file(
+            target, target, recipe, plan, force=True, resume=resume, origin=checkpoint, progress=progress, log=log
+        )
+    return Outcome(report, target, drop_beyond_gate(report, recipe))
+
+
+def _check_training_options(recipe: Recipe, resume: bool) -> None:
+    if (recipe.train is None) != (recipe.epochs is None):
+        raise PlanError("--finetune and --train go together")
+
+    unused = ["--resume"] * resume + recipe.given(*ONLY_IN_TRAINING)
+    if recipe.epochs is None and unused:
+        raise PlanError(f"{', '.join(unused)}: only with --finetune")
+
+    if expected_size() > 1 and not recipe.is_weights_only:
+        raise PlanError("compress in one process, then `torchrun ... -m ttcompress finetune`")
+
+
+def default_output(checkpoint: Path, recipe: Recipe) -> Path:
+    """Where a compressed checkpoint goes that nobody named a place for: one file, or a folder of shards."""
+    in_shards = recipe.is_weights_only and read_index(checkpoint) is not None
+    return Path(f"{stem(checkpoint)}-tt{'' if in_shards else '.safetensors'}")
 
 
 def compress_file(
@@ -62,32 +113,17 @@ def compress_file(
     """
     if recipe.is_weights_only:
         return compress_weights(source, output, recipe, plan, force=force, progress=progress)
+
     check_output(output, force)
     if recipe.max_drop is not None and not _is_search(recipe, plan) and recipe.data is None:
         raise DataError("--max-drop beside another target is a gate on accuracy: name labelled images with --data")
-    network = open_dense(source, recipe.arch, recipe.key or "")
-    network, sources = with_sources(network, recipe, progress)
-    report = compress_network(network, recipe, plan, sources, progress)
+
+    settings = Settings.of(recipe)
+    network = open_dense(source, recipe.arch, settings.key)
+    network, inputs = open_inputs(network, settings, progress)
+    report = compress_network(network, settings, plan, inputs, progress)
     write_safetensors(output, stored_tensors(network.model, network.tensors, report.plan), report.to_json())
     return report
-
-
-def check_repeats(checkpoint: Path, output: Path, recipe: Recipe, plan: CompressionPlan | None = None) -> None:
-    """See that a compressed file is what `compress_file` with the same arguments wrote.
-
-    Raises:
-        CheckpointError: it is not, naming the difference.
-    """
-    report = Report.from_json(read_metadata(output))
-    before = {**report.recipe, "seed": report.seed, "sha256": report.source.get("sha256")}
-    before["calib"] = (report.calibration or {}).get("data")
-    now = {**recorded(recipe), "seed": recipe.seed or 0, "sha256": file_digest(checkpoint)}
-    now["calib"] = calibration_images(recipe)
-    differ = differences(before, now)
-    if not differ and plan is not None and not is_made_by(report.plan, plan):
-        differ = "--plan was another"
-    if differ:
-        raise CheckpointError(f"{output}: was compressed otherwise: {differ}; repeat the command as it was")
 
 
 def plan_file(
@@ -103,119 +139,38 @@ def plan_file(
     """
     if source is not None and recipe.is_weights_only:
         return plan_weights(source, recipe, plan, progress=progress)
+
+    settings = Settings.of(replace(recipe, data=None))
     if source is not None:
-        network = open_dense(source, recipe.arch, recipe.key or "")
+        network = open_dense(source, recipe.arch, settings.key)
     elif recipe.arch:
         network = open_empty(recipe.arch)
     else:
         raise PlanError("give a checkpoint, or an architecture with --arch")
-    network, sources = with_sources(network, replace(recipe, data=None), progress)
-    before = tensor_bytes(stored_tensors(network.model, network.tensors))
-    with seeded(recipe):
-        searches = _is_search(recipe, plan)
-        compressor = _compressor(network, recipe, sources, searches, progress)
-        with fixed_threads():
-            if searches:
-                done = compressor.search(sources.judge)
-            else:
-                done = Compressed(network.model, compressor.plan(recipe, plan), compressor.calibrated_on())
-    return report_of(network, done, recipe, (before, promised_bytes(before, done.plan)))
+
+    network, inputs = open_inputs(network, settings, progress)
+    return plan_network(network, Settings.of(recipe), plan, inputs, progress)
 
 
-def compress(
-    module: nn.Module,
-    *,
-    calib: Tensor | Iterable[Any] | None = None,
-    data: Iterable[tuple[Tensor, Tensor]] | None = None,
-    metric: Callable[[nn.Module], float] | None = None,
-    val: Iterable[tuple[Tensor, Tensor]] | None = None,
-    inplace: bool = False,
-    progress: Progress | None = None,
-    **options: Any,
-) -> tuple[nn.Module, Report]:
-    """Compress any module in memory; returns the compressed module and the report.
-
-    Args:
-        calib: inputs (N, ...) without labels, as one tensor or as batches (inputs, or tuples that begin with
-            them); output error then counts instead of weight error.
-        data: labelled batches (inputs, labels) to measure accuracy on, such as a DataLoader; read twice, in the
-            same order if `agreement` is to be known.
-        metric: instead of `data`, any function of the module; its values before and after go into the report.
-        val: labelled batches to search by, with `max_drop` and no other target; read once a point.
-        inplace: change `module` itself instead of a copy.
-        options: those of the command line (`ranks`, `eps`, `ratio`, `include`, `format`, `device` ...; see `Recipe`).
+def check_repeats(checkpoint: Path, output: Path, recipe: Recipe, plan: CompressionPlan | None = None) -> None:
+    """See that a compressed file is what `compress_file` with the same arguments wrote.
 
     Raises:
-        TTCompressError: options that contradict each other or do not fit the module.
+        CheckpointError: it is not, naming the difference.
     """
-    recipe = Recipe(**options)
-    if recipe.arch is not None:
-        raise PlanError("the module is its own architecture: leave out arch")
-    if data is not None and metric is not None:
-        raise PlanError("give data or metric, not both")
-    if recipe.max_drop is not None and recipe.target != "max_drop":
-        raise PlanError("max_drop beside another target is a gate of the command line: look at the report instead")
-    for name, batches in (("data", data), ("val", val)):
-        if batches is not None and iter(batches) is batches:
-            raise DataError(f"{name} is read more than once: give a list or a DataLoader, not an iterator")
-    model = module if inplace else copy.deepcopy(module)
-    meter = None
-    if data is not None:
-        meter = classification(lambda: data, "data", device_of(recipe), progress)
-    elif metric is not None:
-        name = getattr(metric, "__name__", "metric")
-        meter = Meter(partial(_finite, metric, name), partial(_metric_json, name))
-    judge = None if val is None else judge_by(classification(lambda: val, "val", device_of(recipe), progress))
-    calibration = None if calib is None else tensor_calibration(calib, recipe)
-    sources = Sources(meter, judge, calibration)
-    return model, compress_network(Network(model, model.state_dict()), recipe, None, sources, progress)
+    settings = Settings.of(recipe)
+    report = Report.from_json(read_metadata(output))
 
+    before = {**report.recipe, "seed": report.seed, "sha256": report.source.get("sha256")}
+    before["calib"] = (report.calibration or {}).get("data")
+    now = {**recorded(recipe), "seed": settings.seed, "sha256": file_digest(checkpoint)}
+    now["calib"] = calibration_name(settings)
 
-def _finite(metric: Callable[[nn.Module], float], name: str, module: nn.Module) -> float:
-    value = float(metric(module))
-    if not isfinite(value):
-        raise DataError(f"{name} returned {value}, which no report can hold")
-    return value
-
-
-def _metric_json(name: str, dense: float, compressed: float) -> Json:
-    return {"metric": name, "dense": dense, "compressed": compressed, "n": None, "interval": None}
-
-
-def save(module: nn.Module, report: Report, path: str | os.PathLike[str], force: bool = False) -> None:
-    """Write a module that `compress` made to a compressed file; `load(path, factory=...)` reads it back.
-
-    Raises:
-        CheckpointError: the file exists and `force` is not set, or its folder does not.
-    """
-    check_output(Path(path), force)
-    write_safetensors(Path(path), stored_tensors(module, module.state_dict(), report.plan), report.to_json())
-
-
-def compress_network(
-    network: Network,
-    recipe: Recipe,
-    plan: CompressionPlan | None = None,
-    sources: Sources | None = None,
-    progress: Progress | None = None,
-) -> Report:
-    """Plan (unless a plan is given), decompose and swap in place, and measure before and after."""
-    sources = sources or Sources()
-    meter = sources.meter
-    bytes_before = tensor_bytes(stored_tensors(network.model, network.tensors))
-    with seeded(recipe):
-        searches = _is_search(recipe, plan)
-        compressor = _compressor(network, recipe, sources, searches, progress)
-        dense = meter.run(network.model) if meter else None
-        with fixed_threads():
-            if searches:
-                done = compressor.search(sources.judge)
-                adopt(network.model, done.model, done.plan)
-            else:
-                done = compressor.apply(compressor.plan(recipe, plan), inplace=True)
-        accuracy = meter.summary(dense, meter.run(network.model)) if meter else None
-    bytes_after = tensor_bytes(stored_tensors(network.model, network.tensors, done.plan))
-    return report_of(network, done, recipe, (bytes_before, bytes_after), accuracy)
+    differ = differences(before, now)
+    if not differ and plan is not None and not is_made_by(report.plan, plan):
+        differ = "--plan was another"
+    if differ:
+        raise CheckpointError(f"{output}: was compressed otherwise: {differ}; repeat the command as it was")
 
 
 def drop_beyond_gate(report: Report, recipe: Recipe) -> float | None:
@@ -226,24 +181,86 @@ def drop_beyond_gate(report: Report, recipe: Recipe) -> float | None:
     return drop if drop > recipe.max_drop else None
 
 
+# ------------------------------------------------------------------------------------------------- networks in memory
+
+
+def plan_network(
+    network: Network,
+    settings: Settings,
+    plan: CompressionPlan | None = None,
+    inputs: Inputs | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """What `compress_network` would do; the network stays as it is."""
+    inputs = inputs or Inputs()
+    before = tensor_bytes(stored_tensors(network.model, network.tensors))
+
+    with seeded(settings.seed):
+        compressor = _compressor(network, settings, plan, inputs, progress)
+        with fixed_threads():
+            done = _searched(compressor, plan, inputs) or Compressed(
+                network.model, compressor.plan(settings.recipe, plan), compressor.calibrated_on()
+            )
+    return report_of(network, done, settings, (before, promised_bytes(before, done.plan)))
+
+
+def compress_network(
+    network: Network,
+    settings: Settings,
+    plan: CompressionPlan | None = None,
+    inputs: Inputs | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Plan (unless a plan is given), decompose and swap in place, and measure before and after."""
+    inputs = inputs or Inputs()
+    metric = inputs.metric
+    before = tensor_bytes(stored_tensors(network.model, network.tensors))
+
+    with seeded(settings.seed):
+        compressor = _compressor(network, settings, plan, inputs, progress)
+        dense = metric.measure(network.model) if metric else None
+
+        with fixed_threads():
+            done = _searched(compressor, plan, inputs)
+            if done:
+                adopt(network.model, done.model, done.plan)
+            else:
+                done = compressor.apply(compressor.plan(settings.recipe, plan), inplace=True)
+
+        accuracy = metric.summary(dense, metric.measure(network.model)) if metric else None
+
+    after = tensor_bytes(stored_tensors(network.model, network.tensors, done.plan))
+    return report_of(network, done, settings, (before, after), accuracy)
+
+
 def _is_search(recipe: Recipe, plan: CompressionPlan | None) -> bool:
     return plan is None and recipe.target == "max_drop"
 
 
+def _searched(compressor: Compressor, plan: CompressionPlan | None, inputs: Inputs) -> Compressed | None:
+    """The smallest network that keeps the drop, where that is what is asked for."""
+    return compressor.search(inputs.score) if _is_search(compressor.settings.recipe, plan) else None
+
+
 def _compressor(
-    network: Network, recipe: Recipe, sources: Sources, searches: bool, progress: Progress | None
+    network: Network,
+    settings: Settings,
+    plan: CompressionPlan | None,
+    inputs: Inputs,
+    progress: Progress | None,
 ) -> Compressor:
-    for option, value in (("--calib-images", recipe.calib_images), ("--effort", recipe.effort)):
-        if value is not None and sources.calibration is None:
-            raise DataError(f"{option} needs --calib, the images to calibrate on")
-    if sources.judge and not searches:
+    unused = settings.recipe.given("calib_images", "effort")
+    if unused and inputs.calibration is None:
+        raise DataError(f"{unused[0]} needs --calib, the images to calibrate on")
+    if inputs.score and not _is_search(settings.recipe, plan):
         raise DataError("--val is what --max-drop without another target searches by: leave it out")
-    known = network.preprocessing and network.preprocessing.input_size
+
+    known = network.preprocessing.input_size if network.preprocessing else None
     return Compressor(
         network.model,
-        recipe,
-        device_of(recipe),
-        sources.calibration,
+        settings,
+        chosen_device(settings.device),
+        inputs.calibration,
         progress,
-        input_shape=recipe.input_size or known or (),
+        input_shape=settings.input_size or known or (),
     )

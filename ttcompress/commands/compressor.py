@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from math import prod, sqrt
+from math import sqrt
 
 import torch
 from torch import nn
 
 from ttcompress.calibrate.stages import adopt, compress_calibrated
 from ttcompress.calibrate.statistics import LayerStatistics, measure
+from ttcompress.commands.inputs import Score
 from ttcompress.data.calibration_images import Calibration
 from ttcompress.errors import DataError, PlanError, shortlist
 from ttcompress.measure.latency import Bed, within_latency
 from ttcompress.measure.multiply_adds import Usage, usage_of
-from ttcompress.networks.opening import Network
 from ttcompress.networks.running import input_dtype
-from ttcompress.networks.stored import tied_parameters
 from ttcompress.networks.surgery import apply_plan
 from ttcompress.planning.plan_file import adopt_plan
 from ttcompress.planning.planner import Budget, Planner, Results
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Json, Progress
 from ttcompress.records.plan import CompressionPlan
-from ttcompress.records.report import Report
 from ttcompress.runtime import threads_as_set
+from ttcompress.settings import Settings
 from ttcompress.tt.shapes import Tensorization
 from ttcompress.tt.whiten import ModeMetric
-from ttcompress.version import __version__
 
 SEARCH_STEP = 1.05
 """The search for the smallest network ends when the next point would be nearer than this factor."""
@@ -54,7 +52,7 @@ class Compressor:
     """
 
     model: nn.Module
-    recipe: Recipe
+    settings: Settings
     device: torch.device
     calibration: Calibration | None = None
     progress: Progress | None = None
@@ -115,10 +113,9 @@ class Compressor:
         if images is None:
             model = self.model if inplace else copy.deepcopy(self.model)
             return Compressed(model, apply_plan(model, plan, self.device, self.progress))
-        effort, seed = self.recipe.effort or "default", self.recipe.seed or 0
         statistics = self._statistics(tuple(layer.fqn for layer in plan.layers))
         compressed, plan, stages = compress_calibrated(
-            self._dense, plan, statistics, images, effort, seed, self.progress
+            self._dense, plan, statistics, images, self.settings.effort, self.settings.seed, self.progress
         )
         model = self.model if inplace else copy.deepcopy(self.model)
         adopt(model, compressed, plan)
@@ -128,29 +125,36 @@ class Compressor:
         """The report's `calibration`, None where weight error counts."""
         if self.calibration is None:
             return None
-        counts = {"images": self.calibration.num_images, "held_out": self.calibration.num_held_out}
-        effort = self.recipe.effort or "default"
-        return {"data": self.calibration.name, **counts, "effort": effort, "stages": list(stages)}
+        return {
+            "data": self.calibration.name,
+            "images": self.calibration.num_images,
+            "held_out": self.calibration.num_held_out,
+            "effort": self.settings.effort,
+            "stages": list(stages),
+        }
 
-    def search(self, accuracy: Callable[[nn.Module], float] | None) -> Compressed:
+    def search(self, score: Score | None) -> Compressed:
         """A copy of the network, compressed as far as it loses at most `max_drop` points, by bisection of the ratio.
 
         Raises:
             PlanError: nothing to measure accuracy on, no weights, or no compression that was tried keeps the drop.
         """
-        max_drop = self.recipe.max_drop or 0.0
-        if accuracy is None:
+        if score is None:
             raise PlanError("--max-drop alone searches on labelled images of their own: name them with --val")
         if any(parameter.is_meta for parameter in self.model.parameters()):
             raise PlanError("--max-drop needs the weights: give a checkpoint")
-        dense = accuracy(self.model)
+
+        max_drop = self.settings.recipe.max_drop or 0.0
+        dense = score(self.model)
         low, high = 1.0, self._planner.most()
         best: Compressed | None = None
         points: list[Json] = []
+
+        # Bisection in the logarithm: a step from 2x to 2.1x is worth as much as one from 4x to 4.2x.
         while high > low * SEARCH_STEP:
             ratio = sqrt(low * high)
-            tried = self.apply(self.plan(replace(self.recipe, ratio=ratio)))
-            drop = dense - accuracy(tried.model)
+            tried = self.apply(self.plan(replace(self.settings.recipe, ratio=ratio)))
+            drop = dense - score(tried.model)
             points.append(
                 {"ratio": ratio, "compression": tried.plan.compression, "accuracy": dense - drop, "drop": drop}
             )
@@ -158,6 +162,7 @@ class Compressor:
                 low, best = ratio, tried
             else:
                 high = ratio
+
         if best is None:
             least = f"{points[-1]['compression']:.2f}x loses {points[-1]['drop']:.2f} points" if points else "none"
             raise PlanError(f"no compression keeps the drop within {max_drop:g} points; the mildest tried: {least}")
@@ -165,7 +170,7 @@ class Compressor:
 
     @cached_property
     def _planner(self) -> Planner:
-        planner = Planner(self.model, self.recipe, self.device, self.progress)
+        planner = Planner(self.model, self.settings.recipe, self.device, self.progress)
         if self.calibration is not None:
             planner.metrics = partial(self._metrics, tuple(planner.names))
         if self.results is not None:
@@ -179,7 +184,8 @@ class Compressor:
         """Of these layers; those measured before are remembered."""
         missing = [name for name in names if name not in self._measured]
         if missing and self._images is not None:
-            self._measured.update(measure(self._dense, missing, self._images, self.recipe.seed or 0, self.progress))
+            found = measure(self._dense, missing, self._images, self.settings.seed, self.progress)
+            self._measured.update(found)
             idle = [name for name in missing if name not in self._measured]
             if idle:
                 raise DataError(f"the network does not run {shortlist(idle)} on the calibration data: --exclude it")
@@ -201,65 +207,23 @@ class Compressor:
 
 
 def _check_execution(recipe: Recipe) -> None:
-    running = recipe.macs_ratio or recipe.latency_ratio
-    if running and (recipe.tune or recipe.exec):
+    counts_running = recipe.macs_ratio is not None or recipe.latency_ratio is not None
+    if counts_running and (recipe.tune or recipe.exec):
         raise PlanError("--macs-ratio and --latency-ratio say how layers run, as counted or timed: no --exec or --tune")
     if recipe.tune and recipe.exec:
         raise PlanError("--tune decides by measurement how layers run: leave out --exec")
-    if recipe.input_size and not (running or recipe.tune):
+    if recipe.input_size and not (counts_running or recipe.tune):
         raise PlanError("--input-size is for --macs-ratio, --latency-ratio and --tune: leave it out")
 
 
-def _run_as(way: str, plan: CompressionPlan) -> CompressionPlan:
+def _run_as(execution: str, plan: CompressionPlan) -> CompressionPlan:
     """The plan with every layer that can run in this way forced to."""
-    able = [way in layer.executions for layer in plan.layers]
+    able = [execution in layer.executions for layer in plan.layers]
     if not any(able):
-        raise PlanError(f"--exec {way}: no layer of the plan can run so; they are {shortlist(_formats(plan))}")
-    forced = [replace(layer, execution=way) if can else layer for layer, can in zip(plan.layers, able, strict=True)]
-    return plan.with_layers(forced)
+        raise PlanError(f"--exec {execution}: no layer of the plan can run so; they are {shortlist(_formats(plan))}")
+    layers = zip(plan.layers, able, strict=True)
+    return plan.with_layers([replace(layer, execution=execution) if can else layer for layer, can in layers])
 
 
 def _formats(plan: CompressionPlan) -> list[str]:
     return sorted({f"{layer.spec.kind} {layer.tensorization.format}" for layer in plan.layers})
-
-
-ELSEWHERE = (
-    *("arch", "key", "data", "val", "calib", "train", "teacher"),
-    *("mean", "std", "device", "batch_size", "workers", "seed"),
-)
-
-
-def report_of(
-    network: Network, done: Compressed, recipe: Recipe, num_bytes: tuple[int, int], accuracy: Json | None = None
-) -> Report:
-    """The report of a network that came as `network`; `num_bytes` are those of all tensors before and after."""
-    return Report(
-        plan=done.plan,
-        bytes_before=num_bytes[0],
-        bytes_after=num_bytes[1],
-        version=__version__,
-        seed=recipe.seed or 0,
-        source=network.source or {},
-        architecture=network.architecture,
-        preprocessing=network.preprocessing,
-        recipe=recorded(recipe),
-        tied=tied_parameters(network.model),
-        accuracy=accuracy,
-        calibration=done.calibration,
-        search=done.search,
-    )
-
-
-def recorded(recipe: Recipe) -> Json:
-    """The options that a file records as such; the others are in its report in another form or say where things are."""
-    return {key: value for key, value in recipe.to_json().items() if key not in ELSEWHERE}
-
-
-def promised_bytes(bytes_before: int, plan: CompressionPlan) -> int:
-    """Bytes of all tensors once the plan is applied."""
-    saved = 0
-    for layer in plan.layers:
-        dense, stored = (getattr(torch, name).itemsize for name in (layer.weight_dtype, layer.stored_dtype))
-        scales = sum(map(prod, layer.scale_shapes.values())) * torch.float32.itemsize
-        saved += layer.params_before * dense - layer.params_after * stored - scales
-    return bytes_before - saved

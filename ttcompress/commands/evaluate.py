@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ttcompress.commands.inputs import (
-    images_meter,
-    labelled,
-    preprocessing_for,
-)
+from ttcompress.commands.inputs import accuracy_on, labelled, preprocessing_for
 from ttcompress.errors import DataError
 from ttcompress.measure.accuracy import Predictions
 from ttcompress.networks.opening import open_any
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Progress
 from ttcompress.records.report import Accuracy
+from ttcompress.settings import Settings
 
 
 def evaluate_file(
@@ -23,8 +20,11 @@ def evaluate_file(
     """Accuracy of a dense checkpoint or a compressed file on `recipe.data`, and the name of that data."""
     if recipe.data is None:
         raise DataError("name the labelled images with --data")
+
+    settings = Settings.of(recipe)
     images = labelled(recipe.data)
-    network = open_any(path, recipe.arch, recipe.key or "")
-    meter = images_meter(images, preprocessing_for(recipe, network.preprocessing, images), recipe, progress, limit)
-    predictions: Predictions = meter.run(network.model)
+    network = open_any(path, recipe.arch, settings.key)
+    preprocessing = preprocessing_for(settings, network.preprocessing, images)
+    metric = accuracy_on(images, preprocessing, settings, progress, limit)
+    predictions: Predictions = metric.measure(network.model)
     return predictions.accuracy(), images.name

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ttcompress.commands.compressor import Compressor
-from ttcompress.commands.inputs import BATCH_SIZE, images_meter, labelled, preprocessing_for
+from ttcompress.commands.inputs import accuracy_on, labelled, preprocessing_for
 from ttcompress.data.sets import Images, open_data
 from ttcompress.data.training_batches import Stream
 from ttcompress.errors import CheckpointError, DataError, PlanError
@@ -24,33 +24,35 @@ from ttcompress.files.checkpoint import (
     write_dense,
     write_safetensors,
 )
-from ttcompress.files.shards import read_metadata
+from ttcompress.files.shards import read_metadata, stem
 from ttcompress.measure.accuracy import Predictions, compare
 from ttcompress.networks.opening import Network, initialise, open_any, open_dense, open_fresh
 from ttcompress.networks.running import forward
 from ttcompress.networks.stored import stored_tensors, tied_parameters
 from ttcompress.networks.surgery import fresh_layer, store_cores, swap
-from ttcompress.processes import World, expected_rank, joined
+from ttcompress.processes import World, joined
 from ttcompress.recipe import FORM, Recipe
 from ttcompress.records.common import Json, Progress
 from ttcompress.records.plan import CompressionPlan, KeptParameter, LayerPlan
 from ttcompress.records.report import Preprocessing, Report
-from ttcompress.runtime import device_of, seeded
+from ttcompress.runtime import chosen_device, seeded
+from ttcompress.settings import Settings
+from ttcompress.torchrun import expected_rank
 from ttcompress.train.loop import Course, Options, State, best_epoch, train
 from ttcompress.tt.decompose import frobenius_norm
 from ttcompress.version import __version__
 
-EPOCHS = 30
-RATES = {"sgd": 0.01, "adamw": 1e-3}
-LONGEST_WARM_UP = 1 / 3
-"""Share of the training in which the learning rate rises, at most, where one epoch is not less."""
 HELD_OUT, MOST_HELD_OUT = 10, 5000
 """One training image in so many, and no more than so many, choose the best epoch where no --val is given."""
 NO_MIRROR = ("digits", "mnist")
 """Data sets whose images mean something else in a mirror."""
-TRAINING = ("teacher", "augment", *(each.name for each in fields(Options) if each.name not in ("epochs", "seed")))
+ONLY_IN_TRAINING = (
+    "teacher",
+    "augment",
+    *(each.name for each in fields(Options) if each.name not in ("epochs", "seed")),
+)
 """Options that mean nothing where nothing is trained."""
-Log = Callable[[Json], None]
+EpochLog = Callable[[Json], None]
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Student:
     digest: str = ""
 
 
-def check_sources(recipe: Recipe) -> None:
+def check_inputs(recipe: Recipe) -> None:
     """See that the images and the teacher of a training are there, before something long comes first.
 
     Raises:
@@ -73,6 +75,12 @@ def check_sources(recipe: Recipe) -> None:
         open_data(images, "train")
     if recipe.teacher:
         open_any(Path(recipe.teacher))
+
+
+def default_output(model: Path | None, recipe: Recipe) -> Path:
+    """Where a trained network goes that nobody named a place for."""
+    stem_ = stem(model) if model else str(recipe.arch).rpartition(":")[2]
+    return Path(f"{stem_}-ft.safetensors")
 
 
 def state_file(output: Path) -> Path:
@@ -90,7 +98,7 @@ def finetune_file(
     resume: bool = False,
     origin: Path | None = None,
     progress: Progress | None = None,
-    log: Log | None = None,
+    log: EpochLog | None = None,
 ) -> Report:
     """Train a compressed file or a dense checkpoint further and write the best epoch in the same form.
 
@@ -107,21 +115,22 @@ def finetune_file(
     saved = state_file(output)
     if not resume and expected_rank() == 0:
         check_output(saved, force)
-    student = _from_scratch(recipe, plan) if source is None else _open_student(source, recipe, plan, origin)
+    settings = Settings.of(recipe)
+    student = _from_scratch(settings, plan) if source is None else _open_student(source, settings, plan, origin)
     if student.report is None and output.suffix not in (".pt", ".pth", ".safetensors"):
         raise CheckpointError(f"{output}: end the name in .pt, .pth or .safetensors")
     model = student.network.model
     types = {name: each.dtype for name, each in model.state_dict().items()}
-    with seeded(recipe), joined(device_of(recipe)) as world:
-        course, facts = _course(student, recipe, saved, world, progress, log)
+    with seeded(settings.seed), joined(chosen_device(settings.device)) as world:
+        course, facts = _course(student, settings, saved, world, progress, log)
         model.float().to(world.device)
         _check_fit(model, course)
-        state = train(model, _options(recipe, world), course, resume)
+        state = train(model, _options(settings, world), course, resume)
         model.load_state_dict(state.best)
         _retyped(model, types)
         if student.report:
             store_cores(model, student.report.plan)
-        report = _report(student, recipe, course, state, facts, progress)
+        report = _report(student, settings, course, state, facts, progress)
         if world.leads:
             _write(output, student, report)
     return report
@@ -158,40 +167,42 @@ def _write(output: Path, student: Student, report: Report) -> None:
 # -------------------------------------------------------------------------------------------------------------- student
 
 
-def _open_student(source: Path, recipe: Recipe, plan: CompressionPlan | None, origin: Path | None) -> Student:
+def _open_student(source: Path, settings: Settings, plan: CompressionPlan | None, origin: Path | None) -> Student:
+    recipe = settings.recipe
     planned = plan or recipe.has_target or recipe.exec or recipe.tune or recipe.input_size
-    if recipe.from_scratch or (origin is None and planned):
+    if settings.from_scratch or (origin is None and planned):
         raise PlanError(f"{source} is trained as it is: ranks, budgets and plans are for --arch with --from-scratch")
     if origin is None and (unused := recipe.given(*FORM, "dtype", "calib", "calib_images", "effort")):
         raise PlanError(f"{source} is trained as it is: leave out {', '.join(unused)}")
-    network = open_any(source, recipe.arch, recipe.key or "")
+    network = open_any(source, recipe.arch, settings.key)
     if not is_compressed(source):
         return Student(network, None, copy.deepcopy(network.model), file_digest(source))
     report = Report.from_json(read_metadata(source))
     origin = origin or source.with_name(str(report.source.get("file") or source.name))
     is_origin = origin.is_file() and file_digest(origin) == report.source.get("sha256")
-    original = open_dense(origin, recipe.arch, recipe.key or "").model if is_origin else None
+    original = open_dense(origin, recipe.arch, settings.key).model if is_origin else None
     return Student(network, report, original, file_digest(source))
 
 
-def _from_scratch(recipe: Recipe, plan: CompressionPlan | None) -> Student:
+def _from_scratch(settings: Settings, plan: CompressionPlan | None) -> Student:
     """Random weights, drawn by the seed; TT layers as their ranks say, initialised as torch does dense ones."""
-    if not recipe.arch or not recipe.from_scratch:
+    recipe = settings.recipe
+    if not recipe.arch or not settings.from_scratch:
         raise PlanError("give a compressed file or a checkpoint, or --arch with --from-scratch")
-    with seeded(recipe):
+    with seeded(settings.seed):
         network = open_fresh(recipe.arch)
         if plan is None and not recipe.has_target:
             initialise(network.model)
             return Student(replace(network, tensors=network.model.state_dict()), digest=recipe.arch)
-        size = recipe.input_size or (network.preprocessing and network.preprocessing.input_size) or ()
-        plan = Compressor(network.model, recipe, device_of(recipe), input_shape=size).plan(recipe, plan)
+        size = settings.input_size or (network.preprocessing and network.preprocessing.input_size) or ()
+        plan = Compressor(network.model, settings, chosen_device(settings.device), input_shape=size).plan(recipe, plan)
         before = tensor_bytes(network.tensors)
         for layer in plan.layers:
             swap(network.model, layer.fqn, fresh_layer(layer))
         initialise(network.model)
     state = network.model.state_dict()
     after = tensor_bytes(stored_tensors(network.model, state, plan))
-    report = Report(plan, before, after, __version__, recipe.seed or 0, {}, network.architecture)
+    report = Report(plan, before, after, __version__, settings.seed, {}, network.architecture)
     named = ", ".join(f"{layer.fqn} {layer.tensorization.format} {layer.tt_ranks}" for layer in plan.layers)
     return Student(replace(network, tensors=state), report, None, f"{recipe.arch} with {named}")
 
@@ -199,16 +210,12 @@ def _from_scratch(recipe: Recipe, plan: CompressionPlan | None) -> Student:
 # --------------------------------------------------------------------------------------------------------------- course
 
 
-def _options(recipe: Recipe, world: World) -> Options:
-    stated = {each.name: getattr(recipe, each.name) for each in fields(Options)}
-    given = {name: value for name, value in stated.items() if value is not None}
-    # Where convolutions run faster so (docs/finetune.md).
-    channels_last = world.device.type == "cpu" or (recipe.precision or "float32") != "float32"
-    epochs = recipe.epochs or EPOCHS
-    warm_up = min(1.0, epochs * LONGEST_WARM_UP)
-    rate = RATES[recipe.optimizer or "sgd"]
-    default = {"epochs": epochs, "lr": rate, "warm_up": warm_up, "channels_last": channels_last}
-    return Options(**{**default, **given})
+def _options(settings: Settings, world: World) -> Options:
+    stated = {each.name: getattr(settings, each.name) for each in fields(Options)}
+    if settings.channels_last is None:
+        # Where convolutions run faster so (docs/finetune.md).
+        stated["channels_last"] = world.device.type == "cpu" or settings.precision != "float32"
+    return Options(**stated)
 
 
 @dataclass(frozen=True)
@@ -223,47 +230,48 @@ class Facts:
 
 def _course(
     student: Student,
-    recipe: Recipe,
+    settings: Settings,
     saved: Path,
     world: World,
     progress: Progress | None,
-    log: Log | None,
+    log: EpochLog | None,
 ) -> tuple[Course, Facts]:
-    images = open_data(recipe.train or "", "train")
-    preprocessing = preprocessing_for(recipe, student.network.preprocessing, images) or images.statistics()
-    teacher, teacher_name = _teacher(student, recipe, world)
+    recipe = settings.recipe
+    images = open_data(str(recipe.train), "train")
+    preprocessing = preprocessing_for(settings, student.network.preprocessing, images) or images.statistics()
+    teacher, teacher_name = _teacher(student, settings, world)
     if teacher is None and not images.labelled:
         raise DataError(f"{images.name} has no labels: name a network to learn from with --teacher")
-    batch_size = recipe.batch_size or BATCH_SIZE
+    batch_size = settings.batch_size
     if batch_size % world.size:
         raise PlanError(f"--batch-size {batch_size} cannot be shared by {world.size} processes")
-    chosen, val = _held_out(images, recipe) if recipe.val is None else (images, open_data(recipe.val, "train"))
+    chosen, val = _held_out(images, settings) if recipe.val is None else (images, open_data(recipe.val, "train"))
     default = "shift" if len(preprocessing.mean) == 1 or images.name.startswith(NO_MIRROR) else "flip"
     stream = Stream(
-        chosen, preprocessing, batch_size, recipe.seed or 0, world.device, recipe.augment or default,
-        recipe.workers or 0, world.rank, world.size,
+        chosen, preprocessing, batch_size, settings.seed, world.device, settings.augment or default,
+        settings.workers, world.rank, world.size,
     )  # fmt: skip
     facts = Facts(
         images.name, val.name if recipe.val else f"{len(val):,} of these held out", teacher_name, preprocessing
     )
-    judge = _judge(val, preprocessing, batch_size, recipe.workers or 0, world, None if val.labelled else teacher)
+    judge = _judge(val, preprocessing, batch_size, settings.workers, world, None if val.labelled else teacher)
     fingerprint = {
-        **vars(_options(recipe, world)),
+        **vars(_options(settings, world)),
         "batch_size": batch_size, "augment": stream.augmentation, "processes": world.size,
         "train": f"{images.name} of {len(images)}", "val": f"{val.name} of {len(val)}", "teacher": teacher_name,
         "model": student.digest, "mean": list(preprocessing.mean), "std": list(preprocessing.std),
     }  # fmt: skip
     # A pretrained network was most likely trained on the very images that are held out of these.
-    fair = recipe.val is not None or bool(recipe.from_scratch)
+    fair = recipe.val is not None or settings.from_scratch
     return Course(stream, judge, world, teacher, saved, fair, fingerprint, progress, log), facts
 
 
-def _teacher(student: Student, recipe: Recipe, world: World) -> tuple[nn.Module | None, str | None]:
+def _teacher(student: Student, settings: Settings, world: World) -> tuple[nn.Module | None, str | None]:
     """The one that is named, else the dense network that the student came from, frozen."""
-    if recipe.distill == 0:
+    if settings.distill == 0:
         return None, None
-    if recipe.teacher:
-        path = Path(recipe.teacher)
+    if settings.recipe.teacher:
+        path = Path(settings.recipe.teacher)
         return _frozen(open_any(path).model, world), f"{path.name} {file_digest(path)[:12]}"
     if student.original is None:
         return None, None
@@ -274,12 +282,12 @@ def _frozen(model: nn.Module, world: World) -> nn.Module:
     return model.requires_grad_(False).eval().float().to(world.device)
 
 
-def _held_out(images: Images, recipe: Recipe) -> tuple[Images, Images]:
+def _held_out(images: Images, settings: Settings) -> tuple[Images, Images]:
     """The training set without, and, the images that choose the best epoch; drawn by the seed."""
     count = min(MOST_HELD_OUT, len(images) // HELD_OUT)
     if not count:
         raise DataError(f"{images.name} has {len(images)} images, too few to hold some out: give --val")
-    order = np.random.default_rng(recipe.seed or 0).permutation(len(images))
+    order = np.random.default_rng(settings.seed).permutation(len(images))
     return images.chosen(np.sort(order[count:]).tolist()), images.chosen(np.sort(order[:count]).tolist())
 
 
@@ -313,13 +321,14 @@ def _judge(
 
 
 def _report(
-    student: Student, recipe: Recipe, course: Course, state: State, facts: Facts, progress: Progress | None
+    student: Student, settings: Settings, course: Course, state: State, facts: Facts, progress: Progress | None
 ) -> Report:
     """What was known before, with the training, the new errors of the weights and, with --data, the new accuracy."""
-    model, former = student.network.model.eval(), student.report or _dense_report(student, recipe)
+    recipe = settings.recipe
+    model, former = student.network.model.eval(), student.report or _dense_report(student, settings)
     accuracy = None
     if recipe.data and course.world.leads:
-        accuracy = _accuracy(labelled(recipe.data), student, former, recipe, facts, progress)
+        accuracy = _accuracy(labelled(recipe.data), student, former, settings, facts, progress)
     paths = ("data", "val", "train", "teacher", "arch", "key", "device", "workers")
     finetuning = {
         "train": facts.train,
@@ -342,24 +351,24 @@ def _report(
     )
 
 
-def _dense_report(student: Student, recipe: Recipe) -> Report:
+def _dense_report(student: Student, settings: Settings) -> Report:
     network = student.network
     kept = [KeptParameter(name, each.numel(), "dense", "") for name, each in network.model.named_parameters()]
     size = tensor_bytes(stored_tensors(network.model, network.tensors))
     return Report(
-        CompressionPlan((), tuple(kept)), size, size, __version__, recipe.seed or 0,
+        CompressionPlan((), tuple(kept)), size, size, __version__, settings.seed,
         source=network.source or {}, architecture=network.architecture, tied=tied_parameters(network.model),
     )  # fmt: skip
 
 
 def _accuracy(
-    images: Images, student: Student, former: Report, recipe: Recipe, facts: Facts, progress: Progress | None
+    images: Images, student: Student, former: Report, settings: Settings, facts: Facts, progress: Progress | None
 ) -> Json:
     """Beside the dense network's, where that is at hand or was measured on the same images before."""
-    meter = images_meter(images, facts.preprocessing, recipe, progress)
-    found: Predictions = meter.run(student.network.model)
+    metric = accuracy_on(images, facts.preprocessing, settings, progress)
+    found: Predictions = metric.measure(student.network.model)
     if student.original is not None:
-        return meter.summary(meter.run(student.original), found)
+        return metric.summary(metric.measure(student.original), found)
     ours = compare(found, found, images.name).to_json()
     known = former.accuracy if former.accuracy and former.accuracy.get("data") == images.name else {}
     theirs = {name: known.get(name) for name in ("dense", "dense_top5", "dense_interval")}

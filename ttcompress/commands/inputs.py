@@ -15,46 +15,53 @@ from ttcompress.data.sets import Images, open_data
 from ttcompress.errors import DataError
 from ttcompress.measure.accuracy import Batches, Predictions, compare, predict
 from ttcompress.networks.opening import Network
-from ttcompress.recipe import Recipe
 from ttcompress.records.common import Json, Progress
 from ttcompress.records.report import Preprocessing
-from ttcompress.runtime import device_of
+from ttcompress.runtime import chosen_device
+from ttcompress.settings import Settings
 
-BATCH_SIZE = 128
+Score = Callable[[nn.Module], float]
+"""What a search goes by: a figure of a network, higher is better."""
 
 
 @dataclass(frozen=True)
-class Meter:
-    """How to measure a network, and how to put two measurements into the report's `accuracy`."""
+class Metric:
+    """How to measure a network, and how to put its measurement before and after into the report's `accuracy`."""
 
-    run: Callable[[nn.Module], Any]
+    measure: Callable[[nn.Module], Any]
     summary: Callable[[Any, Any], Json]
 
 
 @dataclass(frozen=True)
-class Sources:
-    """What a compression learns from and is measured by: the report's `meter`, the search's `judge`, calibration."""
+class Inputs:
+    """What a compression is measured by (`metric`), searches by (`score`) and is fitted to (`calibration`)."""
 
-    meter: Meter | None = None
-    judge: Callable[[nn.Module], float] | None = None
+    metric: Metric | None = None
+    score: Score | None = None
     calibration: Calibration | None = None
 
 
-def with_sources(network: Network, recipe: Recipe, progress: Progress | None) -> tuple[Network, Sources]:
+def open_inputs(network: Network, settings: Settings, progress: Progress | None) -> tuple[Network, Inputs]:
     """The network with its normalisation, and the data that the recipe names, in that normalisation."""
-    images = labelled(recipe.data) if recipe.data else None
+    recipe = settings.recipe
+    data = labelled(recipe.data) if recipe.data else None
     val = labelled(recipe.val, "train") if recipe.val else None
     calib = open_data(recipe.calib, "train") if recipe.calib else None
-    preprocessing = preprocessing_for(recipe, network.preprocessing, images or calib or val)
-    meter = images_meter(images, preprocessing, recipe, progress) if images else None
-    judge = judge_by(images_meter(val, preprocessing, recipe, progress)) if val else None
-    calibration = _calibration(calib, preprocessing, recipe) if calib else None
-    return replace(network, preprocessing=preprocessing), Sources(meter, judge, calibration)
+
+    preprocessing = preprocessing_for(settings, network.preprocessing, data or calib or val)
+    measured = partial(accuracy_on, preprocessing=preprocessing, settings=settings, progress=progress)
+    inputs = Inputs(
+        metric=measured(data) if data else None,
+        score=score_by(measured(val)) if val else None,
+        calibration=_calibration(calib, preprocessing, settings) if calib else None,
+    )
+    return replace(network, preprocessing=preprocessing), inputs
 
 
-def calibration_images(recipe: Recipe) -> str | None:
+def calibration_name(settings: Settings) -> str | None:
     """The name of the images to calibrate on, as reports have it."""
-    return open_data(recipe.calib, "train").name if recipe.calib else None
+    calib = settings.recipe.calib
+    return open_data(calib, "train").name if calib else None
 
 
 def labelled(reference: str, split: str = "test") -> Images:
@@ -68,82 +75,81 @@ def labelled(reference: str, split: str = "test") -> Images:
     return images
 
 
-def _calibration(images: Images, preprocessing: Preprocessing | None, recipe: Recipe) -> Calibration:
+def _calibration(images: Images, preprocessing: Preprocessing | None, settings: Settings) -> Calibration:
     known = preprocessing or images.statistics()
-    size, workers = recipe.batch_size or BATCH_SIZE, recipe.workers or 0
 
     def batches(indices: Sequence[int]) -> Iterator[Tensor]:
-        return (batch for batch, _ in images.chosen(indices).batches(known, size, workers=workers))
+        chosen = images.chosen(indices)
+        for batch, _ in chosen.batches(known, settings.batch_size, workers=settings.workers):
+            yield batch
 
-    return draw(images.name, len(images), recipe.calib_images, recipe.seed or 0, batches)
+    return draw(images.name, len(images), settings.recipe.calib_images, settings.seed, batches)
 
 
-def judge_by(meter: Meter) -> Callable[[nn.Module], float]:
-    """Top-1 accuracy in percent, as the search sees it."""
+def score_by(metric: Metric) -> Score:
+    """Top-1 accuracy in percent."""
 
-    def accuracy(model: nn.Module) -> float:
-        predictions: Predictions = meter.run(model)
+    def top1(model: nn.Module) -> float:
+        predictions: Predictions = metric.measure(model)
         return predictions.accuracy().top1
 
-    return accuracy
+    return top1
 
 
-def images_meter(
+def accuracy_on(
     images: Images,
     preprocessing: Preprocessing | None,
-    recipe: Recipe,
+    settings: Settings,
     progress: Progress | None,
     limit: int | None = None,
-) -> Meter:
+) -> Metric:
     """Accuracy on the first `limit` images, in the normalisation that is known or else that of the data."""
     known = preprocessing or images.statistics()
-    make = partial(images.batches, known, recipe.batch_size or BATCH_SIZE, limit, recipe.workers or 0)
-    return classification(make, images.name, device_of(recipe), progress)
+    batches = partial(images.batches, known, settings.batch_size, limit, settings.workers)
+    return accuracy_of(batches, images.name, chosen_device(settings.device), progress)
 
 
-def classification(batches: Callable[[], Batches], name: str, device: torch.device, progress: Progress | None) -> Meter:
+def accuracy_of(batches: Callable[[], Batches], name: str, device: torch.device, progress: Progress | None) -> Metric:
     """Accuracy on labelled batches, made anew for every measurement."""
 
-    def run(model: nn.Module) -> Predictions:
+    def measure(model: nn.Module) -> Predictions:
         return predict(model.to(device), batches(), device, progress)
 
-    return Meter(run, lambda dense, compressed: compare(dense, compressed, name).to_json())
+    def summary(dense: Predictions, compressed: Predictions) -> Json:
+        return compare(dense, compressed, name).to_json()
+
+    return Metric(measure, summary)
 
 
-def preprocessing_for(recipe: Recipe, known: Preprocessing | None, images: Images | None) -> Preprocessing | None:
+def preprocessing_for(settings: Settings, known: Preprocessing | None, images: Images | None) -> Preprocessing | None:
     """What the user says, else what the architecture was trained with, else the statistics of the data."""
-    if bool(recipe.mean) != bool(recipe.std):
+    mean, std = settings.recipe.mean, settings.recipe.std
+    if bool(mean) != bool(std):
         raise DataError("--mean and --std are given together")
-    if recipe.mean and known:
-        return replace(known, mean=recipe.mean, std=recipe.std)
-    if recipe.mean:
-        return Preprocessing(recipe.mean, recipe.std)
+
+    if mean:
+        return replace(known, mean=mean, std=std) if known else Preprocessing(mean, std)
     return known or (images.statistics() if images else None)
 
 
-def tensor_calibration(calib: Tensor | Iterable[Any], recipe: Recipe) -> Calibration:
+def tensor_calibration(calib: Tensor | Iterable[Any], settings: Settings) -> Calibration:
     """Calibration on inputs in memory: one tensor, or batches of inputs or of tuples that begin with them.
 
     Raises:
         DataError: none, too few, or NaN.
     """
-    batches = (
-        [calib] if isinstance(calib, Tensor) else [each if isinstance(each, Tensor) else each[0] for each in calib]
-    )
+    given = [calib] if isinstance(calib, Tensor) else list(calib)
+    batches = [each if isinstance(each, Tensor) else each[0] for each in given]
     if not batches:
         raise DataError("calib holds no inputs")
+
     inputs = torch.cat(batches).detach().cpu()
     if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
         raise DataError("calib holds NaN or Inf")
-    size = recipe.batch_size or BATCH_SIZE
-    return draw(
-        "calib",
-        len(inputs),
-        recipe.calib_images,
-        recipe.seed or 0,
-        lambda indices: (inputs[torch.tensor(part)] for part in _parts(indices, size)),
-    )
 
+    def parts(indices: Sequence[int]) -> Iterator[Tensor]:
+        size = settings.batch_size
+        for start in range(0, len(indices), size):
+            yield inputs[torch.tensor(indices[start : start + size])]
 
-def _parts(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (indices[start : start + size] for start in range(0, len(indices), size))
+    return draw("calib", len(inputs), settings.recipe.calib_images, settings.seed, parts)

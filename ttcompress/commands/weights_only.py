@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ttcompress.commands.compressor import Compressed, Compressor, promised_bytes, recorded, report_of
+from ttcompress.commands.compressor import Compressed, Compressor
 from ttcompress.commands.partial_results import Work, work_folder, work_on
+from ttcompress.commands.reports import promised_bytes, recorded, report_of
 from ttcompress.errors import PlanError, shortlist
 from ttcompress.files.checkpoint import (
     DTYPE_NAMES,
@@ -35,7 +36,8 @@ from ttcompress.recipe import Recipe
 from ttcompress.records.common import Json, Progress
 from ttcompress.records.plan import CompressionPlan
 from ttcompress.records.report import Report
-from ttcompress.runtime import device_of, fixed_threads, seeded
+from ttcompress.runtime import chosen_device, fixed_threads, seeded
+from ttcompress.settings import Settings
 from ttcompress.version import __version__
 
 PATIENCE = timedelta(days=30)
@@ -73,18 +75,19 @@ def compress_weights(
         TTCompressError: whatever does not fit, in one line; `output` is then untouched.
     """
     _check_recipe(recipe)
+    settings = Settings.of(recipe)
     index = None if output.suffix == ".safetensors" else read_index(source)
     was_stopped = work_folder(output).exists() and not any(output.glob(f"*{INDEX_SUFFIX}"))
     check_output(output, force or (index is not None and was_stopped), index)
-    network = open_weights(source, recipe.key or "")
+    network = open_weights(source, settings.key)
     with (
-        joined(device_of(recipe), PATIENCE) as world,
+        joined(chosen_device(settings.device), PATIENCE) as world,
         fixed_threads(),
-        _work(output, network, recipe, plan, force, world) as work,
+        _work(output, network, settings, plan, force, world) as work,
     ):
-        planned = work.plan(lambda: _planned(network, recipe, plan, work, progress))
-        files = _decomposed(network, recipe, planned, work, progress)
-        report = _report(network, recipe, _with_errors(planned, files))
+        planned = work.plan(lambda: _planned(network, settings, plan, work, progress))
+        files = _decomposed(network, settings, planned, work, progress)
+        report = _report(network, settings, _with_errors(planned, files))
         if world.leads:
             _write(output, index, report, _compressed(network, planned, files))
     return report
@@ -95,26 +98,27 @@ def plan_weights(
 ) -> Report:
     """What `compress_weights` would do: the report without measured errors."""
     _check_recipe(recipe)
-    network = open_weights(source, recipe.key or "")
+    settings = Settings.of(recipe)
+    network = open_weights(source, settings.key)
     with fixed_threads():
-        planned = _planned(network, recipe, plan, None, progress)
-    return _report(network, recipe, planned)
+        planned = _planned(network, settings, plan, None, progress)
+    return _report(network, settings, planned)
 
 
 def _check_recipe(recipe: Recipe) -> None:
-    given = [f"--{name.replace('_', '-')}" for name in NEEDS_A_NETWORK if getattr(recipe, name) is not None]
+    given = recipe.given(*NEEDS_A_NETWORK)
     if given:
         raise PlanError(f"with --arch none no network can run: leave out {', '.join(given)}, or name the architecture")
 
 
 def _work(
-    output: Path, network: Network, recipe: Recipe, plan: CompressionPlan | None, force: bool, world: World
+    output: Path, network: Network, settings: Settings, plan: CompressionPlan | None, force: bool, world: World
 ) -> AbstractContextManager[Work]:
     """The work folder, known by all that the decompositions depend on."""
     key = {
-        **recorded(recipe),
-        "key": recipe.key,
-        "seed": recipe.seed or 0,
+        **recorded(settings.recipe),
+        "key": settings.recipe.key,
+        "seed": settings.seed,
         "checkpoint": (network.source or {})["sha256"],
         "plan": hashlib.sha256(canonical_json(plan.to_json()).encode()).hexdigest() if plan else None,
         "device": world.device.type,
@@ -125,13 +129,13 @@ def _work(
 
 
 def _planned(
-    network: Network, recipe: Recipe, plan: CompressionPlan | None, work: Work | None, progress: Progress | None
+    network: Network, settings: Settings, plan: CompressionPlan | None, work: Work | None, progress: Progress | None
 ) -> CompressionPlan:
-    device = work.world.device if work else device_of(recipe)
-    compressor = Compressor(network.model, recipe, device, progress=progress)
+    device = work.world.device if work else chosen_device(settings.device)
+    compressor = Compressor(network.model, settings, device, progress=progress)
     if work:
         compressor = replace(compressor, results=lambda sizes, compute: work.results("spectra", sizes, compute))
-    planned = compressor.plan(recipe, plan)
+    planned = compressor.plan(settings.recipe, plan)
     check_plan(network.model, planned)
     taken = [name for layer in planned.layers for name in layer.stored_shapes if name in network.tensors]
     if taken:
@@ -140,7 +144,7 @@ def _planned(
 
 
 def _decomposed(
-    network: Network, recipe: Recipe, plan: CompressionPlan, work: Work, progress: Progress | None
+    network: Network, settings: Settings, plan: CompressionPlan, work: Work, progress: Progress | None
 ) -> list[Path]:
     """Of every planned layer a file with its cores and their relative error."""
 
@@ -149,7 +153,7 @@ def _decomposed(
         if progress:
             progress(f"decomposing {layer.fqn}", index, len(plan.layers))
         # Each on its own random numbers, so that it does not matter which were finished before, and where.
-        with seeded(recipe):
+        with seeded(settings.seed):
             weight = network.tensors[f"{layer.fqn}.weight"].to(work.world.device)
             result = decompose(layer, weight)
         error = torch.tensor(result.relative_error, dtype=torch.float64)
@@ -165,10 +169,10 @@ def _with_errors(plan: CompressionPlan, files: Sequence[Path]) -> CompressionPla
     )
 
 
-def _report(network: Network, recipe: Recipe, plan: CompressionPlan) -> Report:
+def _report(network: Network, settings: Settings, plan: CompressionPlan) -> Report:
     before = tensor_bytes(stored_tensors(network.model, network.tensors))
     num_bytes = before, promised_bytes(before, plan)
-    return report_of(network, Compressed(network.model, plan), recipe, num_bytes)
+    return report_of(network, Compressed(network.model, plan), settings, num_bytes)
 
 
 def _compressed(network: Network, plan: CompressionPlan, files: Sequence[Path]) -> LazyTensors:

@@ -1,0 +1,68 @@
+"""What a person sees: results on standard output, everything else on standard error, bars on terminals only."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from ttcompress.records.common import Json, Progress
+
+WIDTH_OF_FILES = 200
+"""Columns where output goes to a file or a pipe: wide enough that nothing is cut."""
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object, which holds no NaN."""
+    click.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def print_table(renderable: RenderableType) -> None:
+    """Print on a terminal in its width, elsewhere wide enough."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDTH_OF_FILES)
+    console.print(renderable)
+
+
+def log_epoch(record: Json) -> None:
+    """Print one epoch of a training as a line of JSON, for logs."""
+    click.echo(json.dumps(record), err=True)
+
+
+@contextmanager
+def progress_bar(shown: bool = True) -> Iterator[Progress | None]:
+    """Show a progress bar on standard error, if that is a terminal."""
+    if not shown or not sys.stderr.isatty():
+        yield None
+        return
+
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("reading", total=None)
+        yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total or None)
