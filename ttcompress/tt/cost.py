@@ -1,7 +1,8 @@
 """What the ways to run a layer cost, in multiply-adds and in elements moved through memory. Integers only.
 
-Memory traffic decides more than multiply-adds. `factored` runs a layer by its TT-cores, `dense` by the weight that they
-stand for; `core_cost` says what a single core adds to the former, for allocation of ranks under such a cost.
+Memory traffic decides more than multiply-adds. `LayerCosts.factored` runs a layer by its TT-cores, `dense` by
+the weight that they stand for; `core` says what a single core adds to the former, for allocation of ranks
+under such a cost.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ ELEMENT_COST = 16
 TRAINING_TRAFFIC = 16
 """How much more an element of an intermediate counts in training."""
 TYPICAL_ROWS = 64
+"""Input vectors that orders of contraction are compared for."""
 MOST_GROUPS = 4
+"""Groups that cores are merged into; with more, what merging saves is small and the choices are many."""
 CHANNEL_BLOCK = 16
 """Vector units take so many channels of a convolution at a time."""
 CONVOLUTION = 750_000
 """Multiply-adds that take as long as it takes to begin one more convolution (docs/speed.md)."""
 BETWEEN = 5
-"""How often what lies between two convolutions is moved: written, read, and brought into order for the next."""
+"""How often what lies between two convolutions is moved: written, read, and brought into order."""
 
 
 class Cost(NamedTuple):
@@ -37,15 +40,19 @@ class Cost(NamedTuple):
     elements: Any
 
     def __add__(self, other: object) -> Cost:
-        """Of one computation after the other."""
-        return Cost(*(mine + its for mine, its in zip(self, other, strict=True)))  # type: ignore[call-overload]
+        """Add what a second computation costs after the first."""
+        pairs = zip(self, other, strict=True)  # type: ignore[call-overload]
+        return Cost(*(mine + its for mine, its in pairs))
 
 
 NOTHING = Cost(0, 0)
 
 
 class Calls(NamedTuple):
-    """How much a layer has to do: positions that it reads and that it writes (rows of a Linear, pixels of a Conv2d)."""
+    """How much a layer has to do: positions that it reads and that it writes.
+
+    They are the rows of a Linear, the pixels of a Conv2d.
+    """
 
     pixels: int
     out_pixels: int
@@ -54,7 +61,8 @@ class Calls(NamedTuple):
 class Unit(NamedTuple):
     """What a cost is counted in.
 
-    Convolutions take channels `block` at a time, an element counts `element`, beginning a convolution `convolution`.
+    Convolutions take channels `block` at a time, an element counts `element`, beginning a convolution
+    `convolution`.
     """
 
     block: int
@@ -62,11 +70,11 @@ class Unit(NamedTuple):
     convolution: int
 
     def total(self, cost: Cost) -> Any:
-        """A cost as one number."""
+        """Return a cost as one number."""
         return cost.multiply_adds + self.element * cost.elements
 
     def blocked(self, channels: Any) -> Any:
-        """The number of channels that a convolution with this many costs as much as."""
+        """Return the number of channels that a convolution with this many costs as much as."""
         return -(-channels // self.block) * self.block
 
 
@@ -75,7 +83,7 @@ TIME = Unit(CHANNEL_BLOCK, ELEMENT_COST, CONVOLUTION)
 
 
 class SweepPlan(NamedTuple):
-    """How an input meets the cores: bounds of the groups that are merged first, from which end, and the costs.
+    """How an input meets the cores: bounds of the groups that are merged first, from which end, and the cost.
 
     `per_row` is the cost for one input vector, `merging` that of merging the groups.
     """
@@ -86,21 +94,23 @@ class SweepPlan(NamedTuple):
     merging: Cost
 
     def cost(self, rows: int, merged: bool = False) -> Cost:
-        """For `rows` input vectors; `merged` if the groups are at hand."""
+        """Return the cost for `rows` input vectors; `merged` if the groups are at hand."""
         swept = Cost(*(rows * each for each in self.per_row))
         return swept if merged else swept + self.merging
 
 
 @cache
 def sweep_plan(shapes: tuple[Shape, ...], training: bool = False) -> SweepPlan:
-    """The cheapest way to contract inputs with window-less cores of these shapes (r_{k-1}, m_k, n_k, 1, r_k).
+    """Find the cheapest way to contract inputs with window-less cores (r_{k-1}, m_k, n_k, 1, r_k).
 
-    Memory traffic decides more than multiply-adds: cores merged into a few groups leave fewer intermediates. In
-    training each of them is also saved, brought into another order, and has a gradient. The plan does not depend on the
-    number of inputs, so that graphs are the same for all.
+    Memory traffic decides more than multiply-adds: cores merged into a few groups leave fewer intermediates.
+    In training each of them is also saved, brought into another order, and has a gradient. The plan does not
+    depend on the number of inputs, so that graphs are the same for all.
     """
     weight = TRAINING_TRAFFIC if training else 1
-    plans = [_plan(shapes, bounds, from_last) for bounds in _groupings(len(shapes)) for from_last in (True, False)]
+    plans = []
+    for bounds in _groupings(len(shapes)):
+        plans += [_plan(shapes, bounds, from_last) for from_last in (True, False)]
 
     def total(plan: SweepPlan) -> Any:
         madds, elements = plan.cost(TYPICAL_ROWS)
@@ -113,11 +123,12 @@ def _plan(shapes: Sequence[Shape], bounds: tuple[int, ...], from_last: bool) -> 
     groups = [shapes[first:last] for first, last in pairwise(bounds)]
     merged = [_merged_shape(group) for group in groups]
     merging = sum((merge_cost(group) for group in groups), NOTHING)
-    return SweepPlan(bounds, from_last, _sweep_cost(merged if from_last else _mirrored(merged)), merging)
+    swept = merged if from_last else _mirrored(merged)
+    return SweepPlan(bounds, from_last, _sweep_cost(swept), merging)
 
 
 def _groupings(count: int) -> Iterator[tuple[int, ...]]:
-    """Bounds of at most MOST_GROUPS groups of neighbours, and of every core by itself."""
+    """Yield bounds of at most MOST_GROUPS groups of neighbours, and of every core by itself."""
     for number in range(min(MOST_GROUPS, count)):
         for inner in combinations(range(1, count), number):
             yield (0, *inner, count)
@@ -125,30 +136,38 @@ def _groupings(count: int) -> Iterator[tuple[int, ...]]:
 
 
 def _merged_shape(shapes: Sequence[Shape]) -> Shape:
-    return (shapes[0][0], *(prod(factors) for factors in list(zip(*shapes, strict=True))[1:4]), shapes[-1][4])
+    _, outs, ins, windows, _ = zip(*shapes, strict=True)
+    first, last = shapes[0], shapes[-1]
+    return (first[0], prod(outs), prod(ins), prod(windows), last[4])
 
 
 def _sweep_cost(shapes: Sequence[Shape]) -> Cost:
-    """Of one input vector, from the last core to the first."""
+    """Return the cost of one input vector, from the last core to the first."""
     steps = [_step_cost(shapes, index, shape[0], shape[4]) for index, shape in enumerate(shapes)]
-    return sum(steps, Cost(0, prod([shape[2] for shape in shapes])))
+    reading = Cost(0, prod([shape[2] for shape in shapes]))
+    return sum(steps, reading)
 
 
 def _step_cost(shapes: Sequence[Shape], index: int, left: Any, right: Any) -> Cost:
-    """What a core with these TT-ranks adds, the others being contracted from the last one on."""
-    around = prod([shape[2] for shape in shapes[:index]]) * prod([shape[1] for shape in shapes[index + 1 :]])
+    """Return what a core with these TT-ranks adds, the others being contracted from the last one on."""
+    # Inputs of the cores that are still to come, outputs of those that have been.
+    ins = prod([shape[2] for shape in shapes[:index]])
+    outs = prod([shape[1] for shape in shapes[index + 1 :]])
+    around = ins * outs
     _, m, n, _, _ = shapes[index]
     return Cost(around * left * m * n * right, around * left * m)
 
 
 def _mirrored(shapes: Sequence[Shape]) -> list[Shape]:
-    """The shapes that a sweep from the last core would have if it were the sweep from the first."""
+    """Return the shapes that a sweep from the last core would have if it were the sweep from the first."""
     (r_0, m_1, *rest), *others = shapes
-    return [(s, m, n, w, r) for r, m, n, w, s in reversed([(1, r_0 * m_1, *rest), *others])]
+    # From the first core on, r_0 counts as an output.
+    first = (1, r_0 * m_1, *rest)
+    return [(s, m, n, w, r) for r, m, n, w, s in reversed([first, *others])]
 
 
 def merge_cost(shapes: Sequence[Shape]) -> Cost:
-    """Cost of `merge_all`, the last product of which writes the dense weight."""
+    """Return the cost of `merge_all`, the last product of which writes the dense weight."""
     madds = elements = 0
     size = prod(shapes[0][:4])
     for shape in shapes[1:]:
@@ -172,17 +191,19 @@ class LayerCosts(NamedTuple):
         return self.calls.pixels * inp + self.calls.out_pixels * out
 
     def dense(self) -> Cost:
-        """By the dense weight, which is at hand."""
+        """Return the cost of a layer run by the dense weight, which is at hand."""
         out, inp, *window = self.weight_shape
         if not window:
             return Cost(self.calls.pixels * out * inp, out * inp)
+
         blocked = self.unit.blocked
         madds = self.calls.out_pixels * blocked(inp) * blocked(out) * prod(window)
         return Cost(madds + self.unit.convolution, self._moved)
 
     def rebuilt(self, tensorization: Tensorization, tt_ranks: Sequence[int]) -> Cost:
-        """By the dense weight, which is made of the cores first."""
-        return merge_cost(tensorization.core_shapes(tt_ranks)) + self.dense()
+        """Return the cost of a layer run by the dense weight, which is made of the cores first."""
+        shapes = tensorization.core_shapes(tt_ranks)
+        return merge_cost(shapes) + self.dense()
 
     def factored(
         self,
@@ -191,58 +212,82 @@ class LayerCosts(NamedTuple):
         kept: bool = True,
         plan: SweepPlan | None = None,
     ) -> Cost:
-        """By the cores; `kept` if what is made of them alone is at hand, `plan` if there is one already."""
+        """Return the cost of a layer run by its cores.
+
+        `kept` if what is made of them alone is at hand, `plan` if there is one already.
+        """
         shapes = tensorization.core_shapes(tt_ranks)
         if is_swept(self.weight_shape, tensorization):
             swept = swept_shapes(shapes)
-            cost = (plan or sweep_plan(swept)).cost(self.calls.pixels, kept)
+            chosen = plan or sweep_plan(swept)
+            cost = chosen.cost(self.calls.pixels, kept)
+            if len(self.weight_shape) == 2:
+                return cost
             rank = shapes[0][4] if len(swept) < len(shapes) else 1
-            return cost if len(self.weight_shape) == 2 else cost + self._windows(rank)
-        cost = sum(
-            (self._conv_cost(tensorization, k, *pair) for k, pair in enumerate(pairwise(tt_ranks))),
-            Cost(0, self._moved),
-        )
+            return cost + self._windows(rank)
+
+        pairs = enumerate(pairwise(tt_ranks))
+        steps = (self._conv_cost(tensorization, k, *pair) for k, pair in pairs)
+        cost = sum(steps, Cost(0, self._moved))
+        # All cores before the last become one kernel, but in a chain, where each is a kernel by itself.
         head = shapes[:1] if tensorization.format == "chain" else shapes[:-1]
         return cost if kept else cost + merge_cost(head)
 
     def core(self, tensorization: Tensorization, index: int, left: Any, right: Any) -> Cost:
-        """What the core between these TT-ranks (numbers or arrays) adds to `factored`, for chains exactly.
+        """Return what the core between these TT-ranks, numbers or arrays, adds to `factored`.
 
-        Where inputs are swept over the cores, neighbours are not merged here, and the sweep is from the last core.
+        It is exact for chains. Where inputs are swept over the cores, neighbours are not merged here, and the
+        sweep is from the last core.
         """
         if not is_swept(self.weight_shape, tensorization):
             return self._conv_cost(tensorization, index, left, right)
+
         shapes = tensorization.core_shapes([1] * (len(tensorization.modes) + 1))
         swept = swept_shapes(shapes)
         before = len(shapes) - len(swept)
         if index < before:
             return self._windows(right)
+
         step = _step_cost(swept, index - before, left, right)
         return Cost(*(self.calls.pixels * each for each in step))
 
     def _windows(self, rank: Any) -> Cost:
-        """A convolution of its own for each output, to one channel, after the channels have been swept."""
+        """Return the cost of a convolution for each output, to one channel, after the sweep."""
         out, _, *window = self.weight_shape
-        madds = self.calls.out_pixels * out * prod(window) * self.unit.blocked(rank) * self.unit.blocked(1)
-        return Cost(madds + self.unit.convolution, 2 * self.calls.pixels * out * rank + self._moved)
+        blocked = self.unit.blocked
+        madds = self.calls.out_pixels * out * prod(window) * blocked(rank) * blocked(1)
+        # What the sweep leaves is written and read.
+        between = 2 * self.calls.pixels * out * rank
+        return Cost(madds + self.unit.convolution, between + self._moved)
 
     def _conv_cost(self, tensorization: Tensorization, index: int, left: Any, right: Any) -> Cost:
-        """1x1, kh x kw, 1x1 convolutions, or kh x kw, 1x1 with everything before the last core merged into one."""
+        """Return the cost of one core as a convolution.
+
+        A chain is 1x1, kh x kw, 1x1; otherwise everything before the last core is one kh x kw, with 1x1 after
+        it.
+        """
         out, inp, *window = self.weight_shape
-        blocked, (pixels, out_pixels) = self.unit.blocked, self.calls
+        blocked = self.unit.blocked
+        pixels, out_pixels = self.calls
+        is_chain = tensorization.format == "chain"
         last = len(tensorization.modes) - 1
+
         if index == last:
-            return Cost(out_pixels * blocked(left) * blocked(out) + self.unit.convolution, 0)
-        if tensorization.format == "chain" and index == 0:
+            madds = out_pixels * blocked(left) * blocked(out)
+            return Cost(madds + self.unit.convolution, 0)
+        if is_chain and index == 0:
             madds = pixels * blocked(inp) * blocked(right)
             return Cost(madds + self.unit.convolution, BETWEEN * pixels * right)
         if index < last - 1:
+            # Merged into a later one; times `left` for the shape of an array.
             return Cost(0 * left, 0)
-        channels = left if tensorization.format == "chain" else inp
+
+        channels = left if is_chain else inp
         madds = out_pixels * blocked(channels) * prod(window) * blocked(right)
         return Cost(madds + self.unit.convolution, BETWEEN * out_pixels * right)
 
 
 def swept_shapes(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
-    """Of the cores that inputs are swept over: all but one that carries the window."""
-    return tuple(shapes[1:] if shapes[0][3] > 1 else shapes)
+    """Return the shapes of the cores that inputs are swept over: all but one that carries the window."""
+    has_window = shapes[0][3] > 1
+    return tuple(shapes[1:] if has_window else shapes)

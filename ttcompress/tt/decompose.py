@@ -1,9 +1,9 @@
-"""TT-SVD (Oseledets 2011, algorithm 1): a tensor or a tensorized weight in, TT-cores and the achieved error out.
+"""TT-SVD (Oseledets 2011, algorithm 1): a tensor or a tensorized weight in, TT-cores and the error out.
 
-float32 and narrower tensors go through the float64 Gram matrix of the short side of each unfolding, with the remainder
-U^T C: singular vectors of a long unfolding taken in float32 lose orthogonality. float64 tensors go through QR and SVD.
-Cores are cut off at both ends, in the order that is cheapest: each projection is orthogonal, so that the bound
-err^2 <= sum_k tail_k(r_k) (theorem 2.2) holds in any order.
+float32 and narrower tensors go through the float64 Gram matrix of the short side of each unfolding, with the
+remainder U^T C: singular vectors of a long unfolding taken in float32 lose orthogonality. float64 tensors go
+through QR and SVD. Cores are cut off at both ends, in the order that is cheapest: each projection is
+orthogonal, so that the bound err^2 <= sum_k tail_k(r_k) (theorem 2.2) holds in any order.
 """
 
 from __future__ import annotations
@@ -25,24 +25,31 @@ from ttcompress.tt.shapes import Mode, Tensorization, feasible_ranks
 from ttcompress.tt.unfolding import BLOCK, Folded, Side, fold, interleave, split, sweep_order
 
 FLOAT32_NOISE = 0.1
-"""Relative errors above it are known to six digits from float32 remainders; smaller ones are measured in float64."""
+"""Relative errors above it are known to six digits from float32 remainders; smaller ones take float64."""
 KRYLOV_SIZE, KRYLOV_SHARE, KRYLOV_STEPS = 512, 8, 4
 """Fewer than a share of this many eigenvectors of a matrix of at least this size come from a Krylov space."""
 SMALL = 1 << 22
+"""Up to this many entries a tensor is projected in float64."""
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 def smallest_eps(dtype: torch.dtype) -> float:
-    """The relative accuracy down to which TT-SVD of a tensor of this type keeps its word."""
+    """Return the relative accuracy down to which TT-SVD of a tensor of this type keeps its word."""
     return 1e-12 if dtype == torch.float64 else 1e-6
 
 
 @dataclass(frozen=True)
 class TTSVD:
-    """TT-cores (r_{k-1}, s_k, r_k), or with the axes of a tensorization, and the relative Frobenius error they achieve.
+    """What TT-SVD finds: TT-cores and the relative Frobenius error that they achieve.
 
-    `clipped` tells that a requested TT-rank was above what the unfoldings can carry.
+    Cores are (r_{k-1}, s_k, r_k), or (r_{k-1}, m_k, n_k, w_k, r_k) where there is a tensorization. `clipped`
+    tells that a requested TT-rank was above what the unfoldings can carry (Oseledets 2011, theorem 2.1).
+
+    Example:
+        >>> result = tt_svd(torch.ones(4, 5, 6), max_rank=7)
+        >>> result.tt_ranks, result.clipped
+        ((1, 4, 6, 1), False)
     """
 
     cores: tuple[Tensor, ...]
@@ -51,7 +58,7 @@ class TTSVD:
 
     @property
     def tt_ranks(self) -> tuple[int, ...]:
-        """r_0 ... r_d, both ends 1."""
+        """The TT-ranks r_0 ... r_d, both ends 1."""
         return (1, *(core.shape[-1] for core in self.cores))
 
 
@@ -64,16 +71,27 @@ def tt_svd(
 ) -> TTSVD:
     """Decompose a d-way tensor by TT-SVD, with TT-ranks capped, with ||A - B||_F <= eps ||A||_F, or both.
 
+    The bound on the error is theorem 2.2, the method algorithm 1 (Oseledets 2011).
+
     Args:
-        tensor: shape (s_1, ..., s_d), floating point, finite. It is not changed and shares no storage with the result.
+        tensor: shape (s_1, ..., s_d), floating point, finite. It is not changed and shares no storage with
+            the result.
         max_rank: one cap for all cuts, or the d - 1 inner TT-ranks, or all d + 1; None does not cap.
-        eps: relative accuracy; from 1e-6 for float32, 1e-12 for float64. It bounds the error before a cast to float16
-            or bfloat16, and before the cap.
-        dtype: storage type of the cores, by default that of `tensor`; int8 ones come as float32 of such values. The
-            reported error is the one after the cast.
+        eps: relative accuracy; from 1e-6 for float32, 1e-12 for float64. It bounds the error before a cast to
+            float16 or bfloat16, and before the cap.
+        dtype: storage type of the cores, by default that of `tensor`; int8 ones come as float32 of such
+            values. The reported error is the one after the cast.
 
     Raises:
-        ShapeError: an empty or non-finite tensor, an eps or values that the type cannot carry, ranks that do not fit.
+        ShapeError: an empty or non-finite tensor, an eps or values that the type cannot carry, ranks that do
+            not fit.
+
+    Example:
+        >>> result = tt_svd(torch.ones(4, 5, 6), eps=1e-4)
+        >>> result.tt_ranks, result.relative_error < 1e-4
+        ((1, 1, 1, 1), True)
+        >>> [tuple(core.shape) for core in result.cores]
+        [(1, 4, 1), (1, 5, 1), (1, 6, 1)]
     """
     _check_type(tensor)
     return _decomposed(tensor.reshape(1, -1), _plain(tensor), max_rank, eps, dtype)
@@ -87,21 +105,41 @@ def decompose_weight(
     eps: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> TTSVD:
-    """TT-SVD of a weight (out, in) or (out, in, kh, kw): cores of shape (r_{k-1}, m_k, n_k, w_k, r_k).
+    """Decompose a weight (out, in) or (out, in, kh, kw) by TT-SVD of the tensor that it is viewed as.
 
-    Arguments and errors as in `tt_svd`. The error is that of the weight itself, padding cut away.
+    The view is that of Novikov et al. (2015, section 4) and Garipov et al. (2016), the method that of
+    `tt_svd`, with its arguments. Cores have the shape (r_{k-1}, m_k, n_k, w_k, r_k). The error is that of the
+    weight itself, padding cut away.
+
+    Raises:
+        ShapeError: as in `tt_svd`.
+
+    Example:
+        >>> from ttcompress.tt.shapes import tensorize_shape
+        >>> result = decompose_weight(torch.ones(8, 4, 3, 3), tensorize_shape("chain", (8, 4, 3, 3)), 1)
+        >>> [tuple(core.shape) for core in result.cores]
+        [(1, 1, 4, 1, 1), (1, 1, 1, 9, 1), (1, 8, 1, 1, 1)]
+        >>> result.relative_error < 1e-5
+        True
     """
     _check_type(weight)
     result = _decomposed(weight, tensorization, max_rank, eps, dtype)
     shapes = tensorization.core_shapes(result.tt_ranks)
-    cores = tuple(core.reshape(shape) for core, shape in zip(result.cores, shapes, strict=True))
-    error = result.relative_error
-    if prod(tensorization.sizes) != weight.numel():
-        exponent = _exponent(_bounds(weight))
-        exact = _rescaled(weight.double(), -exponent)
-        dense = dense_weight(_scaled_cores(cores, -exponent), tuple(weight.shape))
-        error = _ratio(float((exact - dense).norm()) ** 2, float(exact.norm()) ** 2)
+    shaped = zip(result.cores, shapes, strict=True)
+    cores = tuple(core.reshape(shape) for core, shape in shaped)
+    is_padded = prod(tensorization.sizes) != weight.numel()
+    error = _weight_error(weight, cores) if is_padded else result.relative_error
     return TTSVD(cores, error, result.clipped)
+
+
+def _weight_error(weight: Tensor, cores: Sequence[Tensor]) -> float:
+    """Measure ||W - B||_F / ||W||_F of a weight, without what the cores hold in place of its padding."""
+    exponent = _exponent(_bounds(weight))
+    exact = _rescaled(weight.double(), -exponent)
+    dense = dense_weight(_scaled_cores(cores, -exponent), tuple(weight.shape))
+    missed = float((exact - dense).norm())
+    norm = float(exact.norm())
+    return _ratio(missed**2, norm**2)
 
 
 def _decomposed(
@@ -112,23 +150,28 @@ def _decomposed(
     dtype: torch.dtype | None,
 ) -> TTSVD:
     """TT-SVD with cores (r_{k-1}, s_k, r_k)."""
-    work_dtype = _work_dtype(weight)
-    caps = tensorization.expand_ranks(prod(tensorization.sizes) if max_rank is None else max_rank)
-    clipped_caps = feasible_ranks(tensorization.sizes, caps)
-    clipped = not isinstance(max_rank, int | None) and clipped_caps != caps
+    is_capped = max_rank is not None
+    caps = tensorization.expand_ranks(max_rank if max_rank is not None else prod(tensorization.sizes))
+    feasible = feasible_ranks(tensorization.sizes, caps)
+    # One number for all cuts is a limit, not a wish: that it is more than some cuts can carry is no news.
+    clipped = not isinstance(max_rank, int | None) and feasible != caps
+
     exponent = _checked_exponent(weight, eps)
     folded = _scaled_fold(weight, tensorization, exponent)
-    cores, error = _accurate_cores(folded, clipped_caps, eps, exponent, capped=max_rank is not None)
-    if (dtype or weight.dtype) != work_dtype:
-        cores = as_stored(cores, dtype or weight.dtype)
+    cores, error = _accurate_cores(folded, feasible, eps, exponent, is_capped)
+
+    stored_dtype = dtype or weight.dtype
+    if stored_dtype != _work_dtype(weight):
+        cores = as_stored(cores, stored_dtype)
         error = _relative_error(folded, cores, exponent)
     return TTSVD(tuple(cores), error, clipped)
 
 
 def tensorize(weight: Tensor, tensorization: Tensorization) -> Tensor:
-    """A weight (out, in[, kh, kw]) as the d-way tensor (s_1, ..., s_d) of its tensorization, zeros padded."""
+    """Bring a weight (out, in[, kh, kw]) into the d-way tensor (s_1, ..., s_d), zeros padded."""
     folded = fold(weight, tensorization)
-    return interleave(folded.values, folded.modes).reshape(tensorization.sizes)
+    entries = interleave(folded.values, folded.modes)
+    return entries.reshape(tensorization.sizes)
 
 
 def _work_dtype(tensor: Tensor) -> torch.dtype:
@@ -137,39 +180,54 @@ def _work_dtype(tensor: Tensor) -> torch.dtype:
 
 def _plain(tensor: Tensor) -> Tensorization:
     """The tensorization of a d-way tensor that is stored as a weight (1, s_1 ... s_d)."""
-    return Tensorization("matrix", tuple(Mode(1, size, 1) for size in tensor.shape))
+    modes = tuple(Mode(1, size, 1) for size in tensor.shape)
+    return Tensorization("matrix", modes)
 
 
 def _scaled_fold(weight: Tensor, tensorization: Tensorization, exponent: int) -> Folded:
     """The weight times 2^-exponent, in its own type where nothing needs scaling."""
-    return fold(_rescaled(weight.to(_work_dtype(weight)), -exponent) if exponent else weight, tensorization)
+    if not exponent:
+        return fold(weight, tensorization)
+    scaled = _rescaled(weight.to(_work_dtype(weight)), -exponent)
+    return fold(scaled, tensorization)
 
 
 @torch.no_grad()
 def squared_spectra(tensor: Tensor, tensorization: Tensorization | None = None) -> list[Tensor]:
-    """Squared singular values of the d - 1 unfoldings over ||A||_F^2, each descending, float64 on the CPU.
+    """Return the squared singular values of the d - 1 unfoldings over ||A||_F^2.
 
-    Their tails bound the error of every choice of TT-ranks: err^2 <= sum_k tail_k(r_k) (Oseledets 2011, theorem 2.2).
+    Each is descending, in float64 on the CPU. Their tails bound the error of every choice of TT-ranks: err^2
+    <= sum_k tail_k(r_k) (Oseledets 2011, theorem 2.2).
 
     Args:
         tensor: a d-way tensor, or with a tensorization the weight (out, in[, kh, kw]) that it views as one.
+
+    Raises:
+        ShapeError: an empty or non-finite tensor.
     """
     _check_type(tensor)
     weight = tensor if tensorization else tensor.reshape(1, -1)
-    folded = _scaled_fold(weight, tensorization or _plain(tensor), _checked_exponent(tensor))
+    view = tensorization or _plain(tensor)
+    folded = _scaled_fold(weight, view, _checked_exponent(tensor))
+
+    tiny = torch.finfo(torch.float64).tiny
     spectra = []
     for cut in range(1, len(folded.modes)):
-        values = _eigh(folded.gram(cut, _short_side(folded, cut)), torch.linalg.eigvalsh)
+        short = _short_side(folded, cut)
+        # Without a name, a Gram matrix is gone before the next one is made.
+        values = _eigh(folded.gram(cut, short), torch.linalg.eigvalsh)
         values = values.flip(0).clamp_(min=0).cpu()
-        spectra.append(values / values.sum().clamp(min=torch.finfo(torch.float64).tiny))
+        whole = values.sum().clamp(min=tiny)
+        spectra.append(values / whole)
     return spectra
 
 
 @torch.no_grad()
 def frobenius_norm(tensor: Tensor) -> float:
-    """||A||_F, accumulated in float64 without a float64 copy of the tensor."""
+    """Return ||A||_F, accumulated in float64 without a float64 copy of the tensor."""
     exponent = _exponent(_bounds(tensor))
-    return ldexp(_norm(_rescaled(tensor, -exponent)), exponent)
+    scaled = _rescaled(tensor, -exponent)
+    return ldexp(_norm(scaled), exponent)
 
 
 def _norm(tensor: Tensor) -> float:
@@ -179,7 +237,8 @@ def _norm(tensor: Tensor) -> float:
 
 def _check_type(tensor: Tensor) -> None:
     if tensor.dim() == 0 or tensor.numel() == 0 or not tensor.is_floating_point():
-        raise ShapeError(f"TT-SVD takes a non-empty floating-point tensor, not {tensor.dtype} {tuple(tensor.shape)}")
+        given = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise ShapeError(f"TT-SVD takes a non-empty floating-point tensor, not {given}")
 
 
 def _checked_exponent(tensor: Tensor, eps: float | None = None) -> int:
@@ -199,13 +258,14 @@ def _bounds(tensor: Tensor) -> tuple[float, float]:
 
 
 def _exponent(bounds: tuple[float, float]) -> int:
-    """e with max|A| in [2^(e-1), 2^e) where A 2^-e is needed to keep squares and denormals in range; 0 where not."""
-    exponent = frexp(max(-bounds[0], bounds[1]))[1]
+    """Return e with max|A| in [2^(e-1), 2^e) where squares of A could leave the range, else 0."""
+    least, most = bounds
+    _, exponent = frexp(max(-least, most))
     return exponent if abs(exponent) > 60 else 0
 
 
 def _rescaled(tensor: Tensor, exponent: int) -> Tensor:
-    """tensor * 2^exponent, without a copy in the ordinary case that nothing needs scaling."""
+    """Multiply by 2^exponent, without a copy in the ordinary case that nothing needs scaling."""
     return times_two_to(tensor, exponent) if exponent else tensor
 
 
@@ -214,16 +274,24 @@ def _accurate_cores(
 ) -> tuple[list[Tensor], float]:
     """Sweep, measure, and sweep again with less truncation where round-off used up the margin left for it."""
     work_dtype = _work_dtype(folded.values)
+    cuts = max(1, len(folded.modes) - 1)
     norm = _norm(folded.values) if eps else 0.0
-    share = sqrt(1 - (0.4 * smallest_eps(work_dtype) / eps) ** 2) if eps else 0.0
+    # Truncation and round-off are independent: their squares add up to eps^2.
+    round_off = 0.4 * smallest_eps(work_dtype)
+    share = sqrt(1 - (round_off / eps) ** 2) if eps else 0.0
+
     while True:
-        delta = share * eps * norm / sqrt(max(1, len(folded.modes) - 1)) if eps else None
+        delta = share * eps * norm / sqrt(cuts) if eps else None
         cores, missed = _sweep(folded, caps, delta)
         if not _is_feasible(cores):
             cores = right_orthogonalize(cores)
         cores = [core.to(work_dtype) for core in spread_norm(cores, exponent)]
+        # Below the noise, what truncation left out is not all there is to the error.
         error = missed if missed > FLOAT32_NOISE else _relative_error(folded, cores, exponent)
-        at_cap = capped and any(core.shape[-1] == cap for core, cap in zip(cores[:-1], caps[1:-1], strict=True))
+
+        # More accuracy cannot be had where a cap binds.
+        bound = zip(cores[:-1], caps[1:-1], strict=True)
+        at_cap = capped and any(core.shape[-1] == cap for core, cap in bound)
         if eps is None or error <= eps or at_cap or share < 1e-3:
             return cores, error
         share /= 2
@@ -245,37 +313,48 @@ class Basis(NamedTuple):
 def _sweep(folded: Folded, caps: Sequence[int], delta: float | None) -> tuple[list[Tensor], float]:
     """From both ends: an orthonormal basis of each unfolding is the core, the projection goes on.
 
-    With caps alone, a cut that keeps all of an end takes no work: its basis is the identity, and its mode waits for the
-    next one. Returns cores in float64, and the relative error before any of them is rounded.
+    With caps alone, a cut that keeps all of an end takes no work: its basis is the identity, and its mode
+    waits for the next one. Returns cores in float64, and the relative error before any of them is rounded.
     """
     lefts: list[Tensor] = []
     rights: list[Tensor] = []
     first, last = 0, len(folded.modes)
     missed, norm = 0.0, None
-    for at, side in sweep_order(tuple(mode.size for mode in folded.modes)):
+    sizes = tuple(mode.size for mode in folded.modes)
+
+    for at, side in sweep_order(sizes):
         cut = at - first
-        if delta is None and caps[at] == prod(folded.shape(cut, side)):
+        keeps_all = caps[at] == prod(folded.shape(cut, side))
+        if delta is None and keeps_all:
             continue
+
         basis = _basis(folded, cut, side, caps[at], delta)
         missed += basis.squared_miss
+        # The first basis sees the whole tensor, later ones what is left of it.
         norm = basis.squared_norm if norm is None else norm
         shape, modes = folded.shape(cut, side), folded.modes
         folded = _projected(folded, cut, side, basis.vectors)
+
         if side == Side.LEFT:
             lefts += split(basis.vectors.reshape(*shape, -1), modes[:cut], cut - 1)
             first = at
         else:
             rights = split(basis.vectors.T.reshape(-1, *shape), modes[cut:], 0) + rights
             last = at
-    waiting = sum(caps[at] == prod(folded.shape(at - first, Side.LEFT)) for at in range(first + 1, last))
-    return lefts + split(folded.values.double(), folded.modes, waiting) + rights, _ratio(missed, norm or 0.0)
+
+    # Modes that wait on the left of what remains are those whose cut keeps all of them.
+    inner_cuts = range(first + 1, last)
+    waiting = sum(caps[at] == prod(folded.shape(at - first, Side.LEFT)) for at in inner_cuts)
+    middle = split(folded.values.double(), folded.modes, waiting)
+    return lefts + middle + rights, _ratio(missed, norm or 0.0)
 
 
 def _projected(folded: Folded, cut: int, side: Side, basis: Tensor) -> Folded:
-    """In float64 where that takes no time to speak of."""
+    """Contract a side with its basis, in float64 where that takes no time to speak of."""
     work_dtype = _work_dtype(folded.values)
     is_small = folded.values.numel() <= SMALL
-    return folded.project(cut, side, basis if is_small else basis.to(work_dtype), work_dtype)
+    factor = basis if is_small else basis.to(work_dtype)
+    return folded.project(cut, side, factor, work_dtype)
 
 
 def _short_side(folded: Folded, cut: int) -> Side:
@@ -283,17 +362,22 @@ def _short_side(folded: Folded, cut: int) -> Side:
 
 
 def _basis(folded: Folded, cut: int, side: Side, cap: int, delta: float | None) -> Basis:
-    """Leading singular vectors of a side: at most `cap`, and as few as leave out no more than `delta` in norm."""
+    """Find leading singular vectors of a side: at most `cap`, as few as leave out no more than `delta`."""
     if folded.values.dtype == torch.float64:
-        return _basis_by_qr(torch.cat(list(folded.blocks(cut, side, torch.float64)), dim=1), cap, delta)
+        unfolding = torch.cat(list(folded.blocks(cut, side, torch.float64)), dim=1)
+        return _basis_by_qr(unfolding, cap, delta)
+
     short = _short_side(folded, cut)
     gram = folded.gram(cut, short)
+    # An accuracy is met by looking at all singular values.
     values, vectors = _leading(gram, None if delta is not None else cap)
-    kept: Tensor = vectors[:, : _kept(values, cap, delta)]
+    count = _kept(values, cap, delta)
+    kept: Tensor = vectors[:, :count]
     norm = float(gram.trace())
-    missed = max(0.0, norm - float(values[: kept.shape[1]].sum()))
+    missed = max(0.0, norm - float(values[:count].sum()))
     if short == side:
         return Basis(kept, missed, norm)
+
     # Dividing by small singular values would lose orthogonality; QR does not.
     image = folded.project(cut, short, kept, kept.dtype).values
     rows = image.flatten(0, 3) if side == Side.LEFT else image.flatten(1).T
@@ -301,25 +385,37 @@ def _basis(folded: Folded, cut: int, side: Side, cap: int, delta: float | None) 
 
 
 def _leading(gram: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, descending, and their vectors: all, or the first `count` where that is much less work.
-
-    A few from a block Krylov space (Musco and Musco 2015, algorithm 2), which holds nearly as much of the matrix as the
-    exact ones, also where eigenvalues lie close together.
-    """
-    if count is None or len(gram) < KRYLOV_SIZE or count * KRYLOV_SHARE > len(gram):
+    """Find eigenvalues, descending, and their vectors: all, or the first `count` where that saves much."""
+    size = len(gram)
+    if count is None or size < KRYLOV_SIZE or count * KRYLOV_SHARE > size:
         values, vectors = _eigh(gram, torch.linalg.eigh)
         return values.flip(0).clamp_(min=0), vectors.flip(1)
-    start = torch.randn(len(gram), count + 8, dtype=gram.dtype, generator=torch.Generator().manual_seed(0))
+
+    space = _krylov_space(gram, count + 8)
+    values, vectors = _eigh(space.T @ gram @ space, torch.linalg.eigh)
+    leading = vectors.flip(1)[:, :count]
+    return values.flip(0)[:count].clamp_(min=0), space @ leading
+
+
+def _krylov_space(gram: Tensor, width: int) -> Tensor:
+    """Return an orthonormal basis of a block Krylov space (Musco and Musco 2015, algorithm 2).
+
+    It holds nearly as much of the matrix as exact eigenvectors do, also where eigenvalues lie close together.
+    """
+    # Drawn on the CPU, so that it is the same on every device.
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(len(gram), width, dtype=gram.dtype, generator=generator)
+
     blocks = [torch.linalg.qr(gram @ start.to(gram.device)).Q]
     for _ in range(KRYLOV_STEPS - 1):
-        blocks.append(torch.linalg.qr(gram @ blocks[-1]).Q)
-    space = torch.linalg.qr(torch.cat(blocks, dim=1)).Q
-    values, vectors = _eigh(space.T @ gram @ space, torch.linalg.eigh)
-    return values.flip(0)[:count].clamp_(min=0), space @ vectors.flip(1)[:, :count]
+        image = gram @ blocks[-1]
+        blocks.append(torch.linalg.qr(image).Q)
+    space: Tensor = torch.linalg.qr(torch.cat(blocks, dim=1)).Q
+    return space
 
 
 def _eigh(gram: Tensor, solver: Callable[[Tensor], T]) -> T:
-    """Eigenvalues, with vectors or not; on the CPU where a GPU's solver gives up."""
+    """Solve for eigenvalues, with vectors or not; on the CPU where a GPU's solver gives up."""
     try:
         return solver(gram)
     except RuntimeError as error:
@@ -330,7 +426,9 @@ def _eigh(gram: Tensor, solver: Callable[[Tensor], T]) -> T:
 
 
 def _kept(squared_values: Tensor, cap: int, delta: float | None) -> int:
-    return min(cap, len(squared_values)) if delta is None else rank_for(squared_values, delta, cap)
+    if delta is None:
+        return min(cap, len(squared_values))
+    return rank_for(squared_values, delta, cap)
 
 
 def _basis_by_qr(unfolding: Tensor, cap: int, delta: float | None) -> Basis:
@@ -341,9 +439,11 @@ def _basis_by_qr(unfolding: Tensor, cap: int, delta: float | None) -> Basis:
         outer, inner = torch.linalg.qr(unfolding)
         vectors, values, _ = torch.linalg.svd(inner)
         vectors = outer @ vectors
+
     squares = values**2
     count = _kept(squares, cap, delta)
-    return Basis(vectors[:, :count], float(squares[count:].sum()), float(squares.sum()))
+    missed = float(squares[count:].sum())
+    return Basis(vectors[:, :count], missed, float(squares.sum()))
 
 
 def spread_norm(cores: Sequence[Tensor], exponent: int = 0) -> list[Tensor]:
@@ -353,17 +453,28 @@ def spread_norm(cores: Sequence[Tensor], exponent: int = 0) -> list[Tensor]:
         return [torch.zeros_like(core) for core in cores]
     if len(cores) == 1:
         return [_rescaled(cores[0].clone(), exponent)]
-    each = 2.0 ** ((exponent + sum(map(log2, norms))) / len(cores))
+
+    # The product of the norms may leave the range of float64, their logarithms do not.
+    product = exponent + sum(map(log2, norms))
+    each = 2.0 ** (product / len(cores))
     return [core * (each / norm) for core, norm in zip(cores, norms, strict=True)]
 
 
 def _relative_error(folded: Folded, cores: Sequence[Tensor], exponent: int) -> float:
-    """||A - B||_F / ||A||_F, measured block by block; `folded` is A 2^-exponent."""
-    shaped = [core.reshape(len(core), *mode, -1) for core, mode in zip(cores, folded.modes, strict=True)]
+    """Measure ||A - B||_F / ||A||_F block by block; `folded` is A 2^-exponent."""
+    pairs = zip(cores, folded.modes, strict=True)
+    shaped = [core.reshape(len(core), *mode, -1) for core, mode in pairs]
     exact = _scaled_cores(shaped, -exponent)
-    cut = min(range(1, len(cores)), key=lambda at: cores[at].shape[0] * _perimeter(folded, at), default=0)
+
+    # B is a product of two matrices on a cut: the one where these are smallest together.
+    def size(at: int) -> int:
+        return cores[at].shape[0] * _perimeter(folded, at)
+
+    cut = min(range(1, len(cores)), key=size, default=0)
     one = exact[0].new_ones(1, 1, 1, 1, 1)
-    left, right = merge_all([one, *exact[:cut]]), merge_all(exact[cut:])
+    left = merge_all([one, *exact[:cut]])
+    right = merge_all(exact[cut:])
+
     error = 0.0
     if folded.values.dtype != torch.float64:
         error = _ratio(*folded.squared_difference(cut, left.float(), right.float()))

@@ -1,7 +1,7 @@
 """Least-squares sweeps: TT-cores fitted to what a layer puts out, one core at a time, by conjugate gradients.
 
-The squared error of B x~ against W x, averaged over pairs of inputs (x in the dense network, x~ in the compressed one)
-and regularised towards W, is a quadratic function of each core when the others stay fixed.
+The squared error of B x~ against W x, averaged over pairs of inputs (x in the dense network, x~ in the
+compressed one) and regularised towards W, is a quadratic function of each core when the others stay fixed.
 """
 
 from __future__ import annotations
@@ -33,47 +33,65 @@ class Objective:
     steps: int = STEPS
 
     def value(self, cores: Sequence[Tensor]) -> float:
-        """f, up to the constant that makes it an error."""
-        return float((self.quadratic(cores) - self.linear(cores)).detach())
+        """Return f, up to the constant that makes it an error."""
+        difference = self.quadratic(cores) - self.linear(cores)
+        return float(difference.detach())
 
 
 def output_error(weight: Tensor, inputs: Moments, outputs: Moments | None = None) -> Objective:
-    """E||W x - B x~||^2_G / 2 + lam / 2 ||W - B||^2_G, up to a constant, for the weight B of the cores.
+    """Return the error of the outputs as a function of the cores.
 
-    `inputs` holds E[x~ x~^T] as `own` and E[x x~^T] as `crossed`; `outputs` is the metric G (None or a sketch: the
-    identity). The ridge lam goes on both moments, for on the first alone it would shrink the weight.
+    It is E||W x - B x~||^2_G / 2 + lam / 2 ||W - B||^2_G, up to a constant, B the weight of the cores.
+    `inputs` holds E[x~ x~^T] as `own` and E[x x~^T] as `crossed`; `outputs` is the metric G (None or a
+    sketch: the identity).
     """
     if inputs.is_sketch:
         return _output_error_on_rows(weight, inputs)
     shape = tuple(weight.shape)
+
+    # The ridge goes on both moments, for on the first alone it would shrink the weight.
     ridge = RIDGE * inputs.own.diagonal().mean() * torch.eye(inputs.size).to(inputs.own)
-    own, target = inputs.own + ridge, weight.flatten(1).to(inputs.own) @ (inputs.crossed + ridge)
+    own = inputs.own + ridge
+    target = weight.flatten(1).to(inputs.own) @ (inputs.crossed + ridge)
     metric = outputs.own.to(own) if outputs is not None and not outputs.is_sketch else None
     target = target if metric is None else metric @ target
 
     def quadratic(cores: Sequence[Tensor]) -> Tensor:
         dense = dense_weight(cores, shape).flatten(1)
-        return ((dense if metric is None else metric @ dense) @ own * dense).sum() / 2
+        weighted = dense if metric is None else metric @ dense
+        return (weighted @ own * dense).sum() / 2
 
-    return Objective(quadratic, lambda cores: (target * dense_weight(cores, shape).flatten(1)).sum())
+    def linear(cores: Sequence[Tensor]) -> Tensor:
+        dense = dense_weight(cores, shape).flatten(1)
+        return (target * dense).sum()
+
+    return Objective(quadratic, linear)
 
 
 def _output_error_on_rows(weight: Tensor, inputs: Moments) -> Objective:
-    """The same for a Linear layer of many inputs: rows go through the cores, which stand for the weight throughout."""
+    """Do the same for a Linear layer of many inputs, whose rows go through the cores.
+
+    The cores stand for the weight throughout, and no moment (in, in) is formed.
+    """
     rows = inputs.own
     targets = inputs.crossed @ weight.to(rows).T
-    ridge = RIDGE * float(rows.square().sum(dtype=torch.float64)) / inputs.size
+    trace = float(rows.square().sum(dtype=torch.float64))
+    ridge = RIDGE * trace / inputs.size
 
     def outputs_of(cores: Sequence[Tensor]) -> Tensor:
-        padded = pad_features(rows, prod([core.shape[2] for core in cores]))
-        return sweep([core.to(rows) for core in cores], padded)[:, : weight.shape[0]]
+        columns = prod([core.shape[2] for core in cores])
+        padded = pad_features(rows, columns)
+        swept = sweep([core.to(rows) for core in cores], padded)
+        return swept[:, : weight.shape[0]]
 
     def quadratic(cores: Sequence[Tensor]) -> Tensor:
-        return (outputs_of(cores).square().sum(dtype=torch.float64) + ridge * _squared_norm(cores)) / 2
+        squared = outputs_of(cores).square().sum(dtype=torch.float64)
+        return (squared + ridge * _squared_norm(cores)) / 2
 
     def linear(cores: Sequence[Tensor]) -> Tensor:
         dense = dense_weight([core.to(weight) for core in cores], tuple(weight.shape))
-        return (outputs_of(cores) * targets).sum(dtype=torch.float64) + ridge * (dense * weight).sum()
+        matched = (outputs_of(cores) * targets).sum(dtype=torch.float64)
+        return matched + ridge * (dense * weight).sum()
 
     return Objective(quadratic, linear, STEPS_ON_ROWS)
 
@@ -87,15 +105,18 @@ def _squared_norm(cores: Sequence[Tensor]) -> Tensor:
 
 
 def fit_cores(cores: Sequence[Tensor], objective: Objective, sweeps: int) -> tuple[list[Tensor], list[float]]:
-    """Cores (r_{k-1}, m_k, n_k, w_k, r_k) after sweeps to the right and back, and f before and after each; float64.
+    """Fit cores (r_{k-1}, m_k, n_k, w_k, r_k) by sweeps to the right and back.
 
-    Each core is solved for between orthogonal neighbours. Conjugate gradients lower a quadratic at every step, so f
-    does not rise from one sweep to the next.
+    Returns them in float64, and f before and after each sweep. Conjugate gradients lower a quadratic at every
+    step, so f does not rise from one sweep to the next.
     """
     fitted = [core.double() for core in cores]
     last = len(fitted) - 1
+
+    # Each core is solved for between orthogonal neighbours: its quadratic is best conditioned there.
     for k in range(last, 0, -1):
         _shift_left(fitted, k)
+
     values = [objective.value(fitted)]
     for _ in range(sweeps):
         for k in range(last):
@@ -126,26 +147,34 @@ def _shift_right(cores: list[Tensor], k: int) -> None:
 
 
 def _solve(cores: Sequence[Tensor], k: int, objective: Objective) -> Tensor:
-    """Conjugate gradients on core k; the gradient of the quadratic part is linear in it, and so its Hessian."""
+    """Solve for core k by conjugate gradients (Hestenes and Stiefel 1952)."""
 
     def gradient(function: Callable[[Sequence[Tensor]], Tensor], core: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf = core.detach().requires_grad_()
-            (result,) = torch.autograd.grad(function([*cores[:k], leaf, *cores[k + 1 :]]), leaf)
+            value = function([*cores[:k], leaf, *cores[k + 1 :]])
+            (result,) = torch.autograd.grad(value, leaf)
         return result
 
     at = cores[k]
     residual = gradient(objective.linear, at) - gradient(objective.quadratic, at)
-    direction, squared = residual, float(residual.square().sum())
+    direction = residual
+    squared = float(residual.square().sum())
     enough = 1e-16 * squared
+
     for _ in range(objective.steps):
+        # The gradient of the quadratic part is linear in the core, so at a direction it is the Hessian times
+        # it.
         image = gradient(objective.quadratic, direction)
         curvature = float((direction * image).sum())
         if squared <= enough or curvature <= 0:
             break
+
         step = squared / curvature
         at = at + step * direction
         residual = residual - step * image
-        before, squared = squared, float(residual.square().sum())
+        before = squared
+        squared = float(residual.square().sum())
         direction = residual + squared / before * direction
+
     return at

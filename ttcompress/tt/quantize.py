@@ -11,11 +11,11 @@ from ttcompress.errors import ShapeError
 
 LEVELS = 127
 _COARSE = -256
-"""Clears the last eight bits of a float32, so that a scale times a code is exact, and comes out the same again."""
+"""Clears the last eight bits of a float32, so that a scale times a code is exact, and found again."""
 
 
 def as_stored(cores: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The cores with the values that they have after being stored in this type; int8 ones as float32.
+    """Return the cores with the values that they have after being stored in this type; int8 ones as float32.
 
     Raises:
         ShapeError: values beyond the range of the type.
@@ -24,40 +24,53 @@ def as_stored(cores: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         stored = [dequantize(*quantize(core)) for core in balanced(cores)]
     else:
         stored = [core.to(dtype) for core in cores]
-    if not all(bool(core.isfinite().all()) for core in stored):
+
+    are_finite = all(bool(core.isfinite().all()) for core in stored)
+    if not are_finite:
         raise ShapeError(f"TT-cores of these values leave the range of {dtype}: choose a wider dtype")
     return stored
 
 
 def quantize(core: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (int8, shape of the core) and scales (float32, one for each slice of the last axis): core = codes * scales.
+    """Round a core to codes times scales.
 
-    Rounded to the nearest code; what `dequantize` makes of the result is quantized to the same codes and scales.
+    Codes are int8 in the shape of the core, scales float32, one for each slice of the last axis. What
+    `dequantize` makes of the result is quantized to the same codes and scales.
     """
     values = core.float()
     most = values.abs().reshape(-1, core.shape[-1]).amax(0)
-    scales = ((most / LEVELS).view(torch.int32) & _COARSE).view(torch.float32)
-    codes = (values / scales.where(scales > 0, 1)).round().clamp(-LEVELS, LEVELS)
+    bits = (most / LEVELS).view(torch.int32)
+    scales = (bits & _COARSE).view(torch.float32)
+
+    # A slice of zeros has scale 0, and codes 0.
+    divisors = scales.where(scales > 0, 1)
+    codes = (values / divisors).round().clamp(-LEVELS, LEVELS)
     return codes.to(torch.int8), scales
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
-    """The float32 core that codes and scales stand for."""
+    """Return the float32 core that codes and scales stand for."""
     return codes.float() * scales
 
 
 def balanced(cores: Sequence[Tensor]) -> list[Tensor]:
-    """The same tensor in other cores, float64, whose slices along the first axis have entries of one size.
+    """Return the same tensor in other cores, float64, whose slices along the first axis are of one size.
 
     These share the scales of the last axis, so that small ones would lose most of their digits. What they are
     multiplied by is taken from the slices of the core before, each of which has a scale of its own.
     """
     exact = [core.double() for core in cores]
+
     for k in range(len(exact) - 1, 0, -1):
         core = exact[k]
         columns = core.reshape(-1, core.shape[-1]).abs().amax(0)
-        sizes = (core / columns.where(columns > 0, 1)).abs().reshape(len(core), -1).amax(1)
+        # Measured in units of the scales, and left as it is where all are zero.
+        relative = core / columns.where(columns > 0, 1)
+        sizes = relative.abs().reshape(len(core), -1).amax(1)
         sizes = sizes.where(sizes > 0, 1)
-        exact[k] = core / sizes.view(-1, *[1] * (core.dim() - 1))
+
+        ones = [1] * (core.dim() - 1)
+        exact[k] = core / sizes.view(-1, *ones)
         exact[k - 1] = exact[k - 1] * sizes
+
     return exact

@@ -1,9 +1,9 @@
 """TT-SVD in the metric of a layer's inputs and outputs: what is minimised is output error, not weight error.
 
-With S = E[x x^T] over a layer's inputs and G = E[g g^T] over the gradients of the network's outputs at the layer's
-outputs, replacing W by B changes what the network says by about ||G^(1/2) (W - B) S^(1/2)||_F^2 (the Kronecker-factored
-Gauss-Newton form of Martens and Grosse 2015). A tensorization takes S and G apart into one small factor a mode,
-S ~ S_1 (x) ... (x) S_d, which is undone core by core, so that the TT structure stays.
+With S = E[x x^T] over a layer's inputs and G = E[g g^T] over the gradients of the network's outputs at the
+layer's outputs, replacing W by B changes what the network says by about ||G^(1/2) (W - B) S^(1/2)||_F^2 (the
+Kronecker-factored Gauss-Newton form of Martens and Grosse 2015). A tensorization takes S and G apart into one
+small factor a mode, S ~ S_1 (x) ... (x) S_d, which is undone core by core, so that the TT structure stays.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ttcompress.tt.decompose import tensorize, tt_svd
 from ttcompress.tt.shapes import Tensorization
 
 DAMPING = 1e-2
-"""Share of the mean eigenvalue that every mode gets on top: images are few, and what they do not show still counts."""
+"""Share of the mean eigenvalue that every mode gets on top: what a few images do not show still counts."""
 MATRIX_LIMIT = 4608
 """Up to this many entries a vector's second moment is held as a matrix; beyond, as SKETCH_ROWS rows."""
 SKETCH_ROWS = 1024
@@ -28,11 +28,12 @@ TINY = torch.finfo(torch.float64).tiny
 
 
 class Moments:
-    """E[x x^T], E[t x^T] and means of pairs of vectors (t, x), summed up batch by batch; t is x where none is given.
+    """E[x x^T], E[t x^T] and means of pairs of vectors (t, x), summed up batch by batch.
 
-    Vectors of at most MATRIX_LIMIT entries add up to matrices in float64. Longer ones are kept as rows with
-    E[x x^T] ~ rows^T rows, each new vector added with a random sign to the next of SKETCH_ROWS rows (a count sketch,
-    Charikar et al. 2002): exact until the rows are used up, unbiased after, in memory that does not grow.
+    Without a partner t is x. Vectors of at most MATRIX_LIMIT entries add up to matrices in float64. Longer
+    ones are kept as rows with E[x x^T] ~ rows^T rows, each new vector added with a random sign to the next of
+    SKETCH_ROWS rows (a count sketch, Charikar et al. 2002): exact until the rows are used up, unbiased after,
+    in memory that does not grow.
     """
 
     def __init__(self, size: int, paired: bool = False, seed: int = 0) -> None:
@@ -47,24 +48,37 @@ class Moments:
     @property
     def num_bytes(self) -> int:
         """Memory that the sums take."""
-        return (1 + self._paired) * self.size * (4 * SKETCH_ROWS if self.is_sketch else 8 * self.size)
+        per_entry = 4 * SKETCH_ROWS if self.is_sketch else 8 * self.size
+        return (1 + self._paired) * self.size * per_entry
 
     def add(self, x: Tensor, t: Tensor | None = None, weight: float = 1.0) -> None:
-        """Add the columns of x (size, count), which count for `weight` all together, and of t, their partners."""
+        """Add the columns of x (size, count), which count for `weight` together, and of t, their partners."""
         share = weight / max(1, x.shape[1])
         vectors = [x] if t is None else [x, t]
-        if self.is_sketch:
-            first = self._seen % SKETCH_ROWS
-            self._seen += x.shape[1]
-            rows = (torch.arange(x.shape[1]) + first).remainder_(SKETCH_ROWS).to(x.device)
-            signs = torch.randint(0, 2, (x.shape[1],), generator=self._generator) * 2 - 1
-            factors = signs.to(x) * share**0.5
-            sums = [x.new_zeros(SKETCH_ROWS, self.size).index_add_(0, rows, (v * factors).T) for v in vectors]
-        else:
-            sums = [(v @ x.T).double() * share for v in vectors]
+
+        summed = self._sketched if self.is_sketch else _products
+        sums = summed(vectors, share)
         sums += [v.sum(1).double() * share for v in vectors]
-        self._sums = [a.add_(b) for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
+
+        if self._sums:
+            for whole, part in zip(self._sums, sums, strict=True):
+                whole.add_(part)
+        else:
+            self._sums = sums
         self._weight += weight
+
+    def _sketched(self, vectors: Sequence[Tensor], share: float) -> list[Tensor]:
+        """Sum up columns in SKETCH_ROWS rows, those of x and of t with the same signs."""
+        x = vectors[0]
+        count = x.shape[1]
+        first = self._seen % SKETCH_ROWS
+        self._seen += count
+        rows = (torch.arange(count) + first).remainder_(SKETCH_ROWS).to(x.device)
+
+        # A sign is a factor of both vectors of a pair: products of different pairs cancel on average.
+        signs = torch.randint(0, 2, (count,), generator=self._generator) * 2 - 1
+        factors = signs.to(x) * share**0.5
+        return [x.new_zeros(SKETCH_ROWS, self.size).index_add_(0, rows, (v * factors).T) for v in vectors]
 
     def _mean(self, index: int) -> Tensor:
         scale = self._weight or 1.0
@@ -75,29 +89,35 @@ class Moments:
 
     @property
     def own(self) -> Tensor:
-        """E[x x^T] (size, size), or at most SKETCH_ROWS rows (rows, size) with rows^T rows for it."""
+        """The moment E[x x^T] (size, size), or at most SKETCH_ROWS rows, rows^T rows being the moment."""
         return self._mean(0)
 
     @property
     def crossed(self) -> Tensor:
-        """E[t x^T] (size, size), or the rows of t that belong to those of `own`."""
+        """The moment E[t x^T] (size, size), or the rows of t that belong to those of `own`."""
         return self._mean(int(self._paired))
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:
-        """E[x] and E[t]."""
+        """The means E[x] and E[t]."""
         return self._mean(1 + self._paired), self._mean(1 + 2 * self._paired)
 
     def centred(self) -> Moments:
-        """Covariances instead of second moments, for layers whose bias takes up the mean; a sketch stays as it is."""
+        """Return covariances instead of second moments, for layers whose bias takes up the mean.
+
+        A sketch stays as it is.
+        """
         if self.is_sketch:
             return self
+
         mean_x, mean_t = self.means
-        own = self.own - mean_x.outer(mean_x)
-        return self._replaced([own, self.crossed - mean_t.outer(mean_x)] if self._paired else [own])
+        seconds = [self.own - mean_x.outer(mean_x)]
+        if self._paired:
+            seconds.append(self.crossed - mean_t.outer(mean_x))
+        return self._replaced(seconds)
 
     def blended(self, share: float) -> Moments:
-        """The same with `share` of E[x x^T] spread evenly over all directions; a sketch stays as it is."""
+        """Spread `share` of E[x x^T] evenly over all directions; a sketch stays as it is."""
         if self.is_sketch:
             return self
         even = _mean_eigenvalue(self.own) * torch.eye(self.size).to(self.own)
@@ -110,16 +130,26 @@ class Moments:
         return other
 
 
+def _products(vectors: Sequence[Tensor], share: float) -> list[Tensor]:
+    """Multiply each of the vectors (size, count) by the first, x, to sums of v x^T."""
+    x = vectors[0]
+    return [(v @ x.T).double() * share for v in vectors]
+
+
 def output_cost(difference: Tensor, inputs: Moments, outputs: Moments | None = None) -> float:
-    """E||D x||^2 for a difference D of weights (out, in[, kh, kw]), in the metric of the outputs where one is given."""
+    """Return E||D x||^2 for a difference D of weights (out, in[, kh, kw]), in the outputs' metric if any."""
     flat = difference.flatten(1).to(inputs.own)
     metric = outputs.own.to(flat) if outputs is not None and not outputs.is_sketch else None
+
     if inputs.is_sketch:
         missed = inputs.own @ flat.T
         weighted = missed if metric is None else missed @ metric
-        return float((weighted * missed).sum(dtype=torch.float64).clamp(min=0))
-    moved = flat if metric is None else metric @ flat
-    return float(((moved @ inputs.own) * flat).sum().clamp(min=0))
+        cost = (weighted * missed).sum(dtype=torch.float64)
+    else:
+        moved = flat if metric is None else metric @ flat
+        cost = ((moved @ inputs.own) * flat).sum()
+    # Round-off may leave a little less than nothing.
+    return float(cost.clamp(min=0))
 
 
 def _mean_eigenvalue(moment: Tensor) -> Tensor:
@@ -128,9 +158,9 @@ def _mean_eigenvalue(moment: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ModeMetric:
-    """Symmetric factors of a mode: for its outputs (m_k, m_k), and for its inputs and window (n_k w_k, n_k w_k).
+    """Symmetric factors of a mode: one of its outputs, one of its inputs and window together.
 
-    A diagonal factor is the vector of its diagonal.
+    They are (m_k, m_k) and (n_k w_k, n_k w_k). A diagonal factor is the vector of its diagonal.
     """
 
     out: Tensor
@@ -139,31 +169,49 @@ class ModeMetric:
     def apply(self, core: Tensor) -> Tensor:
         """Multiply the mode of a core (r, m_k n_k w_k, r') or (r, m_k, n_k, w_k, r') by both factors."""
         view = core.reshape(core.shape[0], len(self.out), len(self.inp), core.shape[-1])
-        out, inp = self.out.to(view), self.inp.to(view)
+        out = self.out.to(view)
+        inp = self.inp.to(view)
         view = view * out[:, None, None] if out.dim() == 1 else torch.einsum("pm,amnb->apnb", out, view)
         view = view * inp[:, None] if inp.dim() == 1 else torch.einsum("qn,amnb->amqb", inp, view)
         return view.reshape(core.shape)
 
     def inverse(self) -> ModeMetric:
-        """What undoes it."""
-        return ModeMetric(*(1 / f if f.dim() == 1 else torch.linalg.inv(f) for f in (self.out, self.inp)))
+        """Return what undoes it."""
+        return ModeMetric(_inverse(self.out), _inverse(self.inp))
 
     def squared(self) -> ModeMetric:
-        """It twice over: the metric itself rather than its root."""
-        return ModeMetric(*(f * f if f.dim() == 1 else f @ f for f in (self.out, self.inp)))
+        """Return it twice over: the metric itself rather than its root."""
+        return ModeMetric(_square(self.out), _square(self.inp))
+
+
+def _inverse(factor: Tensor) -> Tensor:
+    if factor.dim() == 1:
+        return 1 / factor
+    inverse: Tensor = torch.linalg.inv(factor)
+    return inverse
+
+
+def _square(factor: Tensor) -> Tensor:
+    return factor * factor if factor.dim() == 1 else factor @ factor
 
 
 def mode_metrics(
     tensorization: Tensorization, inputs: Moments | None, outputs: Moments | None, diagonal: bool = False
 ) -> list[ModeMetric]:
-    """Roots of one factor a mode, from the partial traces of the moments of inputs (in, kh, kw) and outputs (out).
+    """Return roots of one factor a mode, from partial traces of the moments.
 
-    None counts all directions alike. `diagonal` scales single entries only, which few images estimate better.
+    Those of the inputs have the axes (in, kh, kw), those of the outputs (out). None counts all directions
+    alike. `diagonal` scales single entries only, which few images estimate better.
     """
-    ins, windows, outs = tensorization.in_modes, tensorization.window_modes, tensorization.out_modes
-    count = len(ins)
-    roots_in = _roots(inputs, [*ins, *windows], [(k, count + k) for k in range(count)], diagonal)
-    roots_out = _roots(outputs, list(outs), [(k,) for k in range(count)], diagonal)
+    count = len(tensorization.modes)
+    axes_in = [*tensorization.in_modes, *tensorization.window_modes]
+    axes_out = list(tensorization.out_modes)
+    # Axis k is the input factor of mode k, axis d + k its window factor: one factor has both.
+    groups_in = [(k, count + k) for k in range(count)]
+    groups_out = [(k,) for k in range(count)]
+
+    roots_in = _roots(inputs, axes_in, groups_in, diagonal)
+    roots_out = _roots(outputs, axes_out, groups_out, diagonal)
     return [ModeMetric(out, inp) for out, inp in zip(roots_out, roots_in, strict=True)]
 
 
@@ -174,28 +222,36 @@ def _roots(
     dims = [prod(sizes[axis] for axis in group) for group in groups]
     if moments is None:
         return [torch.ones(dim, dtype=torch.float64) for dim in dims]
+
+    # Padded entries of a vector are zeros.
     own = moments.own
     missing = prod(sizes) - moments.size
     own = functional.pad(own, (0, missing) if moments.is_sketch else (0, missing, 0, missing))
+
     roots = []
     for number, (group, dim) in enumerate(zip(groups, dims, strict=True)):
         if diagonal or dim > MATRIX_LIMIT:
             factor = _partial_diagonal(own, moments.is_sketch, sizes, group).reshape(dim)
         else:
             factor = _partial_trace(own, moments.is_sketch, sizes, group).reshape(dim, dim)
+
         # Every partial trace has the whole trace; all factors but one are brought to trace 1.
-        whole = (factor if factor.dim() == 1 else factor.diagonal()).sum().clamp(min=TINY)
+        diagonal_of = factor if factor.dim() == 1 else factor.diagonal()
+        whole = diagonal_of.sum().clamp(min=TINY)
         roots.append(_root(factor / whole if number else factor))
+
     return roots
 
 
 def _partial_trace(own: Tensor, is_sketch: bool, sizes: Sequence[int], group: tuple[int, ...]) -> Tensor:
     count = len(sizes)
     row = list(range(count))
+    # Axes outside of the group have the same index in row and column: over these the trace is taken.
     column = [count + axis if axis in group else axis for axis in row]
     kept = [*group, *(count + axis for axis in group)]
     if not is_sketch:
         return torch.einsum(own.reshape(*sizes, *sizes), [*row, *column], kept)
+
     rows = own.reshape(-1, *sizes)
     sample = 2 * count
     return torch.einsum(rows, [sample, *row], rows, [sample, *column], kept).double()
@@ -209,32 +265,40 @@ def _partial_diagonal(own: Tensor, is_sketch: bool, sizes: Sequence[int], group:
 
 
 def _root(moment: Tensor) -> Tensor:
-    """The square root of a moment (k, k) or of a diagonal (k), damped."""
+    """Take the square root of a moment (k, k) or of a diagonal (k), damped."""
     if moment.dim() == 1:
-        return (moment + DAMPING * moment.mean().clamp(min=TINY)).sqrt()
+        damping = DAMPING * moment.mean().clamp(min=TINY)
+        return (moment + damping).sqrt()
+
     damping = DAMPING * _mean_eigenvalue(moment).clamp(min=TINY)
     values, vectors = torch.linalg.eigh(moment)
-    root: Tensor = (vectors * (values.clamp(min=0) + damping).sqrt()) @ vectors.T
+    roots = (values.clamp(min=0) + damping).sqrt()
+    root: Tensor = (vectors * roots) @ vectors.T
     return root
 
 
 def whitened(weight: Tensor, tensorization: Tensorization, metrics: Sequence[ModeMetric]) -> Tensor:
-    """The tensorized weight (s_1, ..., s_d) in the metric: squared norms in it are costs. At least float32."""
+    """Return the tensorized weight (s_1, ..., s_d) in the metric: squared norms in it are costs."""
     tensor = tensorize(weight, tensorization)
+    # float16 and bfloat16 would not hold the products.
     tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
     sizes = tensor.shape
     for k, metric in enumerate(metrics):
-        tensor = metric.apply(tensor.reshape(prod(sizes[:k]), sizes[k], -1))
+        left = prod(sizes[:k])
+        tensor = metric.apply(tensor.reshape(left, sizes[k], -1))
     return tensor.reshape(sizes)
 
 
 def whitened_svd(
     weight: Tensor, tensorization: Tensorization, tt_ranks: Sequence[int], metrics: Sequence[ModeMetric]
 ) -> list[Tensor]:
-    """Cores (r_{k-1}, m_k, n_k, w_k, r_k), float64, of least error in the metric as TT-SVD has it."""
+    """Return cores (r_{k-1}, m_k, n_k, w_k, r_k), float64, of least error in the metric as TT-SVD has it."""
     result = tt_svd(whitened(weight, tensorization, metrics), tt_ranks)
     shapes = tensorization.core_shapes(result.tt_ranks)
-    return [
-        metric.inverse().apply(core.double()).reshape(shape)
-        for core, metric, shape in zip(result.cores, metrics, shapes, strict=True)
-    ]
+
+    cores = []
+    for core, metric, shape in zip(result.cores, metrics, shapes, strict=True):
+        undone = metric.inverse().apply(core.double())
+        cores.append(undone.reshape(shape))
+    return cores
