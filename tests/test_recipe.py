@@ -45,6 +45,7 @@ out_modes = [3, 2]
 include = ["features.*"]
 exclude = ["re:^classifier"]
 data = "cifar10:data@test"
+limit = 100
 val = "npz:val.npz"
 calib = "images:photos"
 calib-images = 512
@@ -237,6 +238,7 @@ def test_all_options_are_read_with_hyphens_or_underscores(tmp_path: Path) -> Non
         in_modes=(2, 3),
         out_modes=(3, 2),
         max_drop=1.0,
+        limit=100,
         val="npz:val.npz",
         calib="images:photos",
         calib_images=512,

@@ -131,16 +131,13 @@ def finetune_command(
 )
 @cloup.argument("model", type=PATH, help="A dense checkpoint or a compressed file.")
 @takes("evaluate")
-def evaluate(model: Path, limit: int | None, json: bool, **given: Any) -> None:
+def evaluate(model: Path, json: bool, **given: Any) -> None:
     """Measure the accuracy of MODEL on --data."""
     from ttcompress.commands.evaluate import evaluate_file
     from ttcompress.report.results import accuracy_json, accuracy_lines
 
-    if limit is not None and limit < 1:
-        raise click.UsageError(f"--limit must be a whole number above 0, not {limit}")
-
     with progress_bar() as progress:
-        accuracy, data = evaluate_file(model, stated_recipe(given), limit=limit, progress=progress)
+        accuracy, data = evaluate_file(model, stated_recipe(given), progress=progress)
     if json:
         print_json(accuracy_json(accuracy, data))
     else:

@@ -301,7 +301,10 @@ TABLE: tuple[Option, ...] = (
         otherwise="likewise",
         metavar="S",
     ),
-    Option("limit", COUNT, ACCURACY, ("evaluate",), "Only the first N images.", metavar="N", of_run=False),
+    Option(
+        "limit", COUNT, ACCURACY, ("compress", "finetune", "evaluate"), "Only the first N images of --data.",
+        metavar="N", needs="data",
+    ),
     # Training.
     Option(
         "train", TEXT, TRAINING, LEARNING,

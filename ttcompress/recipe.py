@@ -66,6 +66,7 @@ class Recipe:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     data: str | None = None
+    limit: int | None = None
     val: str | None = None
     calib: str | None = None
     calib_images: int | None = None

@@ -140,7 +140,7 @@ def plan_file(
     if source is not None and recipe.is_weights_only:
         return plan_weights(source, recipe, plan, progress=progress)
 
-    settings = Settings.of(replace(recipe, data=None))
+    settings = Settings.of(replace(recipe, data=None, limit=None))
     if source is not None:
         network = open_dense(source, recipe.arch, settings.key)
     elif recipe.arch:
@@ -252,7 +252,8 @@ def _compressor(
     unused = settings.recipe.given("calib_images", "effort")
     if unused and inputs.calibration is None:
         raise DataError(f"{unused[0]} needs --calib, the images to calibrate on")
-    if inputs.score and not _is_search(settings.recipe, plan):
+    for_training = settings.recipe.epochs is not None
+    if inputs.score and not for_training and not _is_search(settings.recipe, plan):
         raise DataError("--val is what --max-drop without another target searches by: leave it out")
 
     known = network.preprocessing.input_size if network.preprocessing else None

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ttcompress.commands.compressor import Compressor
-from ttcompress.commands.inputs import accuracy_on, labelled, preprocessing_for
+from ttcompress.commands.inputs import accuracy_on, measured_images, preprocessing_for
 from ttcompress.data.sets import Images, open_data
 from ttcompress.data.training_batches import Stream
 from ttcompress.errors import CheckpointError, DataError, PlanError
@@ -327,9 +327,10 @@ def _report(
     recipe = settings.recipe
     model, former = student.network.model.eval(), student.report or _dense_report(student, settings)
     accuracy = None
-    if recipe.data and course.world.leads:
-        accuracy = _accuracy(labelled(recipe.data), student, former, settings, facts, progress)
-    paths = ("data", "val", "train", "teacher", "arch", "key", "device", "workers")
+    images = measured_images(recipe)
+    if images and course.world.leads:
+        accuracy = _accuracy(images, student, former, settings, facts, progress)
+    paths = ("data", "limit", "val", "train", "teacher", "arch", "key", "device", "workers")
     finetuning = {
         "train": facts.train,
         "val": facts.val,

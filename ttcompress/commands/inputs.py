@@ -15,6 +15,7 @@ from ttcompress.data.sets import Images, open_data
 from ttcompress.errors import DataError
 from ttcompress.measure.accuracy import Batches, Predictions, compare, predict
 from ttcompress.networks.opening import Network
+from ttcompress.recipe import Recipe
 from ttcompress.records.common import Json, Progress
 from ttcompress.records.report import Preprocessing
 from ttcompress.runtime import chosen_device
@@ -44,7 +45,7 @@ class Inputs:
 def open_inputs(network: Network, settings: Settings, progress: Progress | None) -> tuple[Network, Inputs]:
     """The network with its normalisation, and the data that the recipe names, in that normalisation."""
     recipe = settings.recipe
-    data = labelled(recipe.data) if recipe.data else None
+    data = measured_images(recipe)
     val = labelled(recipe.val, "train") if recipe.val else None
     calib = open_data(recipe.calib, "train") if recipe.calib else None
 
@@ -56,6 +57,16 @@ def open_inputs(network: Network, settings: Settings, progress: Progress | None)
         calibration=_calibration(calib, preprocessing, settings) if calib else None,
     )
     return replace(network, preprocessing=preprocessing), inputs
+
+
+def measured_images(recipe: Recipe) -> Images | None:
+    """The labelled images that accuracy is reported on: the first `limit` of them."""
+    if recipe.limit is not None and recipe.data is None:
+        raise DataError("--limit needs --data, the images to measure accuracy on")
+    if recipe.data is None:
+        return None
+    images = labelled(recipe.data)
+    return images if recipe.limit is None else images.chosen(range(min(recipe.limit, len(images))))
 
 
 def calibration_name(settings: Settings) -> str | None:
@@ -97,15 +108,11 @@ def score_by(metric: Metric) -> Score:
 
 
 def accuracy_on(
-    images: Images,
-    preprocessing: Preprocessing | None,
-    settings: Settings,
-    progress: Progress | None,
-    limit: int | None = None,
+    images: Images, preprocessing: Preprocessing | None, settings: Settings, progress: Progress | None
 ) -> Metric:
-    """Accuracy on the first `limit` images, in the normalisation that is known or else that of the data."""
+    """Accuracy on images, in the normalisation that is known or else that of the data."""
     known = preprocessing or images.statistics()
-    batches = partial(images.batches, known, settings.batch_size, limit, settings.workers)
+    batches = partial(images.batches, known, settings.batch_size, workers=settings.workers)
     return accuracy_of(batches, images.name, chosen_device(settings.device), progress)
 
 

@@ -17,7 +17,7 @@ from ttcompress.settings import Settings
 from ttcompress.version import __version__
 
 ELSEWHERE = (
-    *("arch", "key", "data", "val", "calib", "train", "teacher"),
+    *("arch", "key", "data", "limit", "val", "calib", "train", "teacher"),
     *("mean", "std", "device", "batch_size", "workers", "seed"),
 )
 """Options that a file does not record as such."""
