@@ -259,7 +259,7 @@ def plan_command(checkpoint: Path | None, output: Path | None, force: bool, **op
 
 def _plan(checkpoint: Path | None, output: Path | None, force: bool, **options: Any) -> None:
     from ttcompress.commands import compress as pipeline
-    from ttcompress.files.checkpoint import check_output
+    from ttcompress.files.output import check_output
     from ttcompress.planning.plan_file import write_plan
     from ttcompress.report import text as report
 

@@ -16,15 +16,11 @@ from ttcompress.commands.inputs import BATCH_SIZE, images_meter, labelled, prepr
 from ttcompress.data.sets import Images, open_data
 from ttcompress.data.training_batches import Stream
 from ttcompress.errors import CheckpointError, DataError, PlanError
-from ttcompress.files.checkpoint import (
-    check_output,
-    file_digest,
-    is_compressed,
-    tensor_bytes,
-    write_dense,
-    write_safetensors,
-)
+from ttcompress.files.checkpoint import file_digest, is_compressed
+from ttcompress.files.output import check_output
 from ttcompress.files.shards import read_metadata
+from ttcompress.files.tensors import tensor_bytes
+from ttcompress.files.writing import write_dense, write_safetensors
 from ttcompress.measure.accuracy import Predictions, compare
 from ttcompress.networks.opening import Network, initialise, open_any, open_dense, open_fresh
 from ttcompress.networks.running import forward

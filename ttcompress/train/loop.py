@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from ttcompress.data.training_batches import Stream
 from ttcompress.errors import CheckpointError, TrainingError, TrainingStoppedError, differences
-from ttcompress.files.checkpoint import replacing
+from ttcompress.files.output import replacing
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
 from ttcompress.processes import World
