@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ttcompress.data.sets import open_data
+from ttcompress.data.opening import open_data
 from ttcompress.data.training_batches import Stream
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.execution import layer_spec

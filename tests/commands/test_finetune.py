@@ -20,7 +20,7 @@ from ttcompress.commands import compress as pipeline
 from ttcompress.commands.demo import train_digits
 from ttcompress.commands.evaluate import evaluate_file
 from ttcompress.commands.finetune import finetune_file, state_file
-from ttcompress.data.sets import open_data
+from ttcompress.data.opening import open_data
 from ttcompress.errors import CheckpointError, DataError, PlanError
 from ttcompress.files.header import read_metadata
 from ttcompress.files.writing import write_dense

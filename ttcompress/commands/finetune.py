@@ -13,7 +13,8 @@ from torch import nn
 
 from ttcompress.commands.compressor import Compressor
 from ttcompress.commands.inputs import BATCH_SIZE, images_meter, labelled, preprocessing_for
-from ttcompress.data.sets import Images, open_data
+from ttcompress.data.opening import open_data
+from ttcompress.data.sets import Images
 from ttcompress.data.training_batches import Stream
 from ttcompress.errors import CheckpointError, DataError, PlanError
 from ttcompress.files.checkpoint import file_digest, is_compressed
