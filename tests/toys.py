@@ -16,7 +16,7 @@ from ttcompress.layers.execution import layer_spec
 from ttcompress.layers.linear import TTLinear
 from ttcompress.processes import World
 from ttcompress.records.report import Preprocessing
-from ttcompress.train.loop import Course, Options
+from ttcompress.train.setup import Course, Options
 from ttcompress.tt.shapes import tensorize_shape
 
 CPU = torch.device("cpu")

@@ -1,9 +1,8 @@
-"""The training loop against one written by hand, its losses and mixtures against NumPy, its averages and its best."""
+"""The training loop against one written by hand, its averages and its best."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
 from ttcompress.records.common import Json
 from ttcompress.train import loop as training
-from ttcompress.train.loop import Options, best_epoch, loss_of, train
+from ttcompress.train.loop import best_epoch, train
+from ttcompress.train.mixing import mix_images
+from ttcompress.train.setup import Options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,7 +79,7 @@ def by_hand(model: nn.Module, master: nn.Module | None, source: Stream, options:
         model.train()
         for step, (images, labels) in enumerate(source.epoch(epoch)):
             assert labels is not None
-            images, mixed_in, share = training._mixed(images, labels, options, epoch, step)
+            images, mixed_in, share = mix_images(images, labels, options, epoch, step)
             aims = soft(labels, options)
             if mixed_in is not None:
                 aims = share * aims + (1 - share) * soft(mixed_in, options)
@@ -191,24 +192,6 @@ def test_the_start_is_the_best_only_where_it_counts(counts: bool, epoch: int, fo
     assert equal(state.best, start) == counts
 
 
-@pytest.mark.parametrize(("labelled", "taught"), [(True, False), (False, True), (True, True)])
-def test_losses_against_numpy(labelled: bool, taught: bool) -> None:
-    generator = np.random.default_rng(0)
-    logits, answers = generator.normal(size=(2, 7, 5)) * 3
-    labels = generator.integers(0, 5, 7)
-    options = Options(epochs=1, lr=1, label_smoothing=0.2, distill=0.3, temperature=2.5)
-
-    def log_softmax(values: Any) -> Any:
-        return values - np.log(np.exp(values).sum(1, keepdims=True))
-
-    own = -((0.8 * np.eye(5)[labels] + 0.2 / 5) * log_softmax(logits)).sum(1).mean()
-    theirs = log_softmax(answers / 2.5)
-    divergence = 2.5**2 * (np.exp(theirs) * (theirs - log_softmax(logits / 2.5))).sum(1).mean()
-    expected = {(True, True): 0.3 * divergence + 0.7 * own, (True, False): own, (False, True): divergence}
-    given = torch.from_numpy(labels) if labelled else None, torch.from_numpy(answers) if taught else None
-    assert float(loss_of(torch.from_numpy(logits), *given, options)) == pytest.approx(expected[labelled, taught])
-
-
 def test_without_labels_the_teacher_alone_counts(folder: Path) -> None:
     """The same steps as with labels that have no share in the loss; a hit is the teacher's answer."""
     (folder / "unlabelled").mkdir()
@@ -224,58 +207,6 @@ def test_without_labels_the_teacher_alone_counts(folder: Path) -> None:
     twins = [network(seed, norm=False, dropout=0) for seed in (7, 7)]
     alike = course(folder, teacher=twins[0], stream=stream(folder / "unlabelled"))
     assert train(twins[1], replace(options, lr=0.0), alike).history[1]["train"] == 100 > state.history[1]["train"]
-
-
-def mixtures(kind: str, alpha: float, count: int) -> Iterator[tuple[Tensor, Tensor, float, Tensor]]:
-    """Mixed images, places of what was mixed in, label shares, and the shares that pixels show; image i shows i."""
-    size = 10
-    images = torch.arange(size).float()[:, None, None, None].expand(-1, 2, 8, 6)
-    options = replace(PLAIN, **{kind: alpha})
-    for step in range(count):
-        mixed, others, share = training._mixed(images.clone(), torch.arange(size), options, 1, step)
-        assert others is not None
-        assert sorted(others.tolist()) == [*range(size)]
-        moved = others != torch.arange(size)
-        own, other = images[moved], images[others][moved]
-        yield mixed, others, share, (mixed[moved] - other) / (own - other)
-
-
-def test_mixup_is_in_the_labels_as_in_the_pixels() -> None:
-    shares = []
-    for _, _, share, shown in mixtures("mixup", 0.4, 400):
-        torch.testing.assert_close(shown, torch.full_like(shown, share), rtol=1e-4, atol=1e-5)
-        shares.append(share)
-    assert np.mean(shares) == pytest.approx(0.5, abs=0.05)
-    assert np.var(shares) == pytest.approx(1 / (4 * (2 * 0.4 + 1)), rel=0.1)
-
-
-def test_cutmix_cuts_one_window_of_the_share_anywhere() -> None:
-    shares, covered = [], torch.zeros(8, 6)
-    for _, _, share, shown in mixtures("cutmix", 1.0, 400):
-        window = shown[0, 0] == 0
-        assert bool((shown == (~window).float()).all())
-        assert share == pytest.approx(1 - float(window.float().mean()))
-        assert torch.equal(window, window.any(1)[:, None] & window.any(0))
-        assert float(window.any(0).sum() / 6) == pytest.approx(float(window.any(1).sum() / 8), abs=0.17)
-        shares.append(share)
-        covered += window
-    assert np.mean(shares) == pytest.approx(0.5, abs=0.05)
-    assert 40 < float(covered.min()) < float(covered.max()) < 360
-
-
-def test_mixtures_go_by_turns_and_depend_on_seed_epoch_and_step_alone() -> None:
-    images, both = torch.rand(6, 1, 8, 8), replace(PLAIN, mixup=0.5, cutmix=0.5)
-    shares = set()
-    for seed, epoch, step in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 2), (0, 0, 3), (0, 1, 1)]:
-        options = replace(both, seed=seed)
-        mixed, _, share = training._mixed(images, torch.arange(6), options, epoch, step)
-        torch.manual_seed(seed), np.random.seed(seed)
-        again = training._mixed(images, None, options, epoch, step)
-        assert torch.equal(mixed, again[0])
-        assert again[1:] == (None, share)
-        assert bool(torch.isin(mixed, images).all()) == bool(step % 2)
-        shares.add(share)
-    assert len(shares) == 7
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,8 @@ from ttcompress.data.training_batches import Stream
 from ttcompress.errors import TrainingError, TrainingStoppedError
 from ttcompress.processes import World, expected_rank, joined
 from ttcompress.train.batch_norm import ReducedBatchNorm, parallel, reduce_batch_norms
-from ttcompress.train.loop import Options, train
+from ttcompress.train.loop import train
+from ttcompress.train.setup import Options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEADY = Options(epochs=5, lr=0.05, ema=0.9, label_smoothing=0.1, distill=0.5, weight_decay=0.01)

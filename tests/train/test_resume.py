@@ -39,7 +39,9 @@ from toys import (
 
 from ttcompress.errors import CheckpointError, TrainingError, TrainingStoppedError
 from ttcompress.train import loop as training
-from ttcompress.train.loop import Options, State, train
+from ttcompress.train.loop import train
+from ttcompress.train.setup import Options
+from ttcompress.train.state import State
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RATES = {"sgd": 0.05, "adamw": 0.005}

@@ -33,7 +33,9 @@ from ttcompress.records.common import Json, Progress
 from ttcompress.records.plan import CompressionPlan, KeptParameter, LayerPlan
 from ttcompress.records.report import Preprocessing, Report
 from ttcompress.runtime import device_of, seeded
-from ttcompress.train.loop import Course, Options, State, best_epoch, train
+from ttcompress.train.loop import best_epoch, train
+from ttcompress.train.setup import Course, Options
+from ttcompress.train.state import State
 from ttcompress.tt.decompose import frobenius_norm
 from ttcompress.version import __version__
 
