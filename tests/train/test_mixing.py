@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ttcompress.train.mixing import mix_images
-from ttcompress.train.setup import Options
+from ttcompress.train.setup import TrainingOptions
 
-PLAIN = Options(epochs=2, lr=0.05)
+PLAIN = TrainingOptions(epochs=2, lr=0.05)
 
 
 def mixtures(kind: str, alpha: float, count: int) -> Iterator[tuple[Tensor, Tensor, float, Tensor]]:

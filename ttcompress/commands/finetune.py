@@ -34,7 +34,7 @@ from ttcompress.records.plan import CompressionPlan, KeptParameter, LayerPlan
 from ttcompress.records.report import Preprocessing, Report
 from ttcompress.runtime import device_of, seeded
 from ttcompress.train.loop import best_epoch, train
-from ttcompress.train.setup import Course, Options
+from ttcompress.train.setup import TrainingOptions, TrainingSetup
 from ttcompress.train.state import State
 from ttcompress.tt.decompose import frobenius_norm
 from ttcompress.version import __version__
@@ -47,7 +47,11 @@ HELD_OUT, MOST_HELD_OUT = 10, 5000
 """One training image in so many, and no more than so many, choose the best epoch where no --val is given."""
 NO_MIRROR = ("digits", "mnist")
 """Data sets whose images mean something else in a mirror."""
-TRAINING = ("teacher", "augment", *(each.name for each in fields(Options) if each.name not in ("epochs", "seed")))
+TRAINING = (
+    "teacher",
+    "augment",
+    *(each.name for each in fields(TrainingOptions) if each.name not in ("epochs", "seed")),
+)
 """Options that mean nothing where nothing is trained."""
 Log = Callable[[Json], None]
 
@@ -127,7 +131,7 @@ def finetune_file(
 
 
 @torch.no_grad()
-def _check_fit(model: nn.Module, course: Course) -> None:
+def _check_fit(model: nn.Module, course: TrainingSetup) -> None:
     """See that the network, and the teacher, take the training images and have a class for each label."""
     images, _ = next(iter(replace(course.stream, workers=0).epoch(0)))
     for network in (model, course.teacher):
@@ -198,8 +202,8 @@ def _from_scratch(recipe: Recipe, plan: CompressionPlan | None) -> Student:
 # --------------------------------------------------------------------------------------------------------------- course
 
 
-def _options(recipe: Recipe, world: World) -> Options:
-    stated = {each.name: getattr(recipe, each.name) for each in fields(Options)}
+def _options(recipe: Recipe, world: World) -> TrainingOptions:
+    stated = {each.name: getattr(recipe, each.name) for each in fields(TrainingOptions)}
     given = {name: value for name, value in stated.items() if value is not None}
     # Where convolutions run faster so (docs/finetune.md).
     channels_last = world.device.type == "cpu" or (recipe.precision or "float32") != "float32"
@@ -207,7 +211,7 @@ def _options(recipe: Recipe, world: World) -> Options:
     warm_up = min(1.0, epochs * LONGEST_WARM_UP)
     rate = RATES[recipe.optimizer or "sgd"]
     default = {"epochs": epochs, "lr": rate, "warm_up": warm_up, "channels_last": channels_last}
-    return Options(**{**default, **given})
+    return TrainingOptions(**{**default, **given})
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,7 @@ def _course(
     world: World,
     progress: Progress | None,
     log: Log | None,
-) -> tuple[Course, Facts]:
+) -> tuple[TrainingSetup, Facts]:
     images = open_data(recipe.train or "", "train")
     preprocessing = preprocessing_for(recipe, student.network.preprocessing, images) or images.statistics()
     teacher, teacher_name = _teacher(student, recipe, world)
@@ -254,7 +258,7 @@ def _course(
     }  # fmt: skip
     # A pretrained network was most likely trained on the very images that are held out of these.
     fair = recipe.val is not None or bool(recipe.from_scratch)
-    return Course(stream, judge, world, teacher, saved, fair, fingerprint, progress, log), facts
+    return TrainingSetup(stream, judge, world, teacher, saved, fair, fingerprint, progress, log), facts
 
 
 def _teacher(student: Student, recipe: Recipe, world: World) -> tuple[nn.Module | None, str | None]:
@@ -312,7 +316,7 @@ def _judge(
 
 
 def _report(
-    student: Student, recipe: Recipe, course: Course, state: State, facts: Facts, progress: Progress | None
+    student: Student, recipe: Recipe, course: TrainingSetup, state: State, facts: Facts, progress: Progress | None
 ) -> Report:
     """What was known before, with the training, the new errors of the weights and, with --data, the new accuracy."""
     model, former = student.network.model.eval(), student.report or _dense_report(student, recipe)

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ttcompress.train.setup import Options
+from ttcompress.train.setup import TrainingOptions
 
 
 def mix_images(
-    images: Tensor, labels: Tensor | None, options: Options, epoch: int, step: int
+    images: Tensor, labels: Tensor | None, options: TrainingOptions, epoch: int, step: int
 ) -> tuple[Tensor, Tensor | None, float]:
     """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), by turns where both are on.
 
@@ -19,17 +19,35 @@ def mix_images(
     kinds = [name for name in ("mixup", "cutmix") if getattr(options, name)]
     if not kinds:
         return images, None, 1.0
-    generator = np.random.default_rng([options.seed, epoch, step])
+
     kind = kinds[step % len(kinds)]
     alpha = getattr(options, kind)
-    share, order = float(generator.beta(alpha, alpha)), torch.from_numpy(generator.permutation(len(images)))
-    order = order.to(images.device)
-    others = None if labels is None else labels[order]
+    generator = np.random.default_rng([options.seed, epoch, step])
+    own_share = float(generator.beta(alpha, alpha))
+    partners = torch.from_numpy(generator.permutation(len(images))).to(images.device)
+    partner_labels = None if labels is None else labels[partners]
+
     if kind == "mixup":
-        return share * images + (1 - share) * images[order], others, share
+        mixed = own_share * images + (1 - own_share) * images[partners]
+        return mixed, partner_labels, own_share
+    mixed, own_share = _pasted(images, images[partners], own_share, generator)
+    return mixed, partner_labels, own_share
+
+
+def _pasted(
+    images: Tensor,
+    partners: Tensor,
+    own_share: float,
+    generator: np.random.Generator,
+) -> tuple[Tensor, float]:
+    """Images with one window of their partners in them, and the share of the area that is still their own."""
     height, width = images.shape[2:]
-    tall, wide = (round(side * (1 - share) ** 0.5) for side in (height, width))
-    top, left = (int(generator.integers(0, most + 1)) for most in (height - tall, width - wide))
-    mixed, window = images.clone(), (..., slice(top, top + tall), slice(left, left + wide))
-    mixed[window] = images[order][window]
-    return mixed, others, 1 - tall * wide / (height * width)
+    side_share = (1 - own_share) ** 0.5
+    tall, wide = round(height * side_share), round(width * side_share)
+    top = int(generator.integers(0, height - tall + 1))
+    left = int(generator.integers(0, width - wide + 1))
+
+    mixed = images.clone()
+    window = (..., slice(top, top + tall), slice(left, left + wide))
+    mixed[window] = partners[window]
+    return mixed, 1 - tall * wide / (height * width)

@@ -17,8 +17,13 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to train. `warm_up` is in epochs, `distill` the share of the teacher in the loss, `ema` 0 or a decay."""
+class TrainingOptions:
+    """How to train.
+
+    `warm_up` is in epochs, `clip` the largest norm of the gradients or 0 for any, `ema` 0 or the decay of an
+    average of the weights, `distill` the teacher's share of the loss, `accumulate` the number of parts that a
+    batch is split into.
+    """
 
     epochs: int
     lr: float
@@ -42,15 +47,16 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Course:
-    """What a training runs on: the stream, what judges an epoch, who teaches, where it saves, whom it tells.
+class TrainingSetup:
+    """What a training runs on: batches, a teacher, how an epoch is scored, where the state is saved.
 
-    `judge` gives the score of a network, higher is better, alike in all processes. `start_counts` says whether the
-    network as it was may be the best one, which is fair only if it never saw what it is judged on.
+    `score` gives the score of a network, higher is better, the same number in all processes. `start_counts`
+    says whether the network as it was may be the best one, which is fair only if it never saw the images that
+    score it. The training resumes from `checkpoint` only under the same `fingerprint`.
     """
 
     stream: Stream
-    judge: Callable[[nn.Module], float]
+    score: Callable[[nn.Module], float]
     world: World
     teacher: nn.Module | None = None
     checkpoint: Path | None = None

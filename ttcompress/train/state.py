@@ -17,7 +17,10 @@ from ttcompress.train.optimize import Average
 
 @dataclass
 class State:
-    """A training at some step: `step` batches of epoch `epoch` are done, `sums` are over those."""
+    """A training at some step: `step` batches of epoch `epoch` are done.
+
+    `sums` are over those: the number of images, their summed loss and how many were classified right.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -46,6 +49,7 @@ class State:
             "progress": {"epoch": self.epoch, "step": self.step, "sums": self.sums, "history": self.history},
             "best": self.best,
         }
+        # Given a name instead of a file, torch.save would write the temporary one's into it.
         with replacing(path) as temporary, temporary.open("wb") as file:
             torch.save(content, file)
 
@@ -53,23 +57,31 @@ class State:
         """Go back to a saved state.
 
         Raises:
-            CheckpointError: no such file, a damaged one, or one of a training with other options, naming them.
+            CheckpointError: no such file, a damaged one, or one of a training with other options, naming
+                them.
         """
         content = _read(path, device)
-        differ = differences(content["fingerprint"], fingerprint)
-        if differ:
-            raise CheckpointError(f"{path}: was trained otherwise: {differ}; repeat the command as it was")
+        differing = differences(content["fingerprint"], fingerprint)
+        if differing:
+            raise CheckpointError(f"{path}: was trained otherwise: {differing}; repeat the command as it was")
+
         try:
-            self.model.load_state_dict(content["model"])
-            self.optimizer.load_state_dict(content["optimizer"])
-            self.scaler.load_state_dict(content["scaler"])
-            if self.average:
-                self.average.values, self.average.updates = content["average"]["values"], content["average"]["updates"]
-            for name, value in content["progress"].items():
-                setattr(self, name, value)
-            self.best = content["best"]
+            self._restore(content)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: is of another network, or damaged: {type(error).__name__}") from error
+            kind = type(error).__name__
+            raise CheckpointError(f"{path}: is of another network, or damaged: {kind}") from error
+
+    def _restore(self, content: dict[str, Any]) -> None:
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scaler.load_state_dict(content["scaler"])
+        if self.average:
+            self.average.values = content["average"]["values"]
+            self.average.updates = content["average"]["updates"]
+
+        for name, value in content["progress"].items():
+            setattr(self, name, value)
+        self.best = content["best"]
 
 
 def _read(path: Path, device: torch.device) -> dict[str, Any]:
@@ -78,7 +90,9 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
     try:
         content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path}: not a readable training checkpoint: {type(error).__name__}") from error
+        kind = type(error).__name__
+        raise CheckpointError(f"{path}: not a readable training checkpoint: {kind}") from error
+
     if not isinstance(content, dict) or "fingerprint" not in content:
         raise CheckpointError(f"{path}: not a training checkpoint")
     return content

@@ -10,23 +10,27 @@ from typing import Any
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM came; a second one ends the process as it always did."""
-    asked: list[int] = []
-    former: dict[signal.Signals, Any] = {}
+    """Note SIGINT and SIGTERM instead of ending, and yield what says whether one came.
 
-    def remember(number: int, frame: object) -> None:
-        asked.append(number)
-        signal.signal(number, former[signal.Signals(number)])
+    A second one ends the process as it always did.
+    """
+    received: list[int] = []
+    former_handlers: dict[signal.Signals, Any] = {}
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, former_handlers[signal.Signals(number)])
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            former[number] = signal.signal(number, remember)
+            former_handlers[number] = signal.signal(number, note)
     except ValueError:
         # Not the main thread: the program that runs us decides.
         yield lambda: False
         return
+
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(received)
     finally:
-        for number, handler in former.items():
+        for number, handler in former_handlers.items():
             signal.signal(number, handler)
