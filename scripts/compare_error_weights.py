@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ttcompress.data.sets import open_data
+from ttcompress.data.opening import open_data
 from ttcompress.layers.kinds import tt_layer
 from ttcompress.networks.opening import open_dense
 from ttcompress.networks.surgery import swap

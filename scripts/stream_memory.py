@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ttcompress.files.checkpoint import LazyTensors, write_safetensors
 from ttcompress.files.header import TensorInfo
 from ttcompress.files.shards import encode_index
+from ttcompress.files.tensors import LazyTensors
+from ttcompress.files.writing import write_safetensors
 
 HIDDEN, INNER, VOCABULARY = 4096, 11008, 32000
 TYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torchvision.models import VisionTransformer
 
 from ttcompress.calibrate.refine import moved
-from ttcompress.data.sets import open_data
+from ttcompress.data.opening import open_data
 from ttcompress.measure.accuracy import predict
 from ttcompress.networks.zoo import Mlp, zoo_preprocessing
 

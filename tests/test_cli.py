@@ -20,8 +20,9 @@ from torch import nn
 
 from ttcompress import cli
 from ttcompress.commands import compress as pipeline
-from ttcompress.files.checkpoint import load_compressed, write_safetensors
+from ttcompress.files.checkpoint import load_compressed
 from ttcompress.files.header import read_header, read_metadata
+from ttcompress.files.writing import write_safetensors
 from ttcompress.networks.zoo import CifarResNet, Mlp
 
 WIDTHS = {"width0": 64, "width1": 96, "width2": 80, "width3": 10}

@@ -16,7 +16,7 @@ from ttcompress.cli import commands
 from ttcompress.options import GROUPS, OPTIONS, RUN_OPTIONS, TABLE, Option, options_of
 from ttcompress.recipe import Recipe
 from ttcompress.settings import Settings
-from ttcompress.train.loop import Options
+from ttcompress.train.setup import TrainingOptions
 
 VERBS = sorted(commands.commands)
 
@@ -96,7 +96,7 @@ def test_settings_take_what_is_stated_also_where_it_is_nothing() -> None:
 
 
 def test_training_options_agree_with_the_table() -> None:
-    for field in fields(Options):
+    for field in fields(TrainingOptions):
         option = RUN_OPTIONS[field.name]
         fixed = field.default is not MISSING and option.default is not None and not callable(option.default)
         if fixed:

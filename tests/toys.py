@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ttcompress.data.sets import open_data
+from ttcompress.data.opening import open_data
 from ttcompress.data.training_batches import Stream
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.execution import layer_spec
 from ttcompress.layers.linear import TTLinear
 from ttcompress.processes import World
 from ttcompress.records.report import Preprocessing
-from ttcompress.train.loop import Course, Options
+from ttcompress.train.setup import TrainingOptions, TrainingSetup
 from ttcompress.tt.shapes import tensorize_shape
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ STEPS = 12
 """Batches of 8 in an epoch."""
 PRELOADED = ["torch._dynamo", "ttcompress.train.loop"]
 """What new processes are forked with: importing it anew takes seconds each."""
-EVERYTHING = Options(
+EVERYTHING = TrainingOptions(
     epochs=3, lr=0.05, ema=0.9, mixup=0.4, cutmix=1.0, label_smoothing=0.1, distill=0.5, temperature=2.0, seed=3
 )
 
@@ -69,9 +69,9 @@ def accuracy(model: nn.Module) -> float:
     return float(100 * (found == labels).mean())
 
 
-def course(folder: Path, file: Path | None = None, **options: Any) -> Course:
-    given = {"stream": stream(folder), "judge": accuracy, "world": World(CPU), "fingerprint": {"lr": 1, "seed": 3}}
-    return Course(**{**given, "checkpoint": file, **options})
+def training_setup(folder: Path, file: Path | None = None, **options: Any) -> TrainingSetup:
+    given = {"stream": stream(folder), "score": accuracy, "world": World(CPU), "fingerprint": {"lr": 1, "seed": 3}}
+    return TrainingSetup(**{**given, "checkpoint": file, **options})
 
 
 def saved(file: Path) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def plan_command(checkpoint: Path | None, output: Path | None, force: bool, json
 
 def _plan(checkpoint: Path | None, output: Path | None, force: bool, json: bool, given: dict[str, Any]) -> None:
     from ttcompress.commands.compress import plan_file
-    from ttcompress.files.checkpoint import check_output
+    from ttcompress.files.output import check_output
     from ttcompress.planning.plan_file import write_plan
 
     recipe, plan = _recipe_and_plan(given)

@@ -14,8 +14,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from ttcompress.commands.demo import train_digits
-from ttcompress.files.checkpoint import write_dense
 from ttcompress.files.header import read_metadata
+from ttcompress.files.writing import write_dense
 from ttcompress.networks.zoo import CifarResNet
 
 

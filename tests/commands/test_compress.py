@@ -26,8 +26,8 @@ from ttcompress.commands import compress as pipeline
 from ttcompress.commands.evaluate import evaluate_file
 from ttcompress.commands.expand import expand_file
 from ttcompress.errors import ArchitectureError, CheckpointError, DataError, PlanError, TTCompressError
-from ttcompress.files.checkpoint import write_safetensors
 from ttcompress.files.header import METADATA_KEY, TensorInfo, canonical_json, read_header, read_metadata
+from ttcompress.files.writing import write_safetensors
 from ttcompress.layers.linear import TTLinear
 from ttcompress.networks.architectures import load_factory
 from ttcompress.networks.opening import open_dense

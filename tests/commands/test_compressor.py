@@ -14,7 +14,7 @@ from torch.nn import functional
 import ttcompress
 from ttcompress.commands import compressor as compression
 from ttcompress.commands.demo import train_digits
-from ttcompress.data.sets import open_data
+from ttcompress.data.opening import open_data
 from ttcompress.errors import DataError, PlanError
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear

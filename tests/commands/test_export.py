@@ -20,8 +20,8 @@ from ttcompress import cli
 from ttcompress.commands import export
 from ttcompress.commands.compress import compress_file
 from ttcompress.errors import ArchitectureError, DataError, ExportError, TTCompressError
-from ttcompress.files.checkpoint import write_dense
 from ttcompress.files.header import read_metadata
+from ttcompress.files.writing import write_dense
 from ttcompress.networks.zoo import Mlp
 from ttcompress.recipe import Recipe
 

@@ -20,10 +20,10 @@ from ttcompress.commands import compress as pipeline
 from ttcompress.commands.demo import train_digits
 from ttcompress.commands.evaluate import evaluate_file
 from ttcompress.commands.finetune import finetune_file, state_file
-from ttcompress.data.sets import open_data
+from ttcompress.data.opening import open_data
 from ttcompress.errors import CheckpointError, DataError, PlanError
-from ttcompress.files.checkpoint import write_dense
 from ttcompress.files.header import read_metadata
+from ttcompress.files.writing import write_dense
 from ttcompress.layers.linear import TTLinear
 from ttcompress.networks import architectures as models
 from ttcompress.networks.opening import initialise, open_fresh

@@ -28,7 +28,7 @@ from ttcompress.commands import weights_only as tensorwise
 from ttcompress.commands.compress import compress_file, plan_file
 from ttcompress.commands.expand import expand_file
 from ttcompress.errors import CheckpointError, PlanError
-from ttcompress.files import checkpoint
+from ttcompress.files import writing
 from ttcompress.files.checkpoint import load_compressed
 from ttcompress.files.header import read_header, read_metadata
 from ttcompress.files.shards import stored_bytes
@@ -307,7 +307,7 @@ def test_an_output_folder_that_is_in_use_needs_force(shards: Path, compressed: P
 
 def stop_in(patch: pytest.MonkeyPatch, function: str, after: int, act: Callable[[], None]) -> None:
     """Make `act` happen at one of the calls of a function that the compression uses."""
-    module: Any = {"write_safetensors": work, "encode_index": checkpoint}.get(function, tensorwise)
+    module: Any = {"write_safetensors": work, "encode_index": writing}.get(function, tensorwise)
     whole, calls = getattr(module, function), iter(range(1000))
 
     def counted(*arguments: Any, **options: Any) -> Any:

@@ -11,7 +11,8 @@ import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 
-from ttcompress.data.sets import Images, open_data
+from ttcompress.data.opening import open_data
+from ttcompress.data.sets import Images
 from ttcompress.errors import DataError
 from ttcompress.records.report import Preprocessing
 

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from ttcompress.data.augment import cut_out
-from ttcompress.data.sets import Images, open_data
+from ttcompress.data.opening import open_data
+from ttcompress.data.sets import Images
 from ttcompress.data.training_batches import Stream
 from ttcompress.errors import DataError
 from ttcompress.records.report import Preprocessing

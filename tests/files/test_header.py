@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ttcompress.errors import CheckpointError, TTCompressError
-from ttcompress.files.checkpoint import DTYPE_NAMES, load_compressed, write_safetensors
+from ttcompress.files.checkpoint import load_compressed
 from ttcompress.files.header import ITEM_SIZE, TensorInfo, canonical_json, encode_header, read_header, read_metadata
+from ttcompress.files.tensors import DTYPE_NAMES
+from ttcompress.files.writing import write_safetensors
 from ttcompress.report.text import read_report
 
 METADATA = {"schema": "ttcompress/1", "b": 1, "a": [1.5, "ä"]}

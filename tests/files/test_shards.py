@@ -15,15 +15,10 @@ from sharded import INDEX, write
 from torch import Tensor
 
 from ttcompress.errors import CheckpointError
-from ttcompress.files.checkpoint import (
-    LazyTensors,
-    file_digest,
-    load_checkpoint,
-    load_compressed,
-    tensor_infos,
-    write_shards,
-)
+from ttcompress.files.checkpoint import file_digest, load_checkpoint, load_compressed
 from ttcompress.files.shards import Index, checkpoint_files, read_index, resolve, stem, stored_bytes
+from ttcompress.files.tensors import LazyTensors, tensor_infos
+from ttcompress.files.writing import write_shards
 
 TENSORS = {"a": torch.randn(3, 2), "b": torch.arange(4), "c": torch.randn(5).bfloat16()}
 HOMES = {"a": "x-2.safetensors", "b": "x-1.safetensors", "c": "x-2.safetensors"}

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import ttcompress
 from ttcompress import cli
 from ttcompress.commands.compress import compress_file
-from ttcompress.files.checkpoint import write_dense
 from ttcompress.files.header import read_metadata
+from ttcompress.files.writing import write_dense
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
 from ttcompress.measure import bench, timing

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from ttcompress.data.sets import open_data
+from ttcompress.data.opening import open_data
 from ttcompress.errors import ArchitectureError
 from ttcompress.networks import architectures as models
 from ttcompress.networks import zoo

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from ttcompress.errors import CheckpointError
-from ttcompress.files.checkpoint import write_safetensors
+from ttcompress.files.writing import write_safetensors
 from ttcompress.records.common import format_compression
 from ttcompress.records.layers import ConvSpec, LinearSpec
 from ttcompress.records.plan import CompressionPlan, KeptParameter, LayerPlan

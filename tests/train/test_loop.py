@@ -1,9 +1,8 @@
-"""The training loop against one written by hand, its losses and mixtures against NumPy, its averages and its best."""
+"""The training loop against one written by hand, its averages and its best."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,28 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import EVERYTHING, STEPS, accuracy, apart, course, equal, frozen_copy, network, stream, teacher, write_images
+from toys import (
+    EVERYTHING,
+    STEPS,
+    accuracy,
+    apart,
+    equal,
+    frozen_copy,
+    network,
+    stream,
+    teacher,
+    training_setup,
+    write_images,
+)
 
 from ttcompress.data.training_batches import Stream
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
 from ttcompress.records.common import Json
 from ttcompress.train import loop as training
-from ttcompress.train.loop import Options, best_epoch, loss_of, train
+from ttcompress.train.loop import best_epoch, train
+from ttcompress.train.mixing import mix_images
+from ttcompress.train.setup import TrainingOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # ------------------------------------------------------------------------------------------------------------- the loop
 
-PLAIN = Options(epochs=2, lr=0.05, warm_up=0.4, weight_decay=0.02, clip=0.5, distill=0.0)
+PLAIN = TrainingOptions(epochs=2, lr=0.05, warm_up=0.4, weight_decay=0.02, clip=0.5, distill=0.0)
 LOOPS = {
     "sgd": PLAIN,
     "adamw": replace(PLAIN, optimizer="adamw", lr=0.005, weight_decay=0.5),
@@ -41,11 +54,11 @@ LOOPS = {
 }
 
 
-def soft(labels: Tensor, options: Options) -> Tensor:
+def soft(labels: Tensor, options: TrainingOptions) -> Tensor:
     return (1 - options.label_smoothing) * torch.eye(4)[labels] + options.label_smoothing / 4
 
 
-def expected_rate(at: int, total: int, options: Options, steps: int) -> float:
+def expected_rate(at: int, total: int, options: TrainingOptions, steps: int) -> float:
     warm_up = round(options.warm_up * steps)
     if at < warm_up:
         return options.lr * (at + 1) / (warm_up + 1)
@@ -54,7 +67,7 @@ def expected_rate(at: int, total: int, options: Options, steps: int) -> float:
     return options.lr * (0.5 + 0.5 * math.cos(math.pi * (at - warm_up) / (total - warm_up)))
 
 
-def expected_loss(logits: Tensor, aims: Tensor, answers: Tensor | None, options: Options) -> Tensor:
+def expected_loss(logits: Tensor, aims: Tensor, answers: Tensor | None, options: TrainingOptions) -> Tensor:
     loss = -(aims * logits.log_softmax(1)).sum(1).mean()
     if answers is None:
         return loss
@@ -63,7 +76,7 @@ def expected_loss(logits: Tensor, aims: Tensor, answers: Tensor | None, options:
     return options.distill * options.temperature**2 * divergence + (1 - options.distill) * loss
 
 
-def by_hand(model: nn.Module, master: nn.Module | None, source: Stream, options: Options) -> list[Json]:
+def by_hand(model: nn.Module, master: nn.Module | None, source: Stream, options: TrainingOptions) -> list[Json]:
     """All as in a textbook."""
     layers = [module for module in model.modules() if isinstance(module, TTConv2d | TTLinear)]
     cores = [core for layer in layers for core in layer.cores]
@@ -78,7 +91,7 @@ def by_hand(model: nn.Module, master: nn.Module | None, source: Stream, options:
         model.train()
         for step, (images, labels) in enumerate(source.epoch(epoch)):
             assert labels is not None
-            images, mixed_in, share = training._mixed(images, labels, options, epoch, step)
+            images, mixed_in, share = mix_images(images, labels, options, epoch, step)
             aims = soft(labels, options)
             if mixed_in is not None:
                 aims = share * aims + (1 - share) * soft(mixed_in, options)
@@ -108,7 +121,7 @@ def test_the_steps_are_those_of_a_loop_written_by_hand(name: str, folder: Path) 
     options, model, other = LOOPS[name], network(dropout=0), network(dropout=0)
     logged: list[Json] = []
     master = teacher() if name == "everything" else None
-    given = course(folder, teacher=master, log=logged.append, stream=stream(folder, batch_size=16))
+    given = training_setup(folder, teacher=master, log=logged.append, stream=stream(folder, batch_size=16))
     state = train(model, options, given)
     records = by_hand(other, master, given.stream, options)
     assert apart(model.state_dict(), network(dropout=0).state_dict()) > 0.02
@@ -129,7 +142,7 @@ def test_a_batch_in_parts_is_the_batch(parts: int, folder: Path) -> None:
     for accumulate in (1, parts):
         model = network(norm=False, dropout=0)
         options = replace(EVERYTHING, epochs=1, warm_up=0.0, ema=0.0, accumulate=accumulate)
-        given = course(folder, teacher=teacher(), stream=stream(folder, batch_size=16))
+        given = training_setup(folder, teacher=teacher(), stream=stream(folder, batch_size=16))
         ends.append((train(model, options, given).history[1]["loss"], model.state_dict()))
     assert ends[1][0] == pytest.approx(ends[0][0], rel=1e-6)
     assert apart(ends[1][1], network(norm=False).state_dict()) > 0.01
@@ -139,14 +152,14 @@ def test_a_batch_in_parts_is_the_batch(parts: int, folder: Path) -> None:
 def test_the_average_counts_and_the_trained_network_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "CHECK_EVERY", 1)
     model = network()
-    trail, judged = [frozen_copy(model.state_dict())], []
+    trail, scored = [frozen_copy(model.state_dict())], []
 
-    def judge(judged_model: nn.Module) -> float:
-        assert not judged_model.training
-        judged.append(frozen_copy(judged_model.state_dict()))
-        return float(len(judged))
+    def score(scored_model: nn.Module) -> float:
+        assert not scored_model.training
+        scored.append(frozen_copy(scored_model.state_dict()))
+        return float(len(scored))
 
-    told = course(folder, judge=judge, progress=lambda *_: trail.append(frozen_copy(model.state_dict())))
+    told = training_setup(folder, score=score, progress=lambda *_: trail.append(frozen_copy(model.state_dict())))
     state = train(model, replace(EVERYTHING, ema=0.7), told)
     assert len(trail) == 1 + 3 * STEPS
     averages = [{name: value.double().numpy() for name, value in trail[0].items()}]
@@ -156,29 +169,29 @@ def test_the_average_counts_and_the_trained_network_goes_on(folder: Path, monkey
         now = {name: decay * former[name] + (1 - decay) * value.double().numpy() for name, value in values.items()}
         whole = {name: value.numpy() for name, value in values.items() if not value.is_floating_point()}
         averages.append({**now, **whole})
-    for found, expected in zip([*judged, state.values, state.best], [*averages[::STEPS], averages[-1], averages[-1]],
+    for found, expected in zip([*scored, state.values, state.best], [*averages[::STEPS], averages[-1], averages[-1]],
                                strict=True):  # fmt: skip
         for name, value in found.items():
             np.testing.assert_allclose(value.numpy(), expected[name], rtol=1e-4, atol=1e-5)
     assert equal(frozen_copy(model.state_dict()), trail[-1])
     plain = network()
-    train(plain, replace(EVERYTHING, ema=0.0), course(folder))
+    train(plain, replace(EVERYTHING, ema=0.0), training_setup(folder))
     assert equal(frozen_copy(plain.state_dict()), trail[-1])
 
 
 @pytest.mark.parametrize("scores", [[3, 1, 5, 5, 2], [9, 9, 9, 9, 9], [-5, -3, -4, -2, -9], [0, 0, 0, 0, 1]], ids=str)
 @pytest.mark.parametrize("ema", [0.0, 0.8])
 def test_the_best_is_the_first_of_the_highest_score(scores: list[float], ema: float, folder: Path) -> None:
-    judged: list[dict[str, Tensor]] = []
+    scored: list[dict[str, Tensor]] = []
 
-    def judge(model: nn.Module) -> float:
-        judged.append(frozen_copy(model.state_dict()))
-        return float(scores[len(judged) - 1])
+    def score(model: nn.Module) -> float:
+        scored.append(frozen_copy(model.state_dict()))
+        return float(scores[len(scored) - 1])
 
     few = replace(stream(folder), batch_size=32)
-    state = train(network(), replace(EVERYTHING, epochs=4, ema=ema), course(folder, stream=few, judge=judge))
+    state = train(network(), replace(EVERYTHING, epochs=4, ema=ema), training_setup(folder, stream=few, score=score))
     assert [entry["val"] for entry in state.history] == scores
-    assert equal(state.best, judged[int(np.argmax(scores))])
+    assert equal(state.best, scored[int(np.argmax(scores))])
 
 
 @pytest.mark.parametrize(("counts", "epoch"), [(True, 0), (False, 2)])
@@ -186,27 +199,9 @@ def test_the_start_is_the_best_only_where_it_counts(counts: bool, epoch: int, fo
     scores = iter([9.0, 1.0, 3.0, 2.0])
     model = network()
     start = frozen_copy(model.state_dict())
-    state = train(model, EVERYTHING, course(folder, judge=lambda _: next(scores), start_counts=counts))
+    state = train(model, EVERYTHING, training_setup(folder, score=lambda _: next(scores), start_counts=counts))
     assert best_epoch(state.history, counts)["epoch"] == epoch
     assert equal(state.best, start) == counts
-
-
-@pytest.mark.parametrize(("labelled", "taught"), [(True, False), (False, True), (True, True)])
-def test_losses_against_numpy(labelled: bool, taught: bool) -> None:
-    generator = np.random.default_rng(0)
-    logits, answers = generator.normal(size=(2, 7, 5)) * 3
-    labels = generator.integers(0, 5, 7)
-    options = Options(epochs=1, lr=1, label_smoothing=0.2, distill=0.3, temperature=2.5)
-
-    def log_softmax(values: Any) -> Any:
-        return values - np.log(np.exp(values).sum(1, keepdims=True))
-
-    own = -((0.8 * np.eye(5)[labels] + 0.2 / 5) * log_softmax(logits)).sum(1).mean()
-    theirs = log_softmax(answers / 2.5)
-    divergence = 2.5**2 * (np.exp(theirs) * (theirs - log_softmax(logits / 2.5))).sum(1).mean()
-    expected = {(True, True): 0.3 * divergence + 0.7 * own, (True, False): own, (False, True): divergence}
-    given = torch.from_numpy(labels) if labelled else None, torch.from_numpy(answers) if taught else None
-    assert float(loss_of(torch.from_numpy(logits), *given, options)) == pytest.approx(expected[labelled, taught])
 
 
 def test_without_labels_the_teacher_alone_counts(folder: Path) -> None:
@@ -217,65 +212,13 @@ def test_without_labels_the_teacher_alone_counts(folder: Path) -> None:
     ends, options = [], replace(EVERYTHING, epochs=1, distill=1.0)
     for place in (folder, folder / "unlabelled"):
         model = network(dropout=0)
-        state = train(model, options, course(folder, teacher=teacher(), stream=stream(place)))
+        state = train(model, options, training_setup(folder, teacher=teacher(), stream=stream(place)))
         ends.append((model.state_dict(), state.history[1]["loss"]))
     assert ends[1][1] == pytest.approx(ends[0][1], rel=1e-6)
     assert apart(ends[1][0], ends[0][0]) < 1e-6
     twins = [network(seed, norm=False, dropout=0) for seed in (7, 7)]
-    alike = course(folder, teacher=twins[0], stream=stream(folder / "unlabelled"))
+    alike = training_setup(folder, teacher=twins[0], stream=stream(folder / "unlabelled"))
     assert train(twins[1], replace(options, lr=0.0), alike).history[1]["train"] == 100 > state.history[1]["train"]
-
-
-def mixtures(kind: str, alpha: float, count: int) -> Iterator[tuple[Tensor, Tensor, float, Tensor]]:
-    """Mixed images, places of what was mixed in, label shares, and the shares that pixels show; image i shows i."""
-    size = 10
-    images = torch.arange(size).float()[:, None, None, None].expand(-1, 2, 8, 6)
-    options = replace(PLAIN, **{kind: alpha})
-    for step in range(count):
-        mixed, others, share = training._mixed(images.clone(), torch.arange(size), options, 1, step)
-        assert others is not None
-        assert sorted(others.tolist()) == [*range(size)]
-        moved = others != torch.arange(size)
-        own, other = images[moved], images[others][moved]
-        yield mixed, others, share, (mixed[moved] - other) / (own - other)
-
-
-def test_mixup_is_in_the_labels_as_in_the_pixels() -> None:
-    shares = []
-    for _, _, share, shown in mixtures("mixup", 0.4, 400):
-        torch.testing.assert_close(shown, torch.full_like(shown, share), rtol=1e-4, atol=1e-5)
-        shares.append(share)
-    assert np.mean(shares) == pytest.approx(0.5, abs=0.05)
-    assert np.var(shares) == pytest.approx(1 / (4 * (2 * 0.4 + 1)), rel=0.1)
-
-
-def test_cutmix_cuts_one_window_of_the_share_anywhere() -> None:
-    shares, covered = [], torch.zeros(8, 6)
-    for _, _, share, shown in mixtures("cutmix", 1.0, 400):
-        window = shown[0, 0] == 0
-        assert bool((shown == (~window).float()).all())
-        assert share == pytest.approx(1 - float(window.float().mean()))
-        assert torch.equal(window, window.any(1)[:, None] & window.any(0))
-        assert float(window.any(0).sum() / 6) == pytest.approx(float(window.any(1).sum() / 8), abs=0.17)
-        shares.append(share)
-        covered += window
-    assert np.mean(shares) == pytest.approx(0.5, abs=0.05)
-    assert 40 < float(covered.min()) < float(covered.max()) < 360
-
-
-def test_mixtures_go_by_turns_and_depend_on_seed_epoch_and_step_alone() -> None:
-    images, both = torch.rand(6, 1, 8, 8), replace(PLAIN, mixup=0.5, cutmix=0.5)
-    shares = set()
-    for seed, epoch, step in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 2), (0, 0, 3), (0, 1, 1)]:
-        options = replace(both, seed=seed)
-        mixed, _, share = training._mixed(images, torch.arange(6), options, epoch, step)
-        torch.manual_seed(seed), np.random.seed(seed)
-        again = training._mixed(images, None, options, epoch, step)
-        assert torch.equal(mixed, again[0])
-        assert again[1:] == (None, share)
-        assert bool(torch.isin(mixed, images).all()) == bool(step % 2)
-        shares.add(share)
-    assert len(shares) == 7
 
 
 @pytest.mark.parametrize(
@@ -285,7 +228,7 @@ def test_other_layouts_and_precisions_train_alike(options: dict[str, Any], most:
     ends = []
     for given in ({}, options):
         model = network(dropout=0)
-        state = train(model, replace(PLAIN, **given), course(folder, stream=stream(folder, batch_size=16)))
+        state = train(model, replace(PLAIN, **given), training_setup(folder, stream=stream(folder, batch_size=16)))
         ends.append((model.state_dict(), state.history[-1]["loss"]))
     assert {value.dtype for value in ends[1][0].values()} == {torch.float32, torch.int64}
     assert apart(ends[1][0], ends[0][0]) < most

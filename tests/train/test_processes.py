@@ -23,7 +23,6 @@ from toys import (
     EVERYTHING,
     PRELOADED,
     apart,
-    course,
     equal,
     finite,
     frozen_copy,
@@ -31,6 +30,7 @@ from toys import (
     position,
     saved,
     stream,
+    training_setup,
     write_images,
 )
 from toys import teacher as a_teacher
@@ -40,10 +40,11 @@ from ttcompress.errors import TrainingError, TrainingStoppedError
 from ttcompress.processes import World, joined
 from ttcompress.torchrun import expected_rank
 from ttcompress.train.batch_norm import ReducedBatchNorm, parallel, reduce_batch_norms
-from ttcompress.train.loop import Options, train
+from ttcompress.train.loop import train
+from ttcompress.train.setup import TrainingOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-STEADY = Options(epochs=5, lr=0.05, ema=0.9, label_smoothing=0.1, distill=0.5, weight_decay=0.01)
+STEADY = TrainingOptions(epochs=5, lr=0.05, ema=0.9, label_smoothing=0.1, distill=0.5, weight_decay=0.01)
 """Mixtures and dropout are drawn by each process for its own images."""
 
 
@@ -220,7 +221,7 @@ def trainings(folder: Path, world: World) -> dict[str, Any]:
     found = {}
     for name, (model, options, source) in cases.items():
         file = folder / f"{name} of {world.size}, {world.rank}.training"
-        given = course(folder, file, world=world, stream=share_of(world, source), teacher=a_teacher())
+        given = training_setup(folder, file, world=world, stream=share_of(world, source), teacher=a_teacher())
         state = train(model, options, given)
         found[name] = {"end": model.state_dict(), "best": state.best, "average": state.values, "history": state.history}
     return found
@@ -248,7 +249,11 @@ def a_nan(folder: Path, world: World) -> dict[str, Any]:
 
     model.register_forward_hook(spoil)
     try:
-        train(model, STEADY, course(folder, folder / "nan", world=world, stream=share_of(world, stream(folder, 16))))
+        train(
+            model,
+            STEADY,
+            training_setup(folder, folder / "nan", world=world, stream=share_of(world, stream(folder, 16))),
+        )
     except TrainingError as error:
         return {"message": str(error)}
     return {}
@@ -265,7 +270,7 @@ def long_training(folder: Path, world: World, file: Path, dropout: float, line: 
             line.recv()
 
     model.register_forward_pre_hook(wait)
-    given = course(folder, file, world=world, stream=share_of(world, stream(folder)), teacher=a_teacher())
+    given = training_setup(folder, file, world=world, stream=share_of(world, stream(folder)), teacher=a_teacher())
     train(model, replace(EVERYTHING, ema=0.9), given, resume)
 
 

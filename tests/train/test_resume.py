@@ -25,7 +25,6 @@ from toys import (
     EVERYTHING,
     PRELOADED,
     STEPS,
-    course,
     equal,
     finite,
     frozen_copy,
@@ -34,12 +33,15 @@ from toys import (
     saved,
     stream,
     teacher,
+    training_setup,
     write_images,
 )
 
 from ttcompress.errors import CheckpointError, TrainingError, TrainingStoppedError
 from ttcompress.train import loop as training
-from ttcompress.train.loop import Options, State, train
+from ttcompress.train.loop import train
+from ttcompress.train.setup import TrainingOptions
+from ttcompress.train.state import State
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RATES = {"sgd": 0.05, "adamw": 0.005}
@@ -62,20 +64,20 @@ def is_whole(file: Path, folder: Path, optimizer: str = "sgd") -> bool:
 
 
 def go_on(folder: Path, file: Path, actions: Actions, optimizer: str = "sgd", model: nn.Module | None = None) -> State:
-    """Begin or resume; before some batch of the whole training, or while some epoch is judged, something happens."""
+    """Begin or resume; before some batch of the whole training, or while some epoch is scored, something happens."""
     resume = file.exists()
     model = model or network(99 if resume else 0)
     at = position(file) if resume else (0, 0)
-    counts = {"batch": at[0] * STEPS + at[1], "judge": at[0] + resume}
+    counts = {"batch": at[0] * STEPS + at[1], "score": at[0] + resume}
 
     def act(module: nn.Module, _: object) -> None:
-        kind = "batch" if module.training else "judge"
+        kind = "batch" if module.training else "score"
         counts[kind] += 1
         actions.get((kind, counts[kind] - 1), lambda: None)()
 
     model.register_forward_pre_hook(act)
     options = replace(EVERYTHING, optimizer=optimizer, lr=RATES[optimizer])
-    return train(model, options, course(folder, file, teacher=teacher()), resume)
+    return train(model, options, training_setup(folder, file, teacher=teacher()), resume)
 
 
 def raising(*numbers: int) -> Callable[[], object]:
@@ -93,7 +95,7 @@ def test_stopped_again_and_again_it_ends_as_if_it_never_was(
     stops = [
         (("batch", 3), signal.SIGTERM, (0, 4 if eager else 10)),
         (("batch", 11), signal.SIGINT, (0, 12)),
-        (("judge", 1), signal.SIGTERM, (1, 0)),
+        (("score", 1), signal.SIGTERM, (1, 0)),
         (("batch", 30), signal.SIGINT, (2, 7 if eager else 10)),
         (("batch", 35), signal.SIGTERM, (2, 12)),
     ]
@@ -126,10 +128,10 @@ def test_a_second_signal_does_not_wait(folder: Path, tmp_path: Path) -> None:
     assert is_whole(file, folder)
 
 
-def test_asked_to_stop_while_the_start_is_judged_it_stops_like_later(folder: Path, tmp_path: Path) -> None:
+def test_asked_to_stop_while_the_start_is_scored_it_stops_like_later(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "x.training"
     with pytest.raises((TrainingStoppedError, KeyboardInterrupt)) as caught:
-        go_on(folder, file, {("judge", 0): raising(signal.SIGINT)})
+        go_on(folder, file, {("score", 0): raising(signal.SIGINT)})
     assert caught.type is TrainingStoppedError
     go_on(folder, file, {})
     assert is_whole(file, folder)
@@ -260,7 +262,7 @@ def test_a_full_disk_ends_in_one_line(folder: Path, tmp_path: Path) -> None:
 FOREIGN: dict[str, Any] = {
     "a network": {"0.weight": torch.ones(3)},
     "a list": [1, 2],
-    "an object": Options(epochs=1, lr=1),
+    "an object": TrainingOptions(epochs=1, lr=1),
     "its first key": {"fingerprint": {"lr": 1, "seed": 3}},
 }
 
@@ -278,14 +280,14 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(kind: str, folder: Path, t
         elif kind in parts:
             file.write_bytes(part)
         with pytest.raises(CheckpointError, match=r"^[^\n]*x\.training: [^\n]*$"):
-            train(model, EVERYTHING, course(folder, file), resume=True)
+            train(model, EVERYTHING, training_setup(folder, file), resume=True)
         assert equal(frozen_copy(model.state_dict()), before)
 
 
 def test_other_options_are_refused_by_name(folder: Path) -> None:
     content, model = (folder / "sgd").read_bytes(), network()
     before = frozen_copy(model.state_dict())
-    other = course(folder, folder / "sgd", fingerprint={"lr": 2, "seed": 3, "new": "x"})
+    other = training_setup(folder, folder / "sgd", fingerprint={"lr": 2, "seed": 3, "new": "x"})
     with pytest.raises(
         CheckpointError, match=r"sgd: was trained otherwise: lr was 1, is 2; new was None, is x; repeat"
     ):
@@ -299,7 +301,7 @@ def test_the_state_of_another_network_is_refused_in_one_line(options: Any, folde
     """The same options, but what the factory of the network builds was changed."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)) if options.get("wide") else network(**options)
     with pytest.raises(CheckpointError, match=r"^[^\n]*sgd: [^\n]*$"):
-        train(model, EVERYTHING, course(folder, folder / "sgd"), resume=True)
+        train(model, EVERYTHING, training_setup(folder, folder / "sgd"), resume=True)
 
 
 # ------------------------------------------------------------------------------------------------------- not finite
@@ -331,10 +333,10 @@ def test_no_learning_rate_brings_nan_into_the_checkpoint(
     rate: float, optimizer: str, folder: Path, tmp_path: Path
 ) -> None:
     file, few = tmp_path / "x.training", stream(folder, batch_size=32)
-    options = Options(epochs=4, lr=rate, warm_up=0.0, optimizer=optimizer, ema=0.9)
+    options = TrainingOptions(epochs=4, lr=rate, warm_up=0.0, optimizer=optimizer, ema=0.9)
     ends = pytest.raises(TrainingError, match=r"^[^\n]*not finite in epoch \d[^\n]*$")
     with ends if rate > 1e6 else nullcontext():
-        train(network(), options, course(folder, file, stream=few))
+        train(network(), options, training_setup(folder, file, stream=few))
     assert finite(saved(file))
 
 
@@ -343,5 +345,5 @@ def test_gradients_that_are_not_finite_do_not_end_in_the_checkpoint(folder: Path
     file, model, count = tmp_path / "x.training", network(), iter(range(1000))
     model.get_parameter("10.bias").register_hook(lambda each: each / 0 if next(count) == STEPS - 1 else None)
     with pytest.raises(TrainingError, match="not finite"):
-        train(model, Options(epochs=2, lr=0.05, clip=0.0), course(folder, file))
+        train(model, TrainingOptions(epochs=2, lr=0.05, clip=0.0), training_setup(folder, file))
     assert finite(saved(file))

@@ -18,8 +18,11 @@ from ttcompress.commands.inputs import Inputs, calibration_name, open_inputs
 from ttcompress.commands.reports import promised_bytes, recorded, report_of
 from ttcompress.commands.weights_only import compress_weights, plan_weights
 from ttcompress.errors import CheckpointError, DataError, PlanError, differences
-from ttcompress.files.checkpoint import check_output, file_digest, tensor_bytes, write_safetensors
+from ttcompress.files.checkpoint import file_digest
+from ttcompress.files.output import check_output
 from ttcompress.files.shards import read_index, read_metadata, stem
+from ttcompress.files.tensors import tensor_bytes
+from ttcompress.files.writing import write_safetensors
 from ttcompress.networks.opening import Network, open_dense, open_empty
 from ttcompress.networks.stored import stored_tensors
 from ttcompress.planning.plan_file import is_made_by

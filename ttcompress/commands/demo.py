@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ttcompress.data.sets import open_data
+from ttcompress.data.opening import open_data
 from ttcompress.errors import CheckpointError
-from ttcompress.files.checkpoint import write_dense
+from ttcompress.files.writing import write_dense
 from ttcompress.networks.architectures import build
 from ttcompress.records.report import Architecture
 

@@ -9,17 +9,12 @@ import torch
 from torch import Tensor
 
 from ttcompress.errors import CheckpointError, shortlist
-from ttcompress.files.checkpoint import (
-    DTYPE_NAMES,
-    LazyTensors,
-    check_output,
-    load_compressed,
-    tensor_infos,
-    write_dense,
-    write_shards,
-)
+from ttcompress.files.checkpoint import load_compressed
 from ttcompress.files.header import TensorInfo, blaming
+from ttcompress.files.output import check_output
 from ttcompress.files.shards import Index, read_index, read_metadata
+from ttcompress.files.tensors import DTYPE_NAMES, LazyTensors, tensor_infos
+from ttcompress.files.writing import write_dense, write_shards
 from ttcompress.networks.stored import check_cores, core_values
 from ttcompress.records.plan import LayerPlan
 from ttcompress.records.report import Report

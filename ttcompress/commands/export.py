@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.errors import ExportError, shortlist
-from ttcompress.files.checkpoint import check_output, replacing, tensor_bytes
 from ttcompress.files.header import canonical_json
+from ttcompress.files.output import check_output, replacing
+from ttcompress.files.tensors import tensor_bytes
 from ttcompress.networks.opening import input_shape, open_any
 from ttcompress.networks.running import forward, input_dtype
 from ttcompress.networks.stored import stored_tensors

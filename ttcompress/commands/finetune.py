@@ -13,18 +13,15 @@ from torch import nn
 
 from ttcompress.commands.compressor import Compressor
 from ttcompress.commands.inputs import accuracy_on, measured_images, preprocessing_for
-from ttcompress.data.sets import Images, open_data
+from ttcompress.data.opening import open_data
+from ttcompress.data.sets import Images
 from ttcompress.data.training_batches import Stream
 from ttcompress.errors import CheckpointError, DataError, PlanError
-from ttcompress.files.checkpoint import (
-    check_output,
-    file_digest,
-    is_compressed,
-    tensor_bytes,
-    write_dense,
-    write_safetensors,
-)
+from ttcompress.files.checkpoint import file_digest, is_compressed
+from ttcompress.files.output import check_output
 from ttcompress.files.shards import read_metadata, stem
+from ttcompress.files.tensors import tensor_bytes
+from ttcompress.files.writing import write_dense, write_safetensors
 from ttcompress.measure.accuracy import Predictions, compare
 from ttcompress.networks.opening import Network, initialise, open_any, open_dense, open_fresh
 from ttcompress.networks.running import forward
@@ -38,7 +35,9 @@ from ttcompress.records.report import Preprocessing, Report
 from ttcompress.runtime import chosen_device, seeded
 from ttcompress.settings import Settings
 from ttcompress.torchrun import expected_rank
-from ttcompress.train.loop import Course, Options, State, best_epoch, train
+from ttcompress.train.loop import best_epoch, train
+from ttcompress.train.setup import TrainingOptions, TrainingSetup
+from ttcompress.train.state import State
 from ttcompress.tt.decompose import frobenius_norm
 from ttcompress.version import __version__
 
@@ -49,7 +48,7 @@ NO_MIRROR = ("digits", "mnist")
 ONLY_IN_TRAINING = (
     "teacher",
     "augment",
-    *(each.name for each in fields(Options) if each.name not in ("epochs", "seed")),
+    *(each.name for each in fields(TrainingOptions) if each.name not in ("epochs", "seed")),
 )
 """Options that mean nothing where nothing is trained."""
 EpochLog = Callable[[Json], None]
@@ -137,7 +136,7 @@ def finetune_file(
 
 
 @torch.no_grad()
-def _check_fit(model: nn.Module, course: Course) -> None:
+def _check_fit(model: nn.Module, course: TrainingSetup) -> None:
     """See that the network, and the teacher, take the training images and have a class for each label."""
     images, _ = next(iter(replace(course.stream, workers=0).epoch(0)))
     for network in (model, course.teacher):
@@ -210,12 +209,12 @@ def _from_scratch(settings: Settings, plan: CompressionPlan | None) -> Student:
 # --------------------------------------------------------------------------------------------------------------- course
 
 
-def _options(settings: Settings, world: World) -> Options:
-    stated = {each.name: getattr(settings, each.name) for each in fields(Options)}
+def _options(settings: Settings, world: World) -> TrainingOptions:
+    stated = {each.name: getattr(settings, each.name) for each in fields(TrainingOptions)}
     if settings.channels_last is None:
         # Where convolutions run faster so (docs/finetune.md).
         stated["channels_last"] = world.device.type == "cpu" or settings.precision != "float32"
-    return Options(**stated)
+    return TrainingOptions(**stated)
 
 
 @dataclass(frozen=True)
@@ -235,7 +234,7 @@ def _course(
     world: World,
     progress: Progress | None,
     log: EpochLog | None,
-) -> tuple[Course, Facts]:
+) -> tuple[TrainingSetup, Facts]:
     recipe = settings.recipe
     images = open_data(str(recipe.train), "train")
     preprocessing = preprocessing_for(settings, student.network.preprocessing, images) or images.statistics()
@@ -263,7 +262,7 @@ def _course(
     }  # fmt: skip
     # A pretrained network was most likely trained on the very images that are held out of these.
     fair = recipe.val is not None or settings.from_scratch
-    return Course(stream, judge, world, teacher, saved, fair, fingerprint, progress, log), facts
+    return TrainingSetup(stream, judge, world, teacher, saved, fair, fingerprint, progress, log), facts
 
 
 def _teacher(student: Student, settings: Settings, world: World) -> tuple[nn.Module | None, str | None]:
@@ -321,7 +320,7 @@ def _judge(
 
 
 def _report(
-    student: Student, settings: Settings, course: Course, state: State, facts: Facts, progress: Progress | None
+    student: Student, settings: Settings, course: TrainingSetup, state: State, facts: Facts, progress: Progress | None
 ) -> Report:
     """What was known before, with the training, the new errors of the weights and, with --data, the new accuracy."""
     recipe = settings.recipe

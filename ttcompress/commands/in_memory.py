@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ttcompress.commands.compress import compress_network, plan_network
 from ttcompress.commands.inputs import Inputs, Metric, accuracy_of, score_by, tensor_calibration
 from ttcompress.errors import DataError, PlanError, TTCompressError
-from ttcompress.files.checkpoint import check_output, write_safetensors
+from ttcompress.files.output import check_output
+from ttcompress.files.writing import write_safetensors
 from ttcompress.measure.accuracy import predict
 from ttcompress.networks.opening import Network
 from ttcompress.networks.stored import stored_tensors

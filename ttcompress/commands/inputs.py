@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.data.calibration_images import Calibration, draw
-from ttcompress.data.sets import Images, open_data
+from ttcompress.data.opening import open_data
+from ttcompress.data.sets import Images
 from ttcompress.errors import DataError
 from ttcompress.measure.accuracy import Batches, Predictions, compare, predict
 from ttcompress.networks.opening import Network

@@ -12,8 +12,10 @@ from pathlib import Path
 from torch import Tensor
 
 from ttcompress.errors import CheckpointError, PlanError, ShapeError, differences
-from ttcompress.files.checkpoint import load_compressed, replacing, write_safetensors
+from ttcompress.files.checkpoint import load_compressed
 from ttcompress.files.header import canonical_json
+from ttcompress.files.output import replacing
+from ttcompress.files.writing import write_safetensors
 from ttcompress.planning.plan_file import read_plan, write_plan
 from ttcompress.processes import World
 from ttcompress.records.common import Json

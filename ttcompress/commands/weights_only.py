@@ -16,18 +16,12 @@ from ttcompress.commands.compressor import Compressed, Compressor
 from ttcompress.commands.partial_results import Work, work_folder, work_on
 from ttcompress.commands.reports import promised_bytes, recorded, report_of
 from ttcompress.errors import PlanError, shortlist
-from ttcompress.files.checkpoint import (
-    DTYPE_NAMES,
-    LazyTensors,
-    check_output,
-    load_compressed,
-    tensor_bytes,
-    tensor_infos,
-    write_safetensors,
-    write_shards,
-)
+from ttcompress.files.checkpoint import load_compressed
 from ttcompress.files.header import TensorInfo, canonical_json
+from ttcompress.files.output import check_output
 from ttcompress.files.shards import INDEX_SUFFIX, Index, read_index
+from ttcompress.files.tensors import DTYPE_NAMES, LazyTensors, tensor_bytes, tensor_infos
+from ttcompress.files.writing import write_safetensors, write_shards
 from ttcompress.networks.opening import Network, open_weights
 from ttcompress.networks.stored import stored_cores, stored_tensors
 from ttcompress.networks.surgery import check_plan, decompose

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ttcompress.errors import PlanError
-from ttcompress.files.checkpoint import load_compressed, write_safetensors
+from ttcompress.files.checkpoint import load_compressed
 from ttcompress.files.header import read_metadata
+from ttcompress.files.writing import write_safetensors
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
 from ttcompress.measure.multiply_adds import multiply_adds

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from ttcompress.errors import PlanError
-from ttcompress.files.checkpoint import replacing
+from ttcompress.files.output import replacing
 from ttcompress.planning.selection import find_layers
 from ttcompress.recipe import FORM, TARGETS, Recipe
 from ttcompress.records.plan import PLAN_SCHEMA, CompressionPlan

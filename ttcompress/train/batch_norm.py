@@ -11,7 +11,7 @@ from ttcompress.processes import World
 
 
 class ReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm whose training statistics are those of the global batch; unlike SyncBatchNorm it runs on CPUs too."""
+    """Batch norm with the training statistics of the global batch, on CPUs too, unlike SyncBatchNorm."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
@@ -20,28 +20,42 @@ class ReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Normalise (N, C, ...)."""
         if not self.training and self.running_mean is not None:
             return super().forward(input)
-        axes, shape = [0, *range(2, input.dim())], [1, -1, *[1] * (input.dim() - 2)]
+
+        axes = [0, *range(2, input.dim())]
+        channel_shape = [1, -1, *[1] * (input.dim() - 2)]
         values = input.float()
         count = _summed(values.new_full((1,), values.numel() / values.shape[1]))
         if self.training and float(count) <= 1:
             raise ValueError(f"batch norm needs more than one value a channel in training, not {tuple(input.shape)}")
+
         mean = _summed(values.sum(axes)) / count
-        variance = _summed((values - mean.view(shape)).square().sum(axes)) / count
-        if self.training and self.running_mean is not None:
-            self._track(mean.detach(), variance.detach() * (count / (count - 1)))
+        deviations = values - mean.view(channel_shape)
+        variance = _summed(deviations.square().sum(axes)) / count
+        if self.training:
+            # As in torch, the running variance is the unbiased one.
+            unbiased = variance.detach() * (count / (count - 1))
+            self._track(mean.detach(), unbiased)
+
         scale = (variance + self.eps).rsqrt()
         shift = -mean * scale
         if self.weight is not None:
-            scale, shift = scale * self.weight, shift * self.weight + self.bias
-        return torch.addcmul(shift.view(shape), values, scale.view(shape)).to(input.dtype)
+            scale = scale * self.weight
+            shift = shift * self.weight + self.bias
+        normalised = torch.addcmul(shift.view(channel_shape), values, scale.view(channel_shape))
+        return normalised.to(input.dtype)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
+        """Move the running statistics, where they are kept, towards those of a batch."""
+        if self.running_mean is None or self.running_var is None:
+            return
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        share = 1 / float(self.num_batches_tracked or 1) if self.momentum is None else self.momentum
+
+        share = self.momentum
+        if share is None:
+            # Without momentum they are the plain average over all batches.
+            share = 1 / float(self.num_batches_tracked or 1)
         self.running_mean.lerp_(mean.to(self.running_mean), share)
         self.running_var.lerp_(variance.to(self.running_var), share)
 
@@ -68,7 +82,7 @@ def _summed(values: Tensor) -> Tensor:
 
 
 def reduce_batch_norms(model: nn.Module) -> None:
-    """Make torch's own batch norms take the statistics of the global batch, in place; subclasses stay as they are."""
+    """Make torch's own batch norms, but no subclass, take the statistics of the global batch, in place."""
     for module in model.modules():
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             module.__class__ = ReducedBatchNorm
@@ -79,5 +93,6 @@ def parallel(model: nn.Module, world: World) -> Any:
     if world.size == 1:
         return model
     reduce_batch_norms(model)
-    ids = [world.device.index] if world.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    device_ids = [world.device.index] if world.device.type == "cuda" else None
+    # The statistics of batch norms are alike everywhere already.
+    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)

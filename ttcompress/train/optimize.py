@@ -30,31 +30,45 @@ def make_optimizer(model: nn.Module, name: str, rate: float, decay: float) -> to
 
     Biases and the parameters of norms have none; TT-cores have that of their product, in `update`.
     """
-    decayed, others = list[nn.Parameter](), list[nn.Parameter]()
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
     for owner in model.modules():
         for own_name, parameter in owner.named_parameters(recurse=False):
-            plain = isinstance(owner, NORMS | nn.ParameterList) or parameter.dim() <= 1 or own_name.startswith("bias")
-            (others if plain else decayed).append(parameter)
-    decayed, others = (_trained_once(parameters) for parameters in (decayed, others))
-    groups = [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+            is_decayed = _is_dense_weight(owner, own_name, parameter)
+            (decayed if is_decayed else undecayed).append(parameter)
+
+    groups = [
+        {"params": _trained_once(decayed), "weight_decay": decay},
+        {"params": _trained_once(undecayed), "weight_decay": 0.0},
+    ]
     groups = [group for group in groups if group["params"]]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=rate)
     return torch.optim.SGD(groups, lr=rate, momentum=MOMENTUM, nesterov=True)
 
 
+def _is_dense_weight(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    # TT layers keep their cores in a ParameterList.
+    if isinstance(owner, NORMS | nn.ParameterList):
+        return False
+    return parameter.dim() > 1 and not name.startswith("bias")
+
+
 def _trained_once(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     """Those that are trained, shared ones once."""
-    return [*dict.fromkeys(parameter for parameter in parameters if parameter.requires_grad)]
+    trained = (parameter for parameter in parameters if parameter.requires_grad)
+    return [*dict.fromkeys(trained)]
 
 
 def rate_at(step: int, total: int, warm_up: int, schedule: str) -> float:
-    """Learning rate of a step as a share of the highest: linear warm-up, then down to 0 by cosine, or by steps."""
+    """Learning rate of a step as a share of the highest: linear warm-up, then down by cosine or in steps."""
     if step < warm_up:
         return (step + 1) / (warm_up + 1)
+
     done = (step - warm_up) / max(1, total - warm_up)
     if schedule == "step":
-        return float(STEP_FACTOR ** sum(done >= at for at in STEPS_AT))
+        num_drops = sum(done >= at for at in STEPS_AT)
+        return float(STEP_FACTOR**num_drops)
     return (1 + cos(pi * done)) / 2
 
 
@@ -67,37 +81,46 @@ def update(
     decay: float,
     step: Callable[[], object],
 ) -> None:
-    """One step with the gradients cut to a norm of `clip` (0 for none); `step` is the optimizer's, scaled or not."""
+    """Take one step with the gradients clipped to a norm of `clip`, 0 for any.
+
+    `step` is the optimizer's, of scaled gradients or not.
+    """
     if clip:
-        nn.utils.clip_grad_norm_([each for each in model.parameters() if each.grad is not None], clip)
+        with_gradient = [each for each in model.parameters() if each.grad is not None]
+        nn.utils.clip_grad_norm_(with_gradient, clip)
     shrink_products(layers, _shrinkage(optimizer, decay))
     step()
 
 
 def _shrinkage(optimizer: torch.optim.Optimizer, decay: float) -> float:
-    """By which share a dense weight without gradient shrinks in a step; with SGD, once the momentum has built up."""
+    """Share by which a dense weight without gradient shrinks in a step, once the momentum has built up."""
     group = optimizer.param_groups[0]
-    return float(group["lr"] * decay / (1 - group.get("momentum", 0)))
+    momentum = group.get("momentum", 0)
+    return float(group["lr"] * decay / (1 - momentum))
 
 
 @torch.no_grad()
 def shrink_products(layers: Sequence[TTLinear | TTConv2d], share: float) -> None:
-    """Weight decay of TT layers: make the weight that the cores stand for smaller by a share, as that of a dense layer.
+    """Decay TT layers as dense ones: the weight that the cores stand for becomes smaller by a share.
 
-    The trained cores of a layer bear it alike. Decay of each core at the rate of dense weights would be another thing:
-    the more cores, the stronger, and its minimum at a given product moves norm between them.
+    The trained cores of a layer bear it alike. Decay of each core at the rate of dense weights would be
+    another thing: the more cores, the stronger, and its minimum at a given product moves norm between them.
     """
-    for layer in layers if share else ():
+    if not share:
+        return
+    left = max(0.0, 1 - share)
+    for layer in layers:
         trained = [core for core in layer.cores if core.requires_grad]
         for core in trained:
-            core.mul_(max(0.0, 1 - share) ** (1 / len(trained)))
+            core.mul_(left ** (1 / len(trained)))
 
 
 class Average:
     """Exponential moving average of a network's parameters and running statistics."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay, self.updates = decay, 0
+        self.decay = decay
+        self.updates = 0
         self.values = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
     @torch.no_grad()

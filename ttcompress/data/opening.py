@@ -1,0 +1,186 @@
+"""Data references `KIND:PATH[@SPLIT]` -> sets of images; one opener a kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ttcompress.data.arrays import ArrayImages, Arrays, Labels
+from ttcompress.data.folders import FolderImages
+from ttcompress.data.sets import Images, Pixels
+from ttcompress.errors import DataError, shortlist
+
+_KINDS = "npz:FILE, cifar10:ROOT, mnist:ROOT, imagefolder:ROOT, images:DIR, digits"
+_SPLITS = ("train", "test")
+
+
+def open_data(reference: str, split: str = "test") -> Images:
+    """Open `KIND:PATH[@train|@test]`; `split` counts where the reference names none.
+
+    Raises:
+        DataError: an unknown kind, or nothing readable of that kind there.
+    """
+    kind, colon, path = reference.partition(":")
+    if not colon and kind.split("@")[0] == "digits":
+        kind, path = "digits", kind.removeprefix("digits")
+    if kind not in _OPENERS:
+        raise DataError(f"unknown kind of data {reference!r}: it is one of {_KINDS}")
+    if not path and kind != "digits":
+        raise DataError(f"{reference!r} names no place: write {kind}:PATH")
+    if split not in _SPLITS:
+        raise DataError(f"unknown split {split!r}: it is one of {shortlist(_SPLITS)}")
+    return _OPENERS[kind](path, split)
+
+
+def _split_off(path: str, default: str) -> tuple[str, str]:
+    head, _, tail = path.rpartition("@")
+    return (head, tail) if tail in _SPLITS else (path, default)
+
+
+def _without_split(path: str) -> Path:
+    whole, (head, tail) = Path(path).expanduser(), _split_off(path, "")
+    if tail and not whole.exists():
+        raise DataError(
+            f"{path}: @{tail} cannot be chosen, there is one split only: leave it out or name {head}'s twin"
+        )
+    return whole
+
+
+def _open_splits(kind: str, load: Callable[[str, str], Arrays], path: str, default: str) -> Images:
+    root, split = _split_off(path, default)
+    train = None if split == "train" else partial(load, root, "train")
+    return ArrayImages(f"{kind}@{split}", load(root, split), train)
+
+
+def _open_npz(path: str, default: str) -> Images:
+    file = _without_split(path)
+    return ArrayImages(f"npz:{file.name}", _load_npz(file))
+
+
+def _load_npz(file: Path) -> Arrays:
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            content = {key: archive[key] for key in ("images", "labels") if key in archive}
+    except FileNotFoundError:
+        raise DataError(f"no file {file}") from None
+    except Exception as error:
+        # What a damaged archive raises depends on where the damage is: zipfile, zlib and NumPy have their own errors.
+        raise DataError(f"{file} is not a readable npz file of plain arrays ({type(error).__name__})") from error
+    if "images" not in content:
+        raise DataError(f"{file} has no array 'images': write it with numpy.savez(file, images=..., labels=...)")
+    return _check_images(content["images"], str(file)), _check_labels(content, str(file))
+
+
+def _check_images(images: NDArray[Any], where: str) -> Pixels:
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise DataError(
+            f"{where}: images are {images.dtype} of shape {images.shape}, not uint8 of shape (N, H, W) or (N, H, W, C)"
+        )
+    if images.size == 0:
+        raise DataError(f"{where} holds no images")
+    return images.reshape(*images.shape[:3], -1)
+
+
+def _check_labels(content: dict[str, NDArray[Any]], where: str) -> Labels | None:
+    if "labels" not in content:
+        return None
+    images, labels = content["images"], content["labels"]
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(
+            f"{where}: labels are {labels.dtype} of shape {labels.shape}, for {len(images)} images they have to be "
+            f"integers of shape ({len(images)},)"
+        )
+    if labels.min() < 0:
+        raise DataError(f"{where}: labels count from 0, the smallest is {labels.min()}")
+    return labels.astype(np.int64)
+
+
+def _load_cifar10(root: str, split: str) -> Arrays:
+    folder = Path(root).expanduser()
+    file = folder / f"cifar10-{split}.npz"
+    if file.is_file():
+        return _load_npz(file)
+    from torchvision.datasets import CIFAR10
+
+    try:
+        dataset = CIFAR10(str(folder), train=split == "train", download=False)
+    except RuntimeError as error:
+        raise DataError(f"no CIFAR-10 in {folder}: neither {file.name} nor an intact cifar-10-batches-py") from error
+    return dataset.data, np.asarray(dataset.targets, dtype=np.int64)
+
+
+def _load_mnist(root: str, split: str) -> Arrays:
+    from torchvision.datasets import MNIST
+
+    folder = Path(root).expanduser()
+    try:
+        dataset = MNIST(str(folder), train=split == "train", download=False)
+    except (RuntimeError, OSError, ValueError, TypeError) as error:
+        raise DataError(f"no MNIST in {folder}: it has to hold MNIST/raw with the four idx files") from error
+    return dataset.data.numpy()[..., None], dataset.targets.numpy()
+
+
+def _load_digits(root: str, split: str) -> Arrays:
+    if root:
+        raise DataError(f"digits come with scikit-learn and take no path, not {root!r}: write digits or digits@train")
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    # Grey values are 0 ... 16 there.
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    first_test = len(images) * 4 // 5
+    part = slice(first_test) if split == "train" else slice(first_test, None)
+    return images[part], digits.target[part].astype(np.int64)
+
+
+def _open_imagefolder(path: str, default: str) -> Images:
+    folder, subfolder = _choose_subfolder(path, default)
+    from torchvision.datasets import ImageFolder
+
+    try:
+        dataset = ImageFolder(str(folder))
+    except OSError as error:
+        raise DataError(f"{folder} is not a folder of classes with images in each: {error}") from error
+    return FolderImages("imagefolder" + (f"@{subfolder}" if subfolder else ""), dataset.samples, len(dataset.classes))
+
+
+def _choose_subfolder(path: str, default: str) -> tuple[Path, str]:
+    head, _, tail = path.rpartition("@")
+    if head and tail and (Path(head).expanduser() / tail).is_dir():
+        return Path(head).expanduser() / tail, tail
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise DataError(f"no folder {root}" + (f", and no subfolder {tail} in {head}" if head else ""))
+    names = {"train": ("train",), "test": ("test", "val")}[default]
+    chosen = next((name for name in names if (root / name).is_dir()), "")
+    others = [name for name in ("train", "test", "val") if (root / name).is_dir()]
+    if others and not chosen:
+        raise DataError(f"{root} has no {default} split but {shortlist(others)}: choose it, as in {path}@{others[0]}")
+    return root / chosen, chosen
+
+
+def _open_images(path: str, default: str) -> Images:
+    folder = _without_split(path)
+    if not folder.is_dir():
+        raise DataError(f"no folder {folder}")
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    files = [str(file) for file in folder.iterdir() if file.suffix.lower() in IMG_EXTENSIONS]
+    if not files:
+        raise DataError(f"{folder} holds no images: {shortlist(IMG_EXTENSIONS, len(IMG_EXTENSIONS))} are read")
+    return FolderImages("images", [(file, None) for file in files], None)
+
+
+_OPENERS: dict[str, Callable[[str, str], Images]] = {
+    "npz": _open_npz,
+    "cifar10": partial(_open_splits, "cifar10", _load_cifar10),
+    "mnist": partial(_open_splits, "mnist", _load_mnist),
+    "digits": partial(_open_splits, "digits", _load_digits),
+    "imagefolder": _open_imagefolder,
+    "images": _open_images,
+}

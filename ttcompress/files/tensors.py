@@ -1,0 +1,58 @@
+"""Tensors as files hold them: their types, shapes and sizes, and mappings that make each when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ttcompress.errors import CheckpointError
+from ttcompress.files.header import TensorInfo
+
+DTYPE_NAMES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
+    torch.int64: "I64", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
+    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors of known type and shape, each made anew when it is asked for, so that few are in memory at once."""
+
+    infos: Mapping[str, TensorInfo]
+    make: Callable[[str], Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.infos)
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+
+def tensor_infos(tensors: Mapping[str, Tensor]) -> Mapping[str, TensorInfo]:
+    """Type and shape by name.
+
+    Raises:
+        CheckpointError: a type that safetensors does not have.
+    """
+    if isinstance(tensors, LazyTensors):
+        return tensors.infos
+    return {name: TensorInfo(_dtype_name(name, tensor), tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def _dtype_name(name: str, tensor: Tensor) -> str:
+    if tensor.dtype not in DTYPE_NAMES:
+        raise CheckpointError(f"{name}: safetensors has no type for {tensor.dtype}")
+    return DTYPE_NAMES[tensor.dtype]
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of all tensors together."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
