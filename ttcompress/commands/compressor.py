@@ -11,6 +11,7 @@ from math import sqrt
 import torch
 from torch import nn
 
+from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.stages import adopt, compress_calibrated
 from ttcompress.calibrate.statistics import LayerStatistics, measure
 from ttcompress.commands.inputs import Score
@@ -20,8 +21,9 @@ from ttcompress.measure.latency import Bed, within_latency
 from ttcompress.measure.multiply_adds import Usage, usage_of
 from ttcompress.networks.running import input_dtype
 from ttcompress.networks.surgery import apply_plan
+from ttcompress.planning.budgets import Budget
 from ttcompress.planning.plan_file import adopt_plan
-from ttcompress.planning.planner import Budget, Planner, Results
+from ttcompress.planning.planner import Planner, Results
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Json, Progress
 from ttcompress.records.plan import CompressionPlan
@@ -114,8 +116,9 @@ class Compressor:
             model = self.model if inplace else copy.deepcopy(self.model)
             return Compressed(model, apply_plan(model, plan, self.device, self.progress))
         statistics = self._statistics(tuple(layer.fqn for layer in plan.layers))
+        reference = Reference(self._dense, statistics, images)
         compressed, plan, stages = compress_calibrated(
-            self._dense, plan, statistics, images, self.settings.effort, self.settings.seed, self.progress
+            reference, plan, self.settings.effort, self.settings.seed, self.progress
         )
         model = self.model if inplace else copy.deepcopy(self.model)
         adopt(model, compressed, plan)
