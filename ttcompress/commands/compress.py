@@ -7,15 +7,10 @@ from pathlib import Path
 
 from ttcompress.calibrate.stages import adopt
 from ttcompress.commands.compressor import Compressed, Compressor
-from ttcompress.commands.finetune import (
-    ONLY_IN_TRAINING,
-    EpochLog,
-    check_inputs,
-    finetune_file,
-    state_file,
-)
+from ttcompress.commands.finetune import ONLY_IN_TRAINING, check_inputs, finetune_file, state_file
 from ttcompress.commands.inputs import Inputs, calibration_name, open_inputs
 from ttcompress.commands.reports import promised_bytes, recorded, report_of
+from ttcompress.commands.training import EpochLog
 from ttcompress.commands.weights_only import compress_weights, plan_weights
 from ttcompress.errors import CheckpointError, DataError, PlanError, differences
 from ttcompress.files.checkpoint import file_digest

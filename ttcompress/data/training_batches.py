@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +15,58 @@ from ttcompress.data.augment import draws, flipped, shifted, shifts
 from ttcompress.data.sets import Images
 from ttcompress.errors import DataError
 from ttcompress.records.report import Preprocessing
+
+
+class TrainingBatches(Protocol):
+    """What a training runs on: epochs of batches (images, labels or None) on the device."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images of a full batch."""
+
+    @property
+    def steps(self) -> int:
+        """Batches an epoch."""
+
+    def mean_count(self, images: Tensor) -> float:
+        """How many images the batches of one process have on average, for a batch like this one."""
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The batches of an epoch, from batch `start` on."""
+
+
+@dataclass(frozen=True)
+class LoaderBatches:
+    """The user's own batches, such as a DataLoader: (inputs, labels) or inputs alone, in the order that they come."""
+
+    loader: Iterable[Any]
+    device: torch.device
+
+    @property
+    def batch_size(self) -> int:
+        """As the loader says, for the speed that is shown."""
+        return int(getattr(self.loader, "batch_size", None) or 1)
+
+    @property
+    def steps(self) -> int:
+        """Batches an epoch."""
+        if not isinstance(self.loader, Sized) or not len(self.loader):
+            raise DataError("train_loader must have a length above 0, as lists and DataLoaders have")
+        return len(self.loader)
+
+    def mean_count(self, images: Tensor) -> float:
+        """Of this very batch: the last one may be smaller."""
+        return float(len(images))
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield floating-point inputs in float32 and labels (N,) or None, on the device."""
+        for batch in islice(self.loader, start, None):
+            inputs, labels = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
+            inputs = inputs.to(self.device)
+            yield (
+                inputs.float() if inputs.is_floating_point() else inputs,
+                None if labels is None else labels.to(self.device),
+            )
 
 
 @dataclass(frozen=True)
@@ -47,6 +101,13 @@ class Stream:
     def steps(self) -> int:
         """Batches an epoch; the last images of the epoch's order that fill no batch wait for another epoch."""
         return max(1, len(self.images) // self.batch_size)
+
+    def mean_count(self, images: Tensor) -> float:
+        """How many images a batch of one process has on average.
+
+        Gradients are averaged over processes, whose shares of a small set may differ by an image.
+        """
+        return min(self.batch_size, len(self.images)) / self.size
 
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield (float32 images (N, C, H, W), labels (N,) or None) on the device, from batch `start` on."""

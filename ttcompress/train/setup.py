@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ttcompress.data.training_batches import Stream
+from ttcompress.data.training_batches import TrainingBatches
 from ttcompress.processes import World
 from ttcompress.records.common import Json, Progress
 
@@ -55,7 +55,7 @@ class TrainingSetup:
     score it. The training resumes from `checkpoint` only under the same `fingerprint`.
     """
 
-    stream: Stream
+    stream: TrainingBatches
     score: Callable[[nn.Module], float]
     world: World
     teacher: nn.Module | None = None

@@ -31,8 +31,7 @@ def backward(
     if options.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
 
-    # Gradients are averaged over processes, whose shares of a small set may differ by an image.
-    mean_count = min(setup.stream.batch_size, len(setup.stream.images)) / setup.world.size
+    mean_count = setup.stream.mean_count(images)
     part_size = -(-len(images) // options.accumulate)
     starts = range(0, len(images), part_size)
     sums = torch.zeros(3, dtype=torch.float64, device=images.device)

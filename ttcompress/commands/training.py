@@ -1,0 +1,171 @@
+"""What a training runs on, from what a recipe says: batches, teacher, score and options."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ttcompress.commands.inputs import Score, preprocessing_for
+from ttcompress.commands.starting_point import StartingPoint
+from ttcompress.data.opening import open_data
+from ttcompress.data.sets import Images
+from ttcompress.data.training_batches import Stream
+from ttcompress.errors import DataError, PlanError
+from ttcompress.files.checkpoint import file_digest
+from ttcompress.networks.opening import open_any
+from ttcompress.networks.running import forward
+from ttcompress.processes import World
+from ttcompress.records.common import Json, Progress
+from ttcompress.records.report import Preprocessing
+from ttcompress.settings import Settings
+from ttcompress.train.setup import TrainingOptions, TrainingSetup
+
+HELD_OUT, MOST_HELD_OUT = 10, 5000
+"""One training image in so many, and no more than so many, choose the best epoch where no --val is given."""
+NO_MIRROR = ("digits", "mnist")
+"""Data sets whose images mean something else in a mirror."""
+EpochLog = Callable[[Json], None]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The images of a training, in which normalisation, and what the report calls them and the teacher."""
+
+    stream: Stream
+    train: str
+    val: str
+    teacher: str | None
+    preprocessing: Preprocessing
+
+
+def training_options(settings: Settings, world: World) -> TrainingOptions:
+    """The settings of the training alone."""
+    values = {each.name: getattr(settings, each.name) for each in fields(TrainingOptions)}
+    if settings.channels_last is None:
+        # Where convolutions run faster so (docs/finetune.md).
+        values["channels_last"] = world.device.type == "cpu" or settings.precision != "float32"
+    return TrainingOptions(**values)
+
+
+def training_setup(
+    start: StartingPoint,
+    settings: Settings,
+    checkpoint: Path,
+    world: World,
+    progress: Progress | None,
+    log: EpochLog | None,
+) -> tuple[TrainingSetup, TrainingData]:
+    """Open what the recipe data, in the normalisation of the network.
+
+    Raises:
+        DataError: images without labels and without a teacher, or too few of them.
+        PlanError: a batch that the processes cannot share.
+    """
+    recipe = settings.recipe
+    images = open_data(str(recipe.train), "train")
+    preprocessing = preprocessing_for(settings, start.network.preprocessing, images) or images.statistics()
+
+    teacher, teacher_name = _teacher(start, settings, world)
+    if teacher is None and not images.labelled:
+        raise DataError(f"{images.name} has no labels: name a network to learn from with --teacher")
+    if settings.batch_size % world.size:
+        raise PlanError(f"--batch-size {settings.batch_size} cannot be shared by {world.size} processes")
+
+    if recipe.val is None:
+        chosen, val = _held_out(images, settings)
+        val_name = f"{len(val):,} of these held out"
+    else:
+        chosen, val = images, open_data(recipe.val, "train")
+        val_name = val.name
+
+    stream = _stream(chosen, preprocessing, settings, world)
+    score = _score_on(val, preprocessing, settings, world, None if val.labelled else teacher)
+    fingerprint = {
+        **vars(training_options(settings, world)),
+        "batch_size": settings.batch_size,
+        "augment": stream.augmentation,
+        "processes": world.size,
+        "train": f"{images.name} of {len(images)}",
+        "val": f"{val.name} of {len(val)}",
+        "teacher": teacher_name,
+        "model": start.digest,
+        "mean": list(preprocessing.mean),
+        "std": list(preprocessing.std),
+    }
+    # A pretrained network was most likely trained on the very images that are held out of these.
+    start_counts = recipe.val is not None or settings.from_scratch
+    setup = TrainingSetup(stream, score, world, teacher, checkpoint, start_counts, fingerprint, progress, log)
+    return setup, TrainingData(stream, images.name, val_name, teacher_name, preprocessing)
+
+
+def _stream(images: Images, preprocessing: Preprocessing, settings: Settings, world: World) -> Stream:
+    means_another_mirrored = len(preprocessing.mean) == 1 or images.name.startswith(NO_MIRROR)
+    return Stream(
+        images,
+        preprocessing,
+        settings.batch_size,
+        settings.seed,
+        world.device,
+        settings.augment or ("shift" if means_another_mirrored else "flip"),
+        settings.workers,
+        world.rank,
+        world.size,
+    )
+
+
+def _teacher(start: StartingPoint, settings: Settings, world: World) -> tuple[nn.Module | None, str | None]:
+    """The network that is named, else the dense one that the training starts from; frozen, with its name."""
+    named = settings.recipe.teacher
+    if settings.distill == 0:
+        return None, None
+    if named:
+        path = Path(named)
+        return frozen(open_any(path).model, world.device), f"{path.name} {file_digest(path)[:12]}"
+    if start.original is None:
+        return None, None
+    return frozen(copy.deepcopy(start.original), world.device), "the dense network"
+
+
+def frozen(model: nn.Module, device: torch.device) -> nn.Module:
+    """A teacher: in eval mode and float32, without gradients."""
+    return model.requires_grad_(False).eval().float().to(device)
+
+
+def _held_out(images: Images, settings: Settings) -> tuple[Images, Images]:
+    """The training set without, and, the images that choose the best epoch; drawn by the seed."""
+    count = min(MOST_HELD_OUT, len(images) // HELD_OUT)
+    if not count:
+        raise DataError(f"{images.name} has {len(images)} images, too few to hold some out: give --val")
+
+    order = np.random.default_rng(settings.seed).permutation(len(images))
+    held_out, trained = np.sort(order[:count]), np.sort(order[count:])
+    return images.chosen(trained.tolist()), images.chosen(held_out.tolist())
+
+
+def _score_on(
+    images: Images, preprocessing: Preprocessing, settings: Settings, world: World, teacher: nn.Module | None
+) -> Score:
+    """Percent of images with the right class, or with the teacher's; each process looks at its share."""
+    share = images.chosen(range(world.rank, len(images), world.size))
+
+    @torch.no_grad()
+    def score(model: nn.Module) -> float:
+        counts = torch.zeros(2, dtype=torch.float64, device=world.device)
+        for batch, labels in share.batches(preprocessing, settings.batch_size, workers=settings.workers):
+            batch = batch.to(world.device)
+            targets = labels if teacher is None else forward(teacher, batch).argmax(1)
+            if targets is None:
+                raise DataError(f"{images.name} has no labels to choose the best epoch by")
+            right = (forward(model, batch).argmax(1) == targets.to(world.device)).sum()
+            counts += torch.stack([right, right.new_tensor(len(batch))])
+
+        right_of_all, seen = world.total(counts).tolist()
+        return float(100 * right_of_all / seen)
+
+    return score

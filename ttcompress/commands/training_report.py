@@ -1,0 +1,118 @@
+"""What is reported of a training: what was known before, with the history and all that is measured anew."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from ttcompress.commands.inputs import accuracy_on, measured_images
+from ttcompress.commands.starting_point import StartingPoint
+from ttcompress.commands.training import TrainingData
+from ttcompress.data.sets import Images
+from ttcompress.files.tensors import tensor_bytes
+from ttcompress.measure.accuracy import Predictions, compare
+from ttcompress.networks.stored import stored_tensors, tied_parameters
+from ttcompress.records.common import Json, Progress
+from ttcompress.records.plan import CompressionPlan, KeptParameter, LayerPlan
+from ttcompress.records.report import Report
+from ttcompress.settings import Settings
+from ttcompress.train.loop import best_epoch
+from ttcompress.train.setup import TrainingSetup
+from ttcompress.train.state import State
+from ttcompress.tt.decompose import frobenius_norm
+from ttcompress.version import __version__
+
+ELSEWHERE = ("data", "limit", "val", "train", "teacher", "arch", "key", "device", "workers")
+"""Options that the report has in another form, or that say where things are."""
+
+
+def trained_report(
+    start: StartingPoint,
+    settings: Settings,
+    setup: TrainingSetup,
+    state: State,
+    data: TrainingData,
+    progress: Progress | None,
+) -> Report:
+    """What was known before, with the training, the new errors of the weights and, with --data, the new accuracy."""
+    model = start.network.model.eval()
+    former = start.report or _dense_report(start, settings)
+
+    images = measured_images(settings.recipe)
+    accuracy = None
+    if images and setup.world.leads:
+        accuracy = _accuracy(images, start, former, settings, data, progress)
+
+    stated = settings.recipe.to_json()
+    finetuning = {
+        "train": data.train,
+        "val": data.val,
+        "teacher": data.teacher,
+        "options": {name: value for name, value in stated.items() if name not in ELSEWHERE},
+        "start_counts": setup.start_counts,
+        "best": best_epoch(state.history, setup.start_counts)["epoch"],
+        "before": former.accuracy,
+        "history": state.history,
+    }
+    layers = [replace(layer, relative_error=_error(layer, start.original, model)) for layer in former.plan.layers]
+    return replace(
+        former,
+        plan=former.plan.with_layers(layers),
+        version=__version__,
+        preprocessing=data.preprocessing,
+        accuracy=accuracy,
+        finetuning=finetuning,
+    )
+
+
+def _dense_report(start: StartingPoint, settings: Settings) -> Report:
+    """Of a dense network: nothing is replaced."""
+    network = start.network
+    kept = [KeptParameter(name, each.numel(), "dense", "") for name, each in network.model.named_parameters()]
+    size = tensor_bytes(stored_tensors(network.model, network.tensors))
+    return Report(
+        CompressionPlan((), tuple(kept)),
+        size,
+        size,
+        __version__,
+        settings.seed,
+        source=network.source or {},
+        architecture=network.architecture,
+        tied=tied_parameters(network.model),
+    )
+
+
+def _accuracy(
+    images: Images,
+    start: StartingPoint,
+    former: Report,
+    settings: Settings,
+    data: TrainingData,
+    progress: Progress | None,
+) -> Json:
+    """Beside the dense network's, where that is at hand or was measured on the same images before."""
+    metric = accuracy_on(images, data.preprocessing, settings, progress)
+    found: Predictions = metric.measure(start.network.model)
+    if start.original is not None:
+        return metric.summary(metric.measure(start.original), found)
+
+    ours = compare(found, found, images.name).to_json()
+    is_known = former.accuracy is not None and former.accuracy.get("data") == images.name
+    known = former.accuracy if is_known and former.accuracy else {}
+    theirs = {name: known.get(name) for name in ("dense", "dense_top5", "dense_interval")}
+    return {**ours, **theirs, "agreement": None}
+
+
+def _error(layer: LayerPlan, original: nn.Module | None, model: nn.Module) -> float | None:
+    """Of a weight as it is now against the dense one, where that is at hand."""
+    if original is None:
+        return None
+    dense, trained = (_weight(network, layer.fqn) for network in (original, model))
+    norm = frobenius_norm(dense)
+    return frobenius_norm(dense - trained.to(dense)) / norm if norm else 0.0
+
+
+def _weight(model: nn.Module, fqn: str) -> Tensor:
+    weight: Tensor = model.get_submodule(fqn).weight  # type: ignore[assignment]
+    return weight.detach()
