@@ -59,7 +59,7 @@ WITHOUT_TORCH = {
     "__init__", "__main__", "cli", "cli_options", "errors", "options", "recipe", "records", "report", "settings",
     "terminal", "torchrun", "version",
 }  # fmt: skip
-WITHOUT_TORCH_MODULES = {"files.header", "files.shards", "tt.shapes"}
+WITHOUT_TORCH_MODULES = {"files.header", "files.output", "files.shards", "tt.shapes"}
 
 
 @cache

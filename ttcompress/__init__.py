@@ -12,6 +12,7 @@ from ttcompress.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from ttcompress import tt as tt
+    from ttcompress.commands.finetune_in_memory import finetune as finetune
     from ttcompress.commands.in_memory import compress as compress
     from ttcompress.commands.in_memory import evaluate as evaluate
     from ttcompress.commands.in_memory import plan as plan
@@ -36,6 +37,7 @@ _HOMES = {
     "TTLinear": "layers.linear",
     "compress": "commands.in_memory",
     "evaluate": "commands.in_memory",
+    "finetune": "commands.finetune_in_memory",
     "load": "networks.opening",
     "plan": "commands.in_memory",
     "read_report": "report.text",

@@ -1,4 +1,4 @@
-"""Processes that work on one network together, as torchrun starts them; alone, everything here does nothing."""
+"""Processes that work on one network together, as torchrun starts them, or one process alone."""
 
 from __future__ import annotations
 
@@ -29,20 +29,25 @@ class World:
         return self.rank == 0
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over all processes."""
+        """The sum of a tensor over all processes."""
         if self.size > 1:
             values = values.clone()
             distributed.all_reduce(values)
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds in any process."""
-        return bool(self.total(torch.tensor([float(flag)], device=self.device))) if self.size > 1 else flag
+        """Whether a flag is set in any process."""
+        if self.size == 1:
+            return flag
+        count = self.total(torch.tensor([float(flag)], device=self.device))
+        return bool(count)
 
     def share(self, sizes: Sequence[int]) -> list[int]:
-        """Which of several pieces of work this process does: the largest go first, each to whoever has least."""
-        loads, own = [0] * self.size, []
-        for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        """Pieces of work that this process does: the largest go first, each to whoever has least."""
+        loads = [0] * self.size
+        own = []
+        largest_first = sorted(range(len(sizes)), key=lambda index: -sizes[index])
+        for index in largest_first:
             taker = loads.index(min(loads))
             loads[taker] += sizes[index]
             if taker == self.rank:
@@ -50,16 +55,17 @@ class World:
         return sorted(own)
 
     def wait(self) -> None:
-        """Until all processes are here.
+        """Wait until all processes are here.
 
         Raises:
             TTCompressError: one of them is gone.
         """
-        if self.size > 1:
-            try:
-                distributed.barrier()
-            except RuntimeError as error:
-                raise TTCompressError("another process stopped") from error
+        if self.size == 1:
+            return
+        try:
+            distributed.barrier()
+        except RuntimeError as error:
+            raise TTCompressError("another process stopped") from error
 
 
 @contextmanager
@@ -76,14 +82,21 @@ def joined(device: torch.device, patience: timedelta | None = None) -> Iterator[
     if size == 1:
         yield World(device)
         return
+
     if device.type == "cuda":
-        local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if local >= there:
-            raise PlanError(f"process {local} of this machine has no GPU of its own, there are {there}")
-        device = torch.device("cuda", local)
+        device = _own_gpu()
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, timeout=patience)
     try:
         yield World(device, distributed.get_rank(), size)
     finally:
         distributed.destroy_process_group()
+
+
+def _own_gpu() -> torch.device:
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise PlanError(f"process {local_rank} of this machine has no GPU of its own, there are {count}")
+    return torch.device("cuda", local_rank)

@@ -1,4 +1,4 @@
-"""Random numbers of augmentation against splitmix64 in whole numbers; flips, shifts and cuts against NumPy slices."""
+"""Random numbers of augmentation against splitmix64 in whole numbers; flips, shifts and crops against NumPy slices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ttcompress.data.augment import DRAWS, cut_out, draws, flipped, shifted, shifts
+from ttcompress.data.augment import NUMBERS_PER_IMAGE, flipped, random_crop_box, random_numbers, shifted, shifts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +39,7 @@ def number(seed: int, epoch: int, index: int, column: int) -> float:
     return (splitmix64((state + (column + 1) * GOLDEN) % WORDS) >> 11) / 2**53
 
 
-# --------------------------------------------------------------------------------------------------------------- draws
+# ------------------------------------------------------------------------------------------------------ random numbers
 
 
 def test_the_oracle_is_splitmix64() -> None:
@@ -52,20 +52,22 @@ def test_the_oracle_is_splitmix64() -> None:
 @given(seed=SEEDS, epoch=EPOCHS, indices=st.lists(INDICES, max_size=6))
 @example(seed=WORDS - 1, epoch=0, indices=[0, 1])
 def test_numbers_are_the_hash_of_seed_epoch_and_index(seed: int, epoch: int, indices: list[int]) -> None:
-    found = draws(seed, epoch, indices)
-    assert (found.dtype, found.shape) == (torch.float64, (len(indices), DRAWS))
-    assert found.tolist() == [[number(seed, epoch, index, column) for column in range(DRAWS)] for index in indices]
+    found = random_numbers(seed, epoch, indices)
+    assert (found.dtype, found.shape) == (torch.float64, (len(indices), NUMBERS_PER_IMAGE))
+    assert found.tolist() == [
+        [number(seed, epoch, index, column) for column in range(NUMBERS_PER_IMAGE)] for index in indices
+    ]
 
 
 @settings(max_examples=60, deadline=None)
 @given(seed=SEEDS, epoch=EPOCHS, indices=st.lists(INDICES, min_size=2, max_size=12), data=st.data())
 def test_numbers_do_not_hang_on_order_or_grouping(seed: int, epoch: int, indices: list[int], data: Any) -> None:
-    whole = dict(zip(indices, draws(seed, epoch, indices).tolist(), strict=True))
+    whole = dict(zip(indices, random_numbers(seed, epoch, indices).tolist(), strict=True))
     other = data.draw(st.permutations(indices))
     at = data.draw(st.integers(0, len(other)))
-    draws(seed + 1 if seed < 9 else 0, epoch + 1, indices)
+    random_numbers(seed + 1 if seed < 9 else 0, epoch + 1, indices)
     for part in (other[:at], other[at:], np.array(other)):
-        assert draws(seed, epoch, part).tolist() == [whole[int(index)] for index in part]
+        assert random_numbers(seed, epoch, part).tolist() == [whole[int(index)] for index in part]
 
 
 @settings(max_examples=60, deadline=None)
@@ -75,16 +77,16 @@ def test_numbers_do_not_hang_on_order_or_grouping(seed: int, epoch: int, indices
 @example(first=(1, 0, 0), second=(0, 0, 1))
 @example(first=(2**53, 0, 0), second=(2**53 + 1, 0, 0))
 def test_numbers_hang_on_seed_epoch_and_index(first: tuple[int, int, int], second: tuple[int, int, int]) -> None:
-    one, other = (draws(seed, epoch, [index]).flatten().tolist() for seed, epoch, index in (first, second))
+    one, other = (random_numbers(seed, epoch, [index]).flatten().tolist() for seed, epoch, index in (first, second))
     assert (set(one) & set(other) == set()) == (first != second)
-    assert len(set(one)) == DRAWS
+    assert len(set(one)) == NUMBERS_PER_IMAGE
 
 
 MANY = 20_000
 
 
 def columns(seed: int, epoch: int) -> NDArray[np.float64]:
-    return np.asarray(draws(seed, epoch, range(MANY)).T.numpy())
+    return np.asarray(random_numbers(seed, epoch, range(MANY)).T.numpy())
 
 
 @pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (0, 1), (1, 0), (2**40, 299)])
@@ -96,7 +98,7 @@ def test_numbers_are_uniform_and_their_columns_independent(seed: int, epoch: int
     for bins, left in ((20, found), (7, found * 2**20 % 1)):
         counts = np.stack([np.bincount((bins * each).astype(int), minlength=bins) for each in left])
         assert (((counts - MANY / bins) ** 2).sum(1) * bins / MANY).max() < bins + 5 * (2 * bins) ** 0.5
-    for i in range(DRAWS):
+    for i in range(NUMBERS_PER_IMAGE):
         for j in range(i):
             pairs = np.histogram2d(found[i], found[j], 5, [[0, 1], [0, 1]])[0]
             assert ((pairs - MANY / 25) ** 2).sum() * 25 / MANY < 25 + 5 * 50**0.5
@@ -106,7 +108,7 @@ def test_numbers_of_neighbours_are_independent() -> None:
     """Of one image and the next, of one epoch and the next, of one seed and the next, in any columns."""
     one = columns(0, 0)
     for other in (np.roll(one, 1, axis=1), columns(0, 1), columns(1, 0)):
-        crossed = np.corrcoef(one, other)[:DRAWS, DRAWS:]
+        crossed = np.corrcoef(one, other)[:NUMBERS_PER_IMAGE, NUMBERS_PER_IMAGE:]
         assert np.abs(crossed).max() < 5 / MANY**0.5
 
 
@@ -184,7 +186,7 @@ def test_small_images_do_not_move(size: int, number: float) -> None:
     assert shifts(torch.tensor([number], dtype=torch.float64), size).tolist() == [0]
 
 
-# ---------------------------------------------------------------------------------------------------------------- cuts
+# --------------------------------------------------------------------------------------------------------------- crops
 
 SIDES = st.one_of(st.integers(1, 6), st.integers(1, 700))
 
@@ -199,7 +201,7 @@ def asked(numbers: Sequence[float]) -> tuple[float, float]:
 def test_a_cut_lies_inside_and_is_what_the_numbers_ask_for(
     numbers: tuple[float, float, float, float], height: int, width: int
 ) -> None:
-    top, left, tall, wide = cut_out(numbers, height, width)
+    top, left, tall, wide = random_crop_box(numbers, height, width)
     assert {type(value) for value in (top, left, tall, wide)} == {int}
     assert 0 <= top <= top + 1 <= top + tall <= height
     assert 0 <= left <= left + 1 <= left + wide <= width
@@ -217,7 +219,7 @@ def test_area_and_aspect_are_within_their_bounds_up_to_rounding(
     numbers: tuple[float, float, float, float], height: int, width: int
 ) -> None:
     """The aspect of an image that is longer than 4/3 by itself can come out with longer parts, never longer than it."""
-    _, _, tall, wide = cut_out(numbers, height, width)
+    _, _, tall, wide = random_crop_box(numbers, height, width)
     own = width / height
     least = min(0.2, 0.75 * min(own, 1 / own))
     assert (tall + 0.5) * (wide + 0.5) >= (1 - 1e-9) * least * height * width
@@ -226,24 +228,26 @@ def test_area_and_aspect_are_within_their_bounds_up_to_rounding(
 
 
 def test_the_extremes_of_the_numbers() -> None:
-    assert cut_out([0.0] * 4, 120, 160) == (0, 0, round(71.55), round(53.67))
-    assert cut_out([LAST] * 4, 120, 160) == (0, 0, 120, 160)
-    assert cut_out([0.0, 0.0, LAST, LAST], 120, 160) == (120 - 72, 160 - 54, 72, 54)
-    assert cut_out([LAST, 0.5, LAST, 0.0], 50, 50) == (0, 0, 50, 50)
+    assert random_crop_box([0.0] * 4, 120, 160) == (0, 0, round(71.55), round(53.67))
+    assert random_crop_box([LAST] * 4, 120, 160) == (0, 0, 120, 160)
+    assert random_crop_box([0.0, 0.0, LAST, LAST], 120, 160) == (120 - 72, 160 - 54, 72, 54)
+    assert random_crop_box([LAST, 0.5, LAST, 0.0], 50, 50) == (0, 0, 50, 50)
 
 
 @given(numbers=FOUR, length=st.integers(1, 50))
 def test_of_a_line_a_line_remains(numbers: tuple[float, float, float, float], length: int) -> None:
-    assert cut_out(numbers, 1, 1) == (0, 0, 1, 1)
-    assert cut_out(numbers, 1, length)[::2] == (0, 1)
-    assert cut_out(numbers, length, 1)[1::2] == (0, 1)
+    assert random_crop_box(numbers, 1, 1) == (0, 0, 1, 1)
+    assert random_crop_box(numbers, 1, length)[::2] == (0, 1)
+    assert random_crop_box(numbers, length, 1)[1::2] == (0, 1)
 
 
 @settings(max_examples=30, deadline=None)
 @given(numbers=FOUR, height=st.integers(1, 80), width=st.integers(1, 80))
 def test_all_places_are_alike(numbers: tuple[float, float, float, float], height: int, width: int) -> None:
-    _, _, tall, wide = cut_out(numbers, height, width)
+    _, _, tall, wide = random_crop_box(numbers, height, width)
     for axis, places in enumerate((height - tall + 1, width - wide + 1)):
         spots = [(place + 0.5) / (2 * places) for place in range(2 * places)]
-        found = [cut_out([*numbers[:2], *[(spot, 0.5), (0.5, spot)][axis]], height, width)[axis] for spot in spots]
+        found = [
+            random_crop_box([*numbers[:2], *[(spot, 0.5), (0.5, spot)][axis]], height, width)[axis] for spot in spots
+        ]
         assert found == [place // 2 for place in range(2 * places)]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ttcompress.data.augment import cut_out
+from ttcompress.data.augment import random_crop_box
 from ttcompress.data.opening import open_data
 from ttcompress.data.sets import Images
 from ttcompress.data.training_batches import Stream
@@ -218,7 +218,7 @@ def test_files_give_the_same_as_memory(folder: Path, copied: Images, workers: in
 
 
 @with_and_without_workers
-def test_cuts_are_those_of_pillow(folder: Path, copied: Images, workers: int) -> None:
+def test_crops_are_those_of_pillow(folder: Path, copied: Images, workers: int) -> None:
     ((whole, labels),) = copied.training_batches(AS_IT_IS, [(np.arange(17), torch.zeros(17, 5))])
     known_labels = seen([(whole, labels)])
     known = Preprocessing(COLOUR.mean, COLOUR.std, (3, 5, 4))
@@ -226,7 +226,7 @@ def test_cuts_are_those_of_pillow(folder: Path, copied: Images, workers: int) ->
     batches = [*open_data(f"imagefolder:{folder}").training_batches(known, parts, workers)]
     assert [batch.dtype for batch, _ in batches] == [torch.uint8] * 2
     for (at, numbers), (batch, labels) in zip(parts, batches, strict=True):
-        top, left, tall, wide = cut_out(numbers[0].tolist(), 6, 7)
+        top, left, tall, wide = random_crop_box(numbers[0].tolist(), 6, 7)
         for index, found in zip(at, batch, strict=True):
             image = Image.fromarray(whole[index].permute(1, 2, 0).numpy())
             cut = image.crop((left, top, left + wide, top + tall)).resize((4, 5), Image.Resampling.BILINEAR)
@@ -243,7 +243,7 @@ def ramps(tmp_path_factory: pytest.TempPathFactory) -> Images:
     return open_data(f"imagefolder:{folder}")
 
 
-def cuts(ramps: Images, kind: str) -> NDArray[np.float64]:
+def crops(ramps: Images, kind: str) -> NDArray[np.float64]:
     """Rows of area, aspect, middle row, middle column and mirrored, over 300 parts."""
     known, rows = Preprocessing((0.0,) * 3, (1.0,) * 3, (3, 16, 16)), []
     for epoch in range(5):
@@ -259,7 +259,7 @@ def cuts(ramps: Images, kind: str) -> NDArray[np.float64]:
 
 @pytest.mark.parametrize("kind", ["shift", "flip"])
 def test_parts_of_files_are_of_all_sizes_aspects_and_places(ramps: Images, kind: str) -> None:
-    found = cuts(ramps, kind)
+    found = crops(ramps, kind)
     assert len(found) == 300
     for column, least, most in ((0, 0.2, 1), (1, 3 / 4, 4 / 3)):
         assert 0.9 * least < found[:, column].min() < 1.1 * least
@@ -271,7 +271,7 @@ def test_parts_of_files_are_of_all_sizes_aspects_and_places(ramps: Images, kind:
 
 
 def test_which_parts_are_mirrored_does_not_hang_on_their_size(ramps: Images) -> None:
-    found = cuts(ramps, "flip")
+    found = crops(ramps, "flip")
     assert np.abs(np.corrcoef(found.T)[4, :4]).max() < 0.25
 
 

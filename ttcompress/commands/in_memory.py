@@ -37,7 +37,7 @@ FLAG = re.compile(r"--([a-z][a-z0-9-]*)")
 
 
 @contextmanager
-def _speaking_python() -> Iterator[None]:
+def speaking_python() -> Iterator[None]:
     """Messages name options as the command line spells them; here they are keywords."""
 
     def keyword(found: re.Match[str]) -> str:
@@ -113,7 +113,7 @@ def compress(
     True
     """
     recipe = _recipe(locals(), compress)
-    with _speaking_python():
+    with speaking_python():
         _check_measures(recipe, plan, data, metric, val)
         model = module if inplace else copy.deepcopy(module)
         settings = Settings.of(recipe)
@@ -168,7 +168,7 @@ def plan(
     True
     """
     recipe = _recipe(locals(), plan)
-    with _speaking_python():
+    with speaking_python():
         _check_measures(recipe, None, None, None, val)
         settings = Settings.of(recipe)
         inputs = _inputs(settings, calib, None, None, val, progress)
@@ -188,7 +188,7 @@ def evaluate(
     >>> ttcompress.evaluate(net, [(torch.eye(4), net(torch.eye(4)).argmax(1))]).top1
     100.0
     """
-    with _speaking_python():
+    with speaking_python():
         where = chosen_device(device)
         return predict(module.to(where), data, where, progress).accuracy()
 
@@ -208,7 +208,7 @@ def save(module: nn.Module, report: Report, path: str | os.PathLike[str], force:
     >>> torch.equal(again(torch.ones(64)), small.eval()(torch.ones(64)))
     True
     """
-    with _speaking_python():
+    with speaking_python():
         check_output(Path(path), force)
     write_safetensors(Path(path), stored_tensors(module, module.state_dict(), report.plan), report.to_json())
 
@@ -223,17 +223,24 @@ def _recipe(given: Mapping[str, Any], function: Callable[..., Any]) -> Recipe:
         TypeError: there is no such keyword.
         PlanError: a value out of range or of the wrong kind.
     """
-    if unknown := given["unknown"]:
-        known = [name for name in signature(function).parameters if name not in ("module", "unknown")]
-        name = next(iter(unknown))
-        nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise TypeError(f"{function.__name__}() has no keyword {name!r}; did you mean {nearest!r}?")
-
+    check_keywords(given, function)
     # `calib`, `data` and `val` name files on the command line and hold tensors here; a plan is no part of a recipe.
     of_recipe = RUN_OPTIONS.keys() - {"calib", "data", "val"} | {"layers"}
     stated = {name: _listed(value) for name, value in given.items() if name in of_recipe}
-    with _speaking_python():
+    with speaking_python():
         return Recipe(**stated)
+
+
+def check_keywords(given: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    """See that a call has no keywords but those of the function, given its local names.
+
+    Raises:
+        TypeError: it has one, with the nearest that there is.
+    """
+    known = [name for name in signature(function).parameters if name not in ("module", "unknown")]
+    for name in given["unknown"]:
+        nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise TypeError(f"{function.__name__}() has no keyword {name!r}; did you mean {nearest!r}?")
 
 
 def _listed(value: Any) -> Any:

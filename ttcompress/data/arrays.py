@@ -1,4 +1,4 @@
-"""Sets of images in memory."""
+"""Sets of images that are held in memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ttcompress.data.sets import Images, Parts, Pixels
+from ttcompress.data.sets import Images, Pixels, SampledBatch
 from ttcompress.errors import DataError
 from ttcompress.records.report import Preprocessing
 
@@ -23,8 +23,8 @@ class ArrayImages(Images):
 
     def __init__(self, name: str, arrays: Arrays, train: Callable[[], Arrays] | None = None) -> None:
         self._images, self._labels = arrays
-        height, width, channels = self._images.shape[1:]
         num_classes = None if self._labels is None else int(self._labels.max()) + 1
+        height, width, channels = self._images.shape[1:]
         super().__init__(name, num_classes, (channels, height, width))
         self._train = train
 
@@ -35,7 +35,8 @@ class ArrayImages(Images):
         """The images at these places, in this order; the statistics stay those of the whole."""
         at = np.asarray(indices, dtype=np.int64)
         part = copy.copy(self)
-        part._images, part._labels = self._images[at], None if self._labels is None else self._labels[at]
+        part._images = self._images[at]
+        part._labels = None if self._labels is None else self._labels[at]
         part._train = self._train or (lambda: (self._images, self._labels))
         return part
 
@@ -47,12 +48,16 @@ class ArrayImages(Images):
         """
         images = self._train()[0] if self._train else self._images
         values = np.arange(256) / 255
-        # A histogram gives the exact sums without a float64 copy of the images.
-        shares = [
-            np.bincount(images[..., c].ravel(), minlength=256) / images[..., c].size for c in range(images.shape[-1])
-        ]
-        means = [float(share @ values) for share in shares]
-        deviations = [float(np.sqrt(share @ (values - mean) ** 2)) for share, mean in zip(shares, means, strict=True)]
+        means = []
+        deviations = []
+        for channel in np.moveaxis(images, -1, 0):
+            # A histogram gives the exact sums without a float64 copy of the images.
+            shares = np.bincount(channel.ravel(), minlength=256) / channel.size
+            mean = float(shares @ values)
+            variance = shares @ (values - mean) ** 2
+            means.append(mean)
+            deviations.append(float(np.sqrt(variance)))
+
         if min(deviations) == 0:
             raise DataError(
                 f"{self.name}: a channel is the same everywhere and cannot be normalised: give --mean, --std"
@@ -64,7 +69,8 @@ class ArrayImages(Images):
         if have != channels:
             raise DataError(
                 f"{self.name} has images (N, H, W, C) of shape {self._images.shape} with {have} channels, "
-                f"the normalisation is for {channels}: use data that fits the network, or give --mean and --std"
+                f"the normalisation is for {channels}: "
+                "use data that fits the network, or give --mean and --std"
             )
 
     def _raw_batches(
@@ -72,12 +78,15 @@ class ArrayImages(Images):
     ) -> Iterator[tuple[Pixels, Tensor | None]]:
         for start in range(0, count, batch_size):
             part = slice(start, min(start + batch_size, count))
-            yield self._images[part], None if self._labels is None else torch.from_numpy(self._labels[part])
+            yield self._images[part], self._labels_of(part)
 
-    cuts = False
+    crops_randomly = False
 
     def _raw_training_batches(
-        self, preprocessing: Preprocessing, parts: Sequence[Parts], workers: int, cut: bool
+        self, preprocessing: Preprocessing, sampled: Sequence[SampledBatch], workers: int, random_crop: bool
     ) -> Iterator[tuple[Pixels, Tensor | None]]:
-        for at, _ in parts:
-            yield self._images[at], None if self._labels is None else torch.from_numpy(self._labels[at])
+        for indices, _ in sampled:
+            yield self._images[indices], self._labels_of(indices)
+
+    def _labels_of(self, indices: slice | NDArray[np.int64]) -> Tensor | None:
+        return None if self._labels is None else torch.from_numpy(self._labels[indices])

@@ -1,7 +1,8 @@
-"""Augmentation of image batches on their device, from random numbers that depend on seed, epoch and index alone.
+"""Augmentation of image batches on their device, by random numbers that anyone can repeat.
 
-Whoever asks for image i in epoch e gets the same numbers, in whatever order, batch or process: training resumes
-bit-equal, and a set in memory is augmented as the same set on disk.
+They depend on seed, epoch and index alone. Whoever asks for image i in epoch e gets the same numbers, in
+whatever order, batch or process: training resumes bit-equal, and a set in memory is augmented as the same set
+on disk.
 """
 
 from __future__ import annotations
@@ -17,19 +18,25 @@ from torch.nn import functional
 CROP = 8
 """Small images move by up to one pixel in this many."""
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
-"""Share of the area, and aspect, of the part that is cut out of a large image."""
-DRAWS = 5
-"""Random numbers an image."""
+"""Share of the area, and aspect, of the crop of a large image."""
+NUMBERS_PER_IMAGE = 5
+"""Random numbers an image: one for the mirror, four for a crop, of which a shift takes two."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def draws(seed: int, epoch: int, indices: Sequence[int] | NDArray[np.int64]) -> Tensor:
-    """Uniform numbers in [0, 1) of shape (images, DRAWS), float64, a hash of seed, epoch and index (splitmix64)."""
+def random_numbers(seed: int, epoch: int, indices: Sequence[int] | NDArray[np.int64]) -> Tensor:
+    """Uniform numbers in [0, 1), float64 (N, NUMBERS_PER_IMAGE), by splitmix64 of seed, epoch and index."""
+    # Sums of hashes wrap around on purpose.
     with np.errstate(over="ignore"):
-        stream = _hashed(_hashed(np.array([seed], dtype=np.uint64)) + np.uint64(epoch))
-        images = _hashed(stream + np.asarray(indices).astype(np.uint64))
-        numbers = _hashed(images[:, None] + np.arange(1, DRAWS + 1, dtype=np.uint64) * _GOLDEN)
-    return torch.from_numpy((numbers >> np.uint64(11)).astype(np.float64) / 2**53)
+        by_seed = _hashed(np.array([seed], dtype=np.uint64))
+        by_epoch = _hashed(by_seed + np.uint64(epoch))
+        by_image = _hashed(by_epoch + np.asarray(indices).astype(np.uint64))
+        steps = np.arange(1, NUMBERS_PER_IMAGE + 1, dtype=np.uint64) * _GOLDEN
+        hashes = _hashed(by_image[:, None] + steps)
+
+    # As many bits as a float64 has.
+    bits = hashes >> np.uint64(11)
+    return torch.from_numpy(bits.astype(np.float64) / 2**53)
 
 
 def _hashed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -42,7 +49,8 @@ def _hashed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def flipped(batch: Tensor, which: Tensor) -> Tensor:
     """Images (N, C, H, W), those of `which` (N,) mirrored left to right."""
-    return torch.where(which.to(batch.device)[:, None, None, None], batch.flip(-1), batch)
+    is_flipped = which.to(batch.device)[:, None, None, None]
+    return torch.where(is_flipped, batch.flip(-1), batch)
 
 
 def shifted(batch: Tensor, down: Tensor, right: Tensor) -> Tensor:
@@ -50,11 +58,14 @@ def shifted(batch: Tensor, down: Tensor, right: Tensor) -> Tensor:
     size, _, height, width = batch.shape
     reach = int(torch.stack([down, right]).abs().max()) if size else 0
     padded = functional.pad(batch, (reach,) * 4)
-    rows = (reach - down)[:, None] + torch.arange(height)
-    columns = (reach - right)[:, None] + torch.arange(width)
-    at = torch.arange(size)[:, None, None].to(batch.device)
-    rows, columns = rows.to(batch.device)[:, :, None], columns.to(batch.device)[:, None, :]
-    return padded.permute(0, 2, 3, 1)[at, rows, columns].permute(0, 3, 1, 2).contiguous()
+
+    image = torch.arange(size).to(batch.device)
+    rows = ((reach - down)[:, None] + torch.arange(height)).to(batch.device)
+    columns = ((reach - right)[:, None] + torch.arange(width)).to(batch.device)
+
+    channels_last = padded.permute(0, 2, 3, 1)
+    moved = channels_last[image[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return moved.permute(0, 3, 1, 2).contiguous()
 
 
 def shifts(numbers: Tensor, size: int) -> Tensor:
@@ -63,10 +74,18 @@ def shifts(numbers: Tensor, size: int) -> Tensor:
     return (numbers * (2 * reach + 1)).long() - reach
 
 
-def cut_out(numbers: Sequence[float], height: int, width: int) -> tuple[int, int, int, int]:
+def random_crop_box(numbers: Sequence[float], height: int, width: int) -> tuple[int, int, int, int]:
     """Top, left, height and width of a part of an image of random area and aspect (Szegedy et al. 2015)."""
-    area = height * width * (SCALE[0] + numbers[0] * (SCALE[1] - SCALE[0]))
-    aspect = RATIO[0] * (RATIO[1] / RATIO[0]) ** numbers[1]
+    least_share, most_share = SCALE
+    share = least_share + numbers[0] * (most_share - least_share)
+    area = height * width * share
+
+    # The logarithm of the aspect is uniform: as often 4:3 as 3:4.
+    least_aspect, most_aspect = RATIO
+    aspect = least_aspect * (most_aspect / least_aspect) ** numbers[1]
+
     tall = max(1, min(height, round((area / aspect) ** 0.5)))
     wide = max(1, min(width, round((area * aspect) ** 0.5)))
-    return int(numbers[2] * (height - tall + 1)), int(numbers[3] * (width - wide + 1)), tall, wide
+    top = int(numbers[2] * (height - tall + 1))
+    left = int(numbers[3] * (width - wide + 1))
+    return top, left, tall, wide

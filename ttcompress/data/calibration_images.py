@@ -11,11 +11,7 @@ from torch import Tensor
 from ttcompress.errors import DataError
 
 DEFAULT_IMAGES = 1024
-
-
 LEAST_IMAGES = 16
-
-
 HELD_OUT = 8
 """One image in so many decides instead of being learned from."""
 
@@ -24,8 +20,8 @@ HELD_OUT = 8
 class Calibration:
     """Unlabelled images as batches of network input, on the CPU.
 
-    `fitting(number)` gives the `num_images` to learn from, in another order for every number; `held_out()` those that
-    decide.
+    `fitting(number)` gives the `num_images` to learn from, in another order for every number; `held_out()`
+    those that decide.
     """
 
     name: str
@@ -37,16 +33,26 @@ class Calibration:
     def cast(self, dtype: torch.dtype) -> Calibration:
         """The same images in another type; whole numbers, such as tokens, stay as they are."""
 
-        def each(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        def cast_all(batches: Iterable[Tensor]) -> Iterator[Tensor]:
             return (batch.to(dtype) if batch.is_floating_point() else batch for batch in batches)
 
-        return replace(self, fitting=lambda number: each(self.fitting(number)), held_out=lambda: each(self.held_out()))
+        return replace(
+            self,
+            fitting=lambda number: cast_all(self.fitting(number)),
+            held_out=lambda: cast_all(self.held_out()),
+        )
 
 
 def draw(
-    name: str, available: int, asked: int | None, seed: int, batches: Callable[[Sequence[int]], Iterable[Tensor]]
+    name: str,
+    available: int,
+    asked: int | None,
+    seed: int,
+    batches: Callable[[Sequence[int]], Iterable[Tensor]],
 ) -> Calibration:
-    """Calibration on `asked` of the available images, drawn by the seed; `batches(indices)` reads those at `indices`.
+    """Calibration on `asked` of the available images, drawn by the seed.
+
+    `batches(indices)` reads the images at those indices.
 
     Raises:
         DataError: too few images.
@@ -56,11 +62,18 @@ def draw(
         raise DataError(f"{name} has {available:,} images, --calib-images asks for {wanted:,}")
     if wanted < LEAST_IMAGES:
         raise DataError(f"{name}: calibration needs at least {LEAST_IMAGES} images, not {wanted}")
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted]
-    held_out, fitting = order[: wanted // HELD_OUT], order[wanted // HELD_OUT :]
+
+    drawn = _permutation(available, seed)[:wanted]
+    num_held_out = wanted // HELD_OUT
+    held_out, fitting = drawn[:num_held_out], drawn[num_held_out:]
 
     def shuffled(number: int) -> Iterable[Tensor]:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        return batches(fitting[torch.randperm(len(fitting), generator=generator)].tolist())
+        # A factor so large that other seeds never meet the same numbers.
+        order = _permutation(len(fitting), seed * 1_000_003 + number)
+        return batches(fitting[order].tolist())
 
     return Calibration(name, len(fitting), len(held_out), shuffled, lambda: batches(held_out.tolist()))
+
+
+def _permutation(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))

@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ttcompress.data.augment import cut_out
-from ttcompress.data.sets import Images, Parts, Pixels
+from ttcompress.data.augment import random_crop_box
+from ttcompress.data.sets import Images, Pixels, SampledBatch
 from ttcompress.errors import DataError, shortlist
 from ttcompress.records.report import Preprocessing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-
 Sample = tuple[str, int | None]
+"""Path of an image file, and its label."""
+ReadImage = tuple[Pixels | str, int | None]
+"""Pixels (H, W, C) of an image file, or why it cannot be read, and its label."""
 _COLOUR_MODES = {1: "L", 3: "RGB"}
 
 
@@ -61,42 +63,47 @@ class FolderImages(Images):
     def _raw_batches(
         self, preprocessing: Preprocessing, batch_size: int, count: int, workers: int
     ) -> Iterator[tuple[Pixels, Tensor | None]]:
-        files = _Files(self._samples[:count], preprocessing)
+        files = _EvaluationFiles(self._samples[:count], preprocessing)
         # Without a generator of its own the loader would draw from, and so shift, the seeded global one.
         generator = torch.Generator()
         for items in DataLoader(files, batch_size, num_workers=workers, collate_fn=list, generator=generator):
             yield self._collated(items)
 
-    cuts = True
+    crops_randomly = True
 
     def _raw_training_batches(
-        self, preprocessing: Preprocessing, parts: Sequence[Parts], workers: int, cut: bool
+        self, preprocessing: Preprocessing, sampled: Sequence[SampledBatch], workers: int, random_crop: bool
     ) -> Iterator[tuple[Pixels, Tensor | None]]:
-        wanted = [[(int(i), tuple(n.tolist())) for i, n in zip(at, numbers, strict=True)] for at, numbers in parts]
-        files = _CutFiles(self._samples, preprocessing, cut)
-        generator = torch.Generator()
+        keys = [
+            [(int(index), tuple(own.tolist())) for index, own in zip(indices, numbers, strict=True)]
+            for indices, numbers in sampled
+        ]
         loader = DataLoader(
-            files,
-            batch_sampler=wanted,
+            _TrainingFiles(self._samples, preprocessing, random_crop),
+            batch_sampler=keys,
             num_workers=workers,
-            worker_init_fn=_leave_interrupts,
+            worker_init_fn=_ignore_interrupts,
             collate_fn=list,
-            generator=generator,
+            generator=torch.Generator(),
         )
         return (self._collated(items) for items in loader)
 
-    def _collated(self, items: Sequence[tuple[Pixels | str, int | None]]) -> tuple[Pixels, Tensor | None]:
+    def _collated(self, items: Sequence[ReadImage]) -> tuple[Pixels, Tensor | None]:
         pixels = _stack([item for item, _ in items], self.name)
-        return pixels, torch.tensor([label for _, label in items]) if self.labelled else None
+        labels = torch.tensor([label for _, label in items]) if self.labelled else None
+        return pixels, labels
 
 
-def _leave_interrupts(worker: int) -> None:
+def _ignore_interrupts(worker: int) -> None:
     """Ctrl-C is for the process that can save what is done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class _Files(Dataset[tuple[Pixels | str, int | None]]):
-    """Image files as uint8 (H, W, C); one that cannot be read gives the reason, for workers raise tracebacks."""
+class _EvaluationFiles(Dataset[ReadImage]):
+    """Image files, resized and cropped in the centre; one that cannot be read gives the reason instead.
+
+    An error raised in a worker process would come out as a traceback of many lines.
+    """
 
     def __init__(self, samples: Sequence[Sample], preprocessing: Preprocessing) -> None:
         self._samples = samples
@@ -105,10 +112,10 @@ class _Files(Dataset[tuple[Pixels | str, int | None]]):
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, index: int) -> tuple[Pixels | str, int | None]:
+    def __getitem__(self, index: int) -> ReadImage:
         return self._read(index, lambda image: _resize_and_crop(image, self._preprocessing))
 
-    def _read(self, index: int, cut: Callable[[Image], Image]) -> tuple[Pixels | str, int | None]:
+    def _read(self, index: int, crop: Callable[[Image], Image]) -> ReadImage:
         from PIL import Image
         from PIL.Image import DecompressionBombError
 
@@ -116,33 +123,34 @@ class _Files(Dataset[tuple[Pixels | str, int | None]]):
         mode = _COLOUR_MODES[len(self._preprocessing.mean)]
         try:
             with Image.open(path) as image:
-                pixels = np.asarray(cut(image.convert(mode)))
+                pixels = np.asarray(crop(image.convert(mode)))
         except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
             return f"{path} is not a readable image: {error}", label
+        # Grey images have no axis of channels.
         return pixels.reshape(*pixels.shape[:2], -1), label
 
 
-class _CutFiles(_Files):
-    """The same, a part of random place, area and aspect cut out and resized, where the network's size is known."""
+class _TrainingFiles(_EvaluationFiles):
+    """Image files, cropped at random and resized where the network's input size is known."""
 
-    def __init__(self, samples: Sequence[Sample], preprocessing: Preprocessing, cut: bool) -> None:
+    def __init__(self, samples: Sequence[Sample], preprocessing: Preprocessing, random_crop: bool) -> None:
         super().__init__(samples, preprocessing)
-        self._cuts = cut
+        self._random_crop = random_crop
 
-    def __getitem__(self, wanted: tuple[int, tuple[float, ...]]) -> tuple[Pixels | str, int | None]:  # type: ignore[override]
-        index, numbers = wanted
-        return self._read(index, lambda image: self._cut(image, numbers))
+    def __getitem__(self, key: tuple[int, tuple[float, ...]]) -> ReadImage:  # type: ignore[override]
+        index, numbers = key
+        return self._read(index, lambda image: self._crop(image, numbers))
 
-    def _cut(self, image: Image, numbers: Sequence[float]) -> Image:
-        if self._preprocessing.input_size is None or not self._cuts:
+    def _crop(self, image: Image, numbers: Sequence[float]) -> Image:
+        if self._preprocessing.input_size is None or not self._random_crop:
             return _resize_and_crop(image, self._preprocessing)
         from torchvision.transforms import functional
 
         _, height, width = self._preprocessing.input_size
         # The first number is for the mirror.
-        top, left, tall, wide = cut_out(numbers[1:], image.height, image.width)
-        cut: Image = functional.resized_crop(image, top, left, tall, wide, [height, width])
-        return cut
+        top, left, tall, wide = random_crop_box(numbers[1:], image.height, image.width)
+        cropped: Image = functional.resized_crop(image, top, left, tall, wide, [height, width])
+        return cropped
 
 
 def _resize_and_crop(image: Image, preprocessing: Preprocessing) -> Image:
@@ -160,9 +168,11 @@ def _stack(items: Sequence[Pixels | str], name: str) -> Pixels:
     problems = [item for item in items if isinstance(item, str)]
     if problems:
         raise DataError(shortlist(problems, 1))
-    sizes = {item.shape[:2] for item in items if not isinstance(item, str)}
+
+    images = [item for item in items if not isinstance(item, str)]
+    sizes = {image.shape[:2] for image in images}
     if len(sizes) > 1:
         raise DataError(
             f"{name} has images of several sizes, {shortlist(sorted(sizes), 3)}, and the network's is unknown"
         )
-    return np.stack([item for item in items if not isinstance(item, str)])
+    return np.stack(images)

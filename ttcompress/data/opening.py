@@ -1,4 +1,4 @@
-"""Data references `KIND:PATH[@SPLIT]` -> sets of images; one opener a kind."""
+"""Data references `KIND:PATH[@SPLIT]` are opened as sets of images, by one opener a kind."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ def open_data(reference: str, split: str = "test") -> Images:
         DataError: an unknown kind, or nothing readable of that kind there.
     """
     kind, colon, path = reference.partition(":")
+    # The only kind that needs no path may come with a split alone.
     if not colon and kind.split("@")[0] == "digits":
         kind, path = "digits", kind.removeprefix("digits")
+
     if kind not in _OPENERS:
         raise DataError(f"unknown kind of data {reference!r}: it is one of {_KINDS}")
     if not path and kind != "digits":
@@ -38,23 +40,31 @@ def open_data(reference: str, split: str = "test") -> Images:
 
 
 def _split_off(path: str, default: str) -> tuple[str, str]:
+    """The path without a split at its end, and the split, else the default."""
     head, _, tail = path.rpartition("@")
     return (head, tail) if tail in _SPLITS else (path, default)
 
 
 def _without_split(path: str) -> Path:
-    whole, (head, tail) = Path(path).expanduser(), _split_off(path, "")
-    if tail and not whole.exists():
+    """A path that may name no split: what it ends in belongs to the name, if there is such a file.
+
+    Raises:
+        DataError: it ends in a split.
+    """
+    file = Path(path).expanduser()
+    head, split = _split_off(path, "")
+    if split and not file.exists():
         raise DataError(
-            f"{path}: @{tail} cannot be chosen, there is one split only: leave it out or name {head}'s twin"
+            f"{path}: @{split} cannot be chosen, there is one split only: leave it out or name {head}'s twin"
         )
-    return whole
+    return file
 
 
 def _open_splits(kind: str, load: Callable[[str, str], Arrays], path: str, default: str) -> Images:
+    """A set of a kind that has both splits; `load` gives the arrays of one under a root."""
     root, split = _split_off(path, default)
-    train = None if split == "train" else partial(load, root, "train")
-    return ArrayImages(f"{kind}@{split}", load(root, split), train)
+    load_train = None if split == "train" else partial(load, root, "train")
+    return ArrayImages(f"{kind}@{split}", load(root, split), load_train)
 
 
 def _open_npz(path: str, default: str) -> Images:
@@ -69,8 +79,10 @@ def _load_npz(file: Path) -> Arrays:
     except FileNotFoundError:
         raise DataError(f"no file {file}") from None
     except Exception as error:
-        # What a damaged archive raises depends on where the damage is: zipfile, zlib and NumPy have their own errors.
-        raise DataError(f"{file} is not a readable npz file of plain arrays ({type(error).__name__})") from error
+        # What a damaged archive raises depends on where the damage is: zipfile, zlib and NumPy differ.
+        kind = type(error).__name__
+        raise DataError(f"{file} is not a readable npz file of plain arrays ({kind})") from error
+
     if "images" not in content:
         raise DataError(f"{file} has no array 'images': write it with numpy.savez(file, images=..., labels=...)")
     return _check_images(content["images"], str(file)), _check_labels(content, str(file))
@@ -83,17 +95,19 @@ def _check_images(images: NDArray[Any], where: str) -> Pixels:
         )
     if images.size == 0:
         raise DataError(f"{where} holds no images")
+    # Grey images may lack the axis of channels.
     return images.reshape(*images.shape[:3], -1)
 
 
 def _check_labels(content: dict[str, NDArray[Any]], where: str) -> Labels | None:
     if "labels" not in content:
         return None
-    images, labels = content["images"], content["labels"]
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+    labels = content["labels"]
+    count = len(content["images"])
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(
-            f"{where}: labels are {labels.dtype} of shape {labels.shape}, for {len(images)} images they have to be "
-            f"integers of shape ({len(images)},)"
+            f"{where}: labels are {labels.dtype} of shape {labels.shape}, for {count} images they have to be "
+            f"integers of shape ({count},)"
         )
     if labels.min() < 0:
         raise DataError(f"{where}: labels count from 0, the smallest is {labels.min()}")
@@ -105,6 +119,7 @@ def _load_cifar10(root: str, split: str) -> Arrays:
     file = folder / f"cifar10-{split}.npz"
     if file.is_file():
         return _load_npz(file)
+
     from torchvision.datasets import CIFAR10
 
     try:
@@ -132,10 +147,13 @@ def _load_digits(root: str, split: str) -> Arrays:
 
     digits = load_digits()
     # Grey values are 0 ... 16 there.
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    scaled = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    images = scaled[..., None]
+    labels = digits.target.astype(np.int64)
+
     first_test = len(images) * 4 // 5
     part = slice(first_test) if split == "train" else slice(first_test, None)
-    return images[part], digits.target[part].astype(np.int64)
+    return images[part], labels[part]
 
 
 def _open_imagefolder(path: str, default: str) -> Images:
@@ -146,21 +164,29 @@ def _open_imagefolder(path: str, default: str) -> Images:
         dataset = ImageFolder(str(folder))
     except OSError as error:
         raise DataError(f"{folder} is not a folder of classes with images in each: {error}") from error
-    return FolderImages("imagefolder" + (f"@{subfolder}" if subfolder else ""), dataset.samples, len(dataset.classes))
+    name = f"imagefolder@{subfolder}" if subfolder else "imagefolder"
+    return FolderImages(name, dataset.samples, len(dataset.classes))
 
 
 def _choose_subfolder(path: str, default: str) -> tuple[Path, str]:
+    """The folder of classes that `PATH[@subfolder]` stands for, and the name of the subfolder, if any."""
     head, _, tail = path.rpartition("@")
-    if head and tail and (Path(head).expanduser() / tail).is_dir():
-        return Path(head).expanduser() / tail, tail
+    if head and tail:
+        named = Path(head).expanduser() / tail
+        if named.is_dir():
+            return named, tail
+
     root = Path(path).expanduser()
     if not root.is_dir():
-        raise DataError(f"no folder {root}" + (f", and no subfolder {tail} in {head}" if head else ""))
-    names = {"train": ("train",), "test": ("test", "val")}[default]
-    chosen = next((name for name in names if (root / name).is_dir()), "")
-    others = [name for name in ("train", "test", "val") if (root / name).is_dir()]
-    if others and not chosen:
-        raise DataError(f"{root} has no {default} split but {shortlist(others)}: choose it, as in {path}@{others[0]}")
+        also = f", and no subfolder {tail} in {head}" if head else ""
+        raise DataError(f"no folder {root}{also}")
+
+    present = [name for name in ("train", "test", "val") if (root / name).is_dir()]
+    # ImageNet calls what is tested on `val`.
+    wanted = ("train",) if default == "train" else ("test", "val")
+    chosen = next((name for name in wanted if name in present), "")
+    if present and not chosen:
+        raise DataError(f"{root} has no {default} split but {shortlist(present)}: choose it, as in {path}@{present[0]}")
     return root / chosen, chosen
 
 

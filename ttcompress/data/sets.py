@@ -15,14 +15,15 @@ from ttcompress.records.report import Preprocessing
 
 Pixels = NDArray[np.uint8]
 Batch = tuple[Tensor, Tensor | None]
-Parts = tuple[NDArray[np.int64], Tensor]
+SampledBatch = tuple[NDArray[np.int64], Tensor]
+"""Indices (N,) of the images of a training batch, and random numbers (N, NUMBERS_PER_IMAGE) of augment.py."""
 
 
 class Images(ABC):
     """A set of images in fixed order, labelled or not.
 
-    `name` is the reference without directories, `image_size` (C, H, W) where all images share it, and labels lie in
-    0 ... `num_classes` - 1.
+    `name` is the reference without directories, `image_size` (C, H, W) where all images share it, and labels
+    lie in 0 ... `num_classes` - 1.
     """
 
     def __init__(self, name: str, num_classes: int | None, image_size: tuple[int, int, int] | None) -> None:
@@ -47,34 +48,40 @@ class Images(ABC):
     def batches(
         self, preprocessing: Preprocessing, batch_size: int, limit: int | None = None, workers: int = 0
     ) -> Iterator[Batch]:
-        """Yield (float32 images (N, C, H, W), int64 labels (N,) or None) on the CPU, over the first `limit` images.
+        """Yield (float32 images (N, C, H, W), int64 labels (N,) or None) on the CPU, of the first `limit`.
 
-        Images are scaled to [0, 1] and normalised. Those of folders are also resized (shorter side) and centre cropped
-        by `workers` processes; others keep their size.
+        Images are scaled to [0, 1] and normalised. Those of folders are also resized (shorter side) and
+        centre cropped by `workers` processes; others keep their size.
 
         Raises:
             DataError: `preprocessing` is for another number of channels, or an image cannot be read.
         """
         self._check_normalisation(preprocessing)
         count = len(self) if limit is None else min(limit, len(self))
-        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+        mean = torch.tensor(preprocessing.mean).view(1, -1, 1, 1)
+        std = torch.tensor(preprocessing.std).view(1, -1, 1, 1)
+        # A generator expression, not a generator: what is checked above is refused at once.
         raw = self._raw_batches(preprocessing, batch_size, count, workers)
-        return (((_channels_first(pixels) - mean) / std, labels) for pixels, labels in raw)
+        return (((_scaled(pixels) - mean) / std, labels) for pixels, labels in raw)
 
     def training_batches(
-        self, preprocessing: Preprocessing, parts: Sequence[Parts], workers: int = 0, cut: bool = True
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield (uint8 images (N, C, H, W), int64 labels (N,) or None) on the CPU, a batch a part.
+        self,
+        preprocessing: Preprocessing,
+        sampled: Sequence[SampledBatch],
+        workers: int = 0,
+        random_crop: bool = True,
+    ) -> Iterator[Batch]:
+        """Yield (uint8 images (N, C, H, W), int64 labels (N,) or None) on the CPU, for each sampled batch.
 
-        A part holds indices (N,) and random numbers (N, DRAWS) of augment.py, by which images of folders are cut out
-        and resized to the network's input size, or, without `cut`, resized and cropped as for evaluation; others are as
-        they are. Those of folders are read by `workers` processes.
+        By the random numbers, images of folders are cropped and resized to the network's input size; without
+        `random_crop` they are resized and cropped as for evaluation. Those of other sets are as they are.
+        Those of folders are read by `workers` processes.
 
         Raises:
             DataError: `preprocessing` is for another number of channels, or an image cannot be read.
         """
         self._check_normalisation(preprocessing)
-        raw = self._raw_training_batches(preprocessing, parts, workers, cut)
+        raw = self._raw_training_batches(preprocessing, sampled, workers, random_crop)
         return ((torch.from_numpy(pixels).permute(0, 3, 1, 2), labels) for pixels, labels in raw)
 
     def _check_normalisation(self, preprocessing: Preprocessing) -> None:
@@ -84,8 +91,8 @@ class Images(ABC):
 
     @property
     @abstractmethod
-    def cuts(self) -> bool:
-        """Whether `training_batches` cuts out random parts."""
+    def crops_randomly(self) -> bool:
+        """Whether `training_batches` can crop images at random."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -96,7 +103,7 @@ class Images(ABC):
 
     @abstractmethod
     def statistics(self) -> Preprocessing:
-        """Mean and standard deviation of each channel over the training split, where there is one, as normalisation.
+        """Normalisation by mean and standard deviation of each channel over the training split, if any.
 
         Raises:
             DataError: the set is a folder, which is not read as a whole, or a channel is constant.
@@ -112,9 +119,10 @@ class Images(ABC):
 
     @abstractmethod
     def _raw_training_batches(
-        self, preprocessing: Preprocessing, parts: Sequence[Parts], workers: int, cut: bool
+        self, preprocessing: Preprocessing, sampled: Sequence[SampledBatch], workers: int, random_crop: bool
     ) -> Iterator[tuple[Pixels, Tensor | None]]: ...
 
 
-def _channels_first(pixels: Pixels) -> Tensor:
+def _scaled(pixels: Pixels) -> Tensor:
+    """Pixels (N, H, W, C) as (N, C, H, W) in [0, 1]."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 255

@@ -9,10 +9,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ttcompress.data.augment import draws, flipped, shifted, shifts
-from ttcompress.data.sets import Images
+from ttcompress.data.augment import flipped, random_numbers, shifted, shifts
+from ttcompress.data.sets import Batch, Images, SampledBatch
 from ttcompress.errors import DataError
 from ttcompress.records.report import Preprocessing
 
@@ -50,8 +51,8 @@ class LoaderBatches:
     @property
     def steps(self) -> int:
         """Batches an epoch."""
-        if not isinstance(self.loader, Sized) or not len(self.loader):
-            raise DataError("train_loader must have a length above 0, as lists and DataLoaders have")
+        if not isinstance(self.loader, Sized):
+            raise DataError("train_loader must have a length, as lists and DataLoaders have")
         return len(self.loader)
 
     def mean_count(self, images: Tensor) -> float:
@@ -61,21 +62,28 @@ class LoaderBatches:
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield floating-point inputs in float32 and labels (N,) or None, on the device."""
         for batch in islice(self.loader, start, None):
-            inputs, labels = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
+            inputs, labels = self._parts(batch)
             inputs = inputs.to(self.device)
-            yield (
-                inputs.float() if inputs.is_floating_point() else inputs,
-                None if labels is None else labels.to(self.device),
-            )
+            if inputs.is_floating_point():
+                inputs = inputs.float()
+            yield inputs, None if labels is None else labels.to(self.device)
+
+    @staticmethod
+    def _parts(batch: Any) -> tuple[Tensor, Tensor | None]:
+        parts = batch if isinstance(batch, list | tuple) else [batch]
+        if len(parts) not in (1, 2) or not all(isinstance(part, Tensor) for part in parts):
+            kinds = ", ".join(type(part).__name__ for part in parts)
+            raise DataError(f"train_loader must give batches of inputs and labels as tensors, not ({kinds})")
+        return parts[0], parts[1] if len(parts) == 2 else None
 
 
 @dataclass(frozen=True)
 class Stream:
     """A training set as epochs of `steps` global batches, of which process `rank` of `size` gets its share.
 
-    What a batch holds depends on the seed, the epoch and its number, never on the number of processes or on where in
-    an epoch one begins. `augmentation` is `none`, `shift`, or `flip`, which also shifts; images of folders, where any
-    is on, are cut out instead of shifted.
+    What a batch holds depends on the seed, the epoch and its number, never on the number of processes or on
+    where in an epoch one begins. `augmentation` is `none`, `shift`, or `flip`, which also shifts; images of
+    folders, where any is on, are cropped at random instead of shifted.
     """
 
     images: Images
@@ -99,7 +107,7 @@ class Stream:
 
     @property
     def steps(self) -> int:
-        """Batches an epoch; the last images of the epoch's order that fill no batch wait for another epoch."""
+        """Batches an epoch; the last images of its order that fill no batch wait for another epoch."""
         return max(1, len(self.images) // self.batch_size)
 
     def mean_count(self, images: Tensor) -> float:
@@ -109,32 +117,38 @@ class Stream:
         """
         return min(self.batch_size, len(self.images)) / self.size
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """Yield (float32 images (N, C, H, W), labels (N,) or None) on the device, from batch `start` on."""
-        generator = np.random.Generator(np.random.Philox(key=np.array([self.seed, number], dtype=np.uint64)))
+        sampled = [self._sampled(number, indices) for indices in self._shares(number, start)]
+        random_crop = self.augmentation != "none"
+        batches = self.images.training_batches(self.preprocessing, sampled, self.workers, random_crop)
+        for (_, numbers), (pixels, labels) in zip(sampled, batches, strict=True):
+            augmented = self._augmented(pixels.to(self.device), numbers)
+            yield self._normalised(augmented), None if labels is None else labels.to(self.device)
+
+    def _shares(self, epoch: int, start: int) -> Iterator[NDArray[np.int64]]:
+        """Indices of this process's images in each batch of an epoch, from batch `start` on."""
+        key = np.array([self.seed, epoch], dtype=np.uint64)
+        generator = np.random.Generator(np.random.Philox(key=key))
         order = generator.permutation(len(self.images))
-        shares = [
-            order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.size]
-            for step in range(start, self.steps)
-        ]
-        parts = [(share, draws(self.seed, number, share)) for share in shares]
-        cuts = self.augmentation != "none"
-        batches = self.images.training_batches(self.preprocessing, parts, self.workers, cuts)
-        for (_, numbers), (pixels, labels) in zip(parts, batches, strict=True):
-            batch = self._augmented(pixels.to(self.device), numbers)
-            yield self._normalised(batch), None if labels is None else labels.to(self.device)
+        for step in range(start, self.steps):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield batch[self.rank :: self.size]
+
+    def _sampled(self, epoch: int, indices: NDArray[np.int64]) -> SampledBatch:
+        return indices, random_numbers(self.seed, epoch, indices)
 
     def _augmented(self, pixels: Tensor, numbers: Tensor) -> Tensor:
         if self.augmentation == "flip":
             pixels = flipped(pixels, numbers[:, 0] < 0.5)
-        if self.augmentation != "none" and not self.images.cuts:
-            down, right = (shifts(numbers[:, 1 + axis], pixels.shape[2 + axis]) for axis in range(2))
+        if self.augmentation != "none" and not self.images.crops_randomly:
+            height, width = pixels.shape[2:]
+            down = shifts(numbers[:, 1], height)
+            right = shifts(numbers[:, 2], width)
             pixels = shifted(pixels, down, right)
         return pixels
 
     def _normalised(self, pixels: Tensor) -> Tensor:
-        mean, std = (
-            torch.tensor(values, device=self.device).view(1, -1, 1, 1)
-            for values in (self.preprocessing.mean, self.preprocessing.std)
-        )
+        mean = torch.tensor(self.preprocessing.mean, device=self.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.preprocessing.std, device=self.device).view(1, -1, 1, 1)
         return (pixels.float() / 255 - mean) / std

@@ -1,4 +1,4 @@
-"""Checkpoints and compressed files, read. Nothing that a file holds is ever run."""
+"""Reading checkpoints and compressed files. Nothing that a file holds is ever run."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ from ttcompress.files.state_dict import read_state_dict
 from ttcompress.records.common import Json
 
 PREFIXES = ("module.", "_orig_mod.")
+"""What DataParallel and torch.compile put before the names of a network."""
+COMPARED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a dense checkpoint by key, prefixes removed, and where they came from (base name and sha256)."""
+    """The tensors of a dense checkpoint by key, prefixes removed, and base name and sha256 of its file."""
 
     tensors: dict[str, Tensor]
     source: Json
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape by key."""
+        """The shape of each tensor by its key."""
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
 
@@ -37,44 +39,54 @@ def load_checkpoint(path: Path, key: str = "", exact: bool = False) -> Checkpoin
     """Read a dense checkpoint, memory-mapped where its format allows.
 
     Args:
-        path: `.pt`, `.pth`, `.th` or `.safetensors`, the index of several safetensors files, or the folder of either.
+        path: `.pt`, `.pth`, `.th` or `.safetensors`, the index of several safetensors files, or the folder of
+            either.
         key: which entry of a wrapping dict holds the state dict; needed only where there are several.
         exact: keep prefixes that all names share.
 
     Raises:
         CheckpointError: missing, empty, damaged or unsafe file, no state dict in it, NaN or Inf in a tensor.
     """
-    index, path = read_index(path), resolve(path)
+    index = read_index(path)
+    path = resolve(path)
     _check_readable(path)
-    tensors = _read_tensors(path) if index or is_safetensors(path) else read_state_dict(path, key)
-    tensors = tensors if exact else _strip_prefixes(tensors)
+    as_safetensors = index is not None or is_safetensors(path)
+    tensors = _read_tensors(path) if as_safetensors else read_state_dict(path, key)
+    if not exact:
+        tensors = _strip_prefixes(tensors)
+
     if bad := [name for name, tensor in tensors.items() if not _is_finite(tensor)]:
         raise CheckpointError(f"{path}: NaN or Inf in {shortlist(bad)}")
-    return Checkpoint(tensors, {"file": index.name if index else path.name, "sha256": file_digest(path)})
+    file = index.name if index else path.name
+    return Checkpoint(tensors, {"file": file, "sha256": file_digest(path)})
 
 
 def file_digest(path: Path) -> str:
-    """The sha256 of a file's content; of a sharded checkpoint, that of what `sha256sum` prints of its shards."""
+    """The sha256 of a file; of a sharded checkpoint, that of what `sha256sum` prints of its shards."""
     files = checkpoint_files(path)
-    digests = {}
-    for each in files:
-        with each.open("rb") as file:
-            digests[each] = hashlib.file_digest(file, "sha256").hexdigest()
     if files == [resolve(path)]:
-        return digests[files[0]]
-    return hashlib.sha256("".join(f"{digest}  {each.name}\n" for each, digest in digests.items()).encode()).hexdigest()
+        return _sha256(files[0])
+    listing = "".join(f"{_sha256(file)}  {file.name}\n" for file in files)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_safetensors(path: Path) -> bool:
-    """By name or by content."""
+    """Whether a file is a safetensors file, by its name or else by its content."""
     if path.suffix == ".safetensors":
         return True
     with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
+        start = file.read(9)
+    # The length of the header, eight bytes, and the header.
+    return start[8:] == b"{"
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether this tool wrote the file, or the shards of the folder.
+    """Whether this tool wrote a file, or the shards of a folder.
 
     Raises:
         CheckpointError: missing or empty, or a damaged safetensors file.
@@ -85,7 +97,7 @@ def is_compressed(path: Path) -> bool:
 
 
 def load_compressed(path: Path) -> dict[str, Tensor]:
-    """The tensors of a compressed file or folder, memory-mapped; its metadata is read by `shards.read_metadata`."""
+    """The tensors of a compressed file or folder, memory-mapped; its metadata are read by `shards`."""
     return _read_tensors(path)
 
 
@@ -102,6 +114,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in checkpoint_files(path):
         _check_readable(file)
+        # Ours says more precisely what is wrong with a file.
         read_header(file)
         try:
             tensors |= load_file(file)
@@ -111,6 +124,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # Twice, for they may be nested in either order.
     for prefix in PREFIXES * 2:
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -118,10 +132,10 @@ def _strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.dtype not in (
-        torch.float16, torch.bfloat16, torch.float32, torch.float64
-    ):  # fmt: skip
+    """Whether all entries are finite; taken for granted where torch cannot compare them, as in float8."""
+    if tensor.numel() == 0 or tensor.dtype not in COMPARED_DTYPES:
         return True
+    # Without a mask as large as the tensor: a NaN is both the least and the most.
     return all(bool(bound.isfinite()) for bound in torch.aminmax(tensor))
 
 

@@ -1,14 +1,14 @@
 """The safetensors header, read and written byte for byte; no torch.
 
-A file is an 8-byte little-endian header length, a JSON header padded with spaces to a multiple of 8, and the bytes of
-the tensors.
+A file is an 8-byte little-endian header length, a JSON header padded with spaces to a multiple of 8, and the
+bytes of the tensors.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -54,18 +54,19 @@ def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     safetensors' own writer orders metadata at random, which would make equal files differ.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    order, offset = sorted(tensors), 0
+    order = sorted(tensors)
+    start = 0
     for name in order:
         info = tensors[name]
-        header[name] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [offset, offset + info.num_bytes],
-        }
-        offset += info.num_bytes
+        end = start + info.num_bytes
+        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [start, end]}
+        start = end
+
     text = canonical_json(header).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text, order
+    # Readers that map the file want the data to begin at a multiple of eight bytes.
+    padding = b" " * (-len(text) % 8)
+    length = struct.pack("<Q", len(text) + len(padding))
+    return length + text + padding, order
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -74,14 +75,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     Raises:
         CheckpointError: missing, empty, truncated, or a header that does not describe the data that follows.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-            text = file.read(length) if length <= min(size - 8, MOST_HEADER_BYTES) else b""
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    text, data_bytes = _read_text(path)
     try:
         header = json.loads(text)
         metadata = header.pop("__metadata__", None) or {}
@@ -90,8 +84,25 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             raise ValueError("metadata values must be strings")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a safetensors file, or damaged ({brief(error)})") from error
-    _check_spans(path, spans, size - 8 - length)
-    return {name: info for name, (info, _, _) in spans.items()}, metadata
+
+    _check_spans(path, spans, data_bytes)
+    infos = {name: info for name, (info, _, _) in spans.items()}
+    return infos, metadata
+
+
+def _read_text(path: Path) -> tuple[bytes, int]:
+    """The text of a header, empty where the file is too short for it, and how many bytes follow it."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            # A damaged length must not make us read, or allocate, gigabytes.
+            fits = length <= min(size - 8, MOST_HEADER_BYTES)
+            text = file.read(length) if fits else b""
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    return text, size - 8 - length
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -103,6 +114,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     _, metadata = read_header(path)
     if METADATA_KEY not in metadata:
         raise CheckpointError(f"{path}: a safetensors file, but not one that ttcompress wrote")
+
     try:
         value = json.loads(metadata[METADATA_KEY])
     except (ValueError, RecursionError) as error:
@@ -116,10 +128,12 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def blaming(path: Path) -> Iterator[None]:
     """Whatever goes wrong inside is the fault of this file, and said in one line that begins with its name.
 
-    Metadata that parse may still lie about the tensors beside them in any way, so that any error may come of it.
+    Metadata that parse may still lie about the tensors beside them in any way, so that any error may come of
+    it.
 
     Raises:
-        TTCompressError: the same error with the name, or a CheckpointError in place of one that is none of ours.
+        TTCompressError: the same error with the name, or a CheckpointError in place of one that is none of
+            ours.
     """
     try:
         yield
@@ -133,28 +147,38 @@ def blaming(path: Path) -> Iterator[None]:
 
 def brief(error: Exception) -> str:
     """Kind and text of an error, for a one-line message."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:100]}"
 
 
 def _entry(entry: Mapping[str, Any]) -> tuple[TensorInfo, int, int]:
-    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    """Type and shape of one tensor, and where its data begin and end."""
+    dtype, shape = entry["dtype"], entry["shape"]
+    start, end = entry["data_offsets"]
     if dtype not in ITEM_SIZE:
         raise ValueError(f"unknown dtype {dtype!r}")
-    numbers: Sequence[Any] = (*shape, start, end)
-    if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
+    if not all(_is_count(number) for number in (*shape, start, end)):
         raise ValueError("shapes and offsets must be whole numbers from 0")
+
     info = TensorInfo(dtype, tuple(shape))
     if info.num_bytes != end - start:
         raise ValueError(f"{dtype} {shape} does not fill bytes {start} to {end}")
     return info, start, end
 
 
+def _is_count(number: Any) -> bool:
+    # True and False are integers to Python.
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 0
+
+
 def _check_spans(path: Path, spans: Mapping[str, tuple[TensorInfo, int, int]], data_bytes: int) -> None:
+    """See that the data of the tensors follow each other without a gap, and fill the file."""
     reached = 0
     for start, end in sorted((start, end) for _, start, end in spans.values()):
         if start != reached:
             raise CheckpointError(f"{path}: damaged safetensors header: data at {start} where {reached} was expected")
         reached = end
+
     if reached != data_bytes:
         what = "truncated" if reached > data_bytes else "followed by data that its header does not name"
         raise CheckpointError(f"{path}: {what}: the header names {reached:,} bytes, the file holds {data_bytes:,}")

@@ -1,4 +1,4 @@
-"""Output files: whether one can be written, and writing it so that a former one stays until the new one is whole."""
+"""Output files: whether one can be written, and writing it whole before it takes the place of another."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from ttcompress.errors import CheckpointError
 from ttcompress.files.shards import Index
 
 TEMPORARY = ".ttcompress-"
+"""What the names of temporary files begin with."""
 
 
 def check_output(path: Path, force: bool, index: Index | None = None) -> None:
     """See, before any work, that a file can be written, or a folder of shards like those of an index.
 
     Raises:
-        CheckpointError: it exists and `force` is not set, is no ordinary file (no folder, or that of the index itself),
-            or its parent does not exist.
+        CheckpointError: it exists and `force` is not set, is no ordinary file (no folder, or that of the
+            index itself), or its parent does not exist.
     """
     try:
         problem = _output_problem(path, force) if index is None else _folder_problem(path, force, index)
@@ -39,8 +40,10 @@ def _output_problem(path: Path, force: bool) -> str:
 
 
 def _folder_problem(path: Path, force: bool, index: Index) -> str:
-    if not path.is_dir():
-        return "is not a folder, as shards need one" if path.exists() else _place_problem(path, force, False)
+    if path.exists() and not path.is_dir():
+        return "is not a folder, as shards need one"
+    if not path.exists():
+        return _place_problem(path, force, False)
     if path.samefile(index.path.parent):
         return "holds the shards that are to be read; choose another --output"
     return _place_problem(path, force, any(path.iterdir()))

@@ -28,7 +28,7 @@ class Index:
 
     @property
     def name(self) -> str:
-        """Of the whole checkpoint: that of its folder."""
+        """The name of the whole checkpoint: that of its folder."""
         return self.path.resolve().parent.name or "checkpoint"
 
     def moved(self, homes: Mapping[str, str]) -> Index:
@@ -49,26 +49,27 @@ def resolve(path: Path) -> Path:
         return found[0]
     if not found:
         raise CheckpointError(f"{path}: is a folder without *.safetensors{INDEX_SUFFIX} or a safetensors file")
-    raise CheckpointError(f"{path}: is a folder with several checkpoints, name one: {shortlist(f.name for f in found)}")
+    names = shortlist(file.name for file in found)
+    raise CheckpointError(f"{path}: is a folder with several checkpoints, name one: {names}")
 
 
 def read_index(path: Path) -> Index | None:
     """The index that a path stands for, checked against its shards; None for a checkpoint in one file.
 
     Raises:
-        CheckpointError: a damaged index, one that names other files than safetensors beside it, missing shards, or
-            shards that hold other tensors than it says.
+        CheckpointError: a damaged index, one that names other files than safetensors beside it, missing
+            shards, or shards that hold other tensors than it says.
     """
     path = resolve(path)
     if not path.name.endswith(INDEX_SUFFIX):
         return None
     index = Index(path, _weight_map(path))
     names = sorted(set(index.homes.values()))
-    # A path in an index from elsewhere could name any file of this machine.
-    if odd := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
-        raise CheckpointError(f"{path}: shards must be safetensors files beside the index, not {shortlist(odd)}")
+    if elsewhere := [name for name in names if not _is_beside(name)]:
+        raise CheckpointError(f"{path}: shards must be safetensors files beside the index, not {shortlist(elsewhere)}")
     if missing := [file.name for file in index.files if not file.is_file()]:
         raise CheckpointError(f"{path}: lacks {len(missing)} of {len(names)} shards: {shortlist(missing)}")
+
     held = {(name, file.name) for file in index.files for name in header.read_header(file)[0]}
     named = set(index.homes.items())
     if held != named:
@@ -76,6 +77,11 @@ def read_index(path: Path) -> Index | None:
         wrong += [f"{name} in {file} is not named" for name, file in sorted(held - named)]
         raise CheckpointError(f"{path}: does not fit its shards: {shortlist(wrong)}")
     return index
+
+
+def _is_beside(name: str) -> bool:
+    # A path in an index from elsewhere could name any file of this machine.
+    return Path(name).name == name and name.endswith(".safetensors")
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -114,11 +120,14 @@ def read_metadata(path: Path) -> dict[str, Any]:
         CheckpointError: not written by this tool, damaged, or shards of different runs.
     """
     first, *others = checkpoint_files(path)
-    metadata = header.read_metadata(first)
-    whole = header.read_header(first)[1] if others else {}
-    if strange := [file.name for file in others if header.read_header(file)[1] != whole]:
-        raise CheckpointError(f"{path}: {first.name} and {shortlist(strange)} are of different runs")
-    return metadata
+    parsed = header.read_metadata(first)
+    if not others:
+        return parsed
+
+    _, expected = header.read_header(first)
+    if different := [file.name for file in others if header.read_header(file)[1] != expected]:
+        raise CheckpointError(f"{path}: {first.name} and {shortlist(different)} are of different runs")
+    return parsed
 
 
 def encode_index(homes: Mapping[str, str], total_size: int) -> str:

@@ -1,4 +1,4 @@
-"""Tensors as files hold them: their types, shapes and sizes, and mappings that make each when it is asked for."""
+"""Tensors as files hold them: types, shapes and sizes, and mappings that make each when asked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPE_NAMES = {
 
 @dataclass(frozen=True, eq=False)
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors of known type and shape, each made anew when it is asked for, so that few are in memory at once."""
+    """Tensors of known type and shape, made anew when asked for, so that few are in memory at once."""
 
     infos: Mapping[str, TensorInfo]
     make: Callable[[str], Tensor]
@@ -44,13 +44,13 @@ def tensor_infos(tensors: Mapping[str, Tensor]) -> Mapping[str, TensorInfo]:
     """
     if isinstance(tensors, LazyTensors):
         return tensors.infos
-    return {name: TensorInfo(_dtype_name(name, tensor), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return {name: _info(name, tensor) for name, tensor in tensors.items()}
 
 
-def _dtype_name(name: str, tensor: Tensor) -> str:
+def _info(name: str, tensor: Tensor) -> TensorInfo:
     if tensor.dtype not in DTYPE_NAMES:
         raise CheckpointError(f"{name}: safetensors has no type for {tensor.dtype}")
-    return DTYPE_NAMES[tensor.dtype]
+    return TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -1,4 +1,4 @@
-"""Tensors into files: safetensors, alone or in shards with an index, and ordinary state dicts."""
+"""Writing tensors into files: safetensors, alone or in shards with an index, and ordinary state dicts."""
 
 from __future__ import annotations
 
@@ -18,19 +18,27 @@ from ttcompress.records.common import Json
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Json | None = None) -> None:
     """Write one safetensors file (docs/format.md), byte for byte the same for the same content."""
-    infos = tensor_infos(tensors)
-    ours = {METADATA_KEY: canonical_json(metadata)} if metadata else {}
-    start, order = encode_header(infos, {"format": "pt", **ours})
+    # Other readers insist on the format.
+    texts = {"format": "pt"}
+    if metadata:
+        texts[METADATA_KEY] = canonical_json(metadata)
+    start, order = encode_header(tensor_infos(tensors), texts)
+
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(start)
         for name in order:
             tensor = tensors[name].detach().cpu().contiguous()
-            # Where there is at most one entry a contiguous tensor may have any stride, which view() does not take.
+            # A contiguous tensor of one entry or none may have any stride, which view() does not take.
             flat = tensor.as_strided((tensor.numel(),), (1,))
             file.write(flat.view(torch.uint8).numpy().data)
 
 
-def write_shards(folder: Path, index: Index, tensors: Mapping[str, Tensor], metadata: Json | None = None) -> None:
+def write_shards(
+    folder: Path,
+    index: Index,
+    tensors: Mapping[str, Tensor],
+    metadata: Json | None = None,
+) -> None:
     """Write the shards that an index names, each with its tensors, into a folder, and the index at last.
 
     Raises:
@@ -39,16 +47,19 @@ def write_shards(folder: Path, index: Index, tensors: Mapping[str, Tensor], meta
     infos = tensor_infos(tensors)
     try:
         folder.mkdir(exist_ok=True)
-        # Without an index there is no checkpoint, whatever shards of it there are; and no temporary file of before.
+        # Without an index there is no checkpoint, whatever shards there are; nor old temporary files.
         for old in (*folder.glob(f"*{INDEX_SUFFIX}"), *folder.glob(f"{TEMPORARY}*")):
             old.unlink()
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
     for file in index.files:
-        part = {name: infos[name] for name, home in index.homes.items() if home == file.name}
-        write_safetensors(folder / file.name, LazyTensors(part, tensors.__getitem__), metadata)
+        own = {name: infos[name] for name, home in index.homes.items() if home == file.name}
+        write_safetensors(folder / file.name, LazyTensors(own, tensors.__getitem__), metadata)
+
+    total_size = sum(info.num_bytes for info in infos.values())
     with replacing(folder / index.path.name) as temporary:
-        temporary.write_text(encode_index(index.homes, sum(info.num_bytes for info in infos.values())))
+        temporary.write_text(encode_index(index.homes, total_size))
 
 
 def write_dense(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -63,6 +74,7 @@ def write_dense(path: Path, tensors: Mapping[str, Tensor]) -> None:
         # Given a name, torch.save would write it, random as it is, into the file.
         with replacing(path) as temporary, temporary.open("wb") as file:
             # Empty tensors all have the same address, which torch.save takes for one memory of several types.
-            torch.save({name: each if each.numel() else each.clone() for name, each in tensors.items()}, file)
+            apart = {name: each if each.numel() else each.clone() for name, each in tensors.items()}
+            torch.save(apart, file)
     else:
         raise CheckpointError(f"{path}: end the name in .pt, .pth or .safetensors")
