@@ -11,6 +11,7 @@ from torch import nn
 
 from ttcompress.errors import PlanError
 from ttcompress.files.checkpoint import replacing
+from ttcompress.files.header import blaming
 from ttcompress.planning.selection import find_layers
 from ttcompress.recipe import FORM, TARGETS, Recipe
 from ttcompress.records.plan import PLAN_SCHEMA, CompressionPlan
@@ -68,13 +69,13 @@ def read_plan(path: Path) -> CompressionPlan:
     """Read a plan, edited or not: counts are recomputed, TT-ranks clipped to feasible ones, with a note.
 
     Raises:
-        PlanError: missing file, no JSON, another schema, or keys that are missing.
-        ShapeError: modes or TT-ranks that do not fit a layer.
+        PlanError: missing file, no JSON, another schema, or a field that is missing, wrong or does not fit its layer.
     """
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not a readable plan: {error}") from error
     if not isinstance(data, dict) or data.get("schema") != PLAN_SCHEMA:
         raise PlanError(f"{path}: not a plan of schema {PLAN_SCHEMA!r}; `ttcompress plan -o` writes one")
-    return CompressionPlan.from_json(data)
+    with blaming(path):
+        return CompressionPlan.from_json(data)
