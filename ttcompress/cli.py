@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ttcompress.recipe import Recipe
     from ttcompress.records.common import Json, Progress
     from ttcompress.records.plan import CompressionPlan
+    from ttcompress.records.report import Report
 
 F = TypeVar("F", bound=Callable[..., Any])
 DEBUG = "TTCOMPRESS_DEBUG"
@@ -261,7 +262,6 @@ def _plan(checkpoint: Path | None, output: Path | None, force: bool, **options: 
     from ttcompress.commands import compress as pipeline
     from ttcompress.files.checkpoint import check_output
     from ttcompress.planning.plan_file import write_plan
-    from ttcompress.report import text as report
 
     recipe, plan = _recipe_and_plan(options)
     if output:
@@ -270,7 +270,7 @@ def _plan(checkpoint: Path | None, output: Path | None, force: bool, **options: 
         planned = pipeline.plan_file(checkpoint, recipe, plan, progress=progress)
     if output:
         write_plan(output, planned.plan)
-    _show(report.with_file(planned, None), options["as_json"])
+    _show(planned, options["as_json"])
 
 
 @commands.command("finetune")
@@ -332,7 +332,8 @@ def report_command(files: tuple[Path, ...], as_json: bool) -> None:
 
     reports = [report.read_report(file) for file in files]
     if as_json:
-        _print_json(reports if len(reports) > 1 else reports[0])
+        found = [each.to_json() for each in reports]
+        _print_json(found if len(found) > 1 else found[0])
     else:
         _print(report.render_side_by_side(reports) if len(reports) > 1 else report.render(reports[0]))
 
@@ -430,13 +431,13 @@ def _recipe_and_plan(options: dict[str, Any]) -> tuple[Recipe, CompressionPlan |
     return recipe, read_plan(plan_path)
 
 
-def _show(data: Json, as_json: bool) -> None:
-    from ttcompress.report import text as report
+def _show(report: Report, as_json: bool) -> None:
+    from ttcompress.report.text import render
 
     if as_json:
-        _print_json(data)
+        _print_json(report.to_json())
     else:
-        _print(report.render(data))
+        _print(render(report))
 
 
 def _print_json(value: Any) -> None:

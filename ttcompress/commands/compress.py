@@ -68,7 +68,7 @@ def compress_file(
     network = open_dense(source, recipe.arch, recipe.key or "")
     network, sources = with_sources(network, recipe, progress)
     report = compress_network(network, recipe, plan, sources, progress)
-    write_safetensors(output, stored_tensors(network.model, network.tensors, report.plan), report.to_json())
+    write_safetensors(output, stored_tensors(network.model, network.tensors, report.plan), report.metadata())
     return report
 
 
@@ -189,7 +189,7 @@ def save(module: nn.Module, report: Report, path: str | os.PathLike[str], force:
         CheckpointError: the file exists and `force` is not set, or its folder does not.
     """
     check_output(Path(path), force)
-    write_safetensors(Path(path), stored_tensors(module, module.state_dict(), report.plan), report.to_json())
+    write_safetensors(Path(path), stored_tensors(module, module.state_dict(), report.plan), report.metadata())
 
 
 def compress_network(

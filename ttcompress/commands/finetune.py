@@ -149,7 +149,7 @@ def _write(output: Path, student: Student, report: Report) -> None:
     plan = student.report.plan if student.report else None
     tensors = stored_tensors(student.network.model, student.network.tensors, plan)
     if student.report:
-        write_safetensors(output, tensors, report.to_json())
+        write_safetensors(output, tensors, report.metadata())
     else:
         tied = {alias: tensors[name] for alias, name in tied_parameters(student.network.model).items()}
         write_dense(output, {name: tensor.cpu() for name, tensor in {**tensors, **tied}.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from math import isclose
 
 from msgspec.structs import asdict
@@ -19,9 +20,11 @@ from ttcompress.records.forms import (
     PreprocessingForm,
     ReportForm,
 )
-from ttcompress.records.plan import CompressionPlan, decode_plan
+from ttcompress.records.plan import CompressionPlan, KeptParameter, LayerPlan, decode_plan
 
 FILE_SCHEMA = "ttcompress/1"
+VIEW = "ttcompress.report.text"
+"""What shows a report; it is above this package, and so named and looked up only when one is printed."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that is known about a compressed network; the `ttcompress` metadata of its file."""
+    """Everything that is known about a compressed network; printed, it is the table of `ttcompress report`.
+
+    `file` and `file_bytes` are the name and the size on disk of the file that it was read from or written to.
+    """
 
     plan: CompressionPlan
     bytes_before: int
@@ -111,9 +117,43 @@ class Report:
     search: Sequence[Json] = ()
     finetuning: Json | None = None
     bench: Json | None = None
+    file: str | None = None
+    file_bytes: int | None = None
+
+    def __str__(self) -> str:
+        return str(import_module(VIEW).as_text(self))
+
+    @property
+    def compression(self) -> float:
+        """Parameters before / after, over all parameters of the network."""
+        return self.plan.compression
+
+    @property
+    def params_before(self) -> int:
+        """Parameters of the dense network, buffers not counted."""
+        return self.plan.params_before
+
+    @property
+    def params_after(self) -> int:
+        """Parameters of the compressed network."""
+        return self.plan.params_after
+
+    @property
+    def layers(self) -> tuple[LayerPlan, ...]:
+        """The layers that were replaced."""
+        return self.plan.layers
+
+    @property
+    def kept(self) -> tuple[KeptParameter, ...]:
+        """The parameters that stayed as they were, with the reasons."""
+        return self.plan.kept
 
     def to_json(self) -> Json:
-        """Canonical content of the file's metadata and of `report --json`."""
+        """What `report --json` prints: the metadata with the name and size of the file, null where there is none."""
+        return {**self.metadata(), "file": self.file, "file_bytes": self.file_bytes}
+
+    def metadata(self) -> Json:
+        """What the file itself holds."""
         return {
             "schema": FILE_SCHEMA,
             "version": self.version,
@@ -179,6 +219,8 @@ def _decoded(data: Json) -> Report:
         search=tuple(data.get("search", ())),
         finetuning=data.get("finetuning"),
         bench=data.get("bench"),
+        file=form.file,
+        file_bytes=form.file_bytes,
     )
 
 

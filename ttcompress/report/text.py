@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -16,9 +18,12 @@ from ttcompress.records.common import Json, compression, format_compression
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.records.report import Report
 
+WIDTH = 200
+"""Columns where the output is no terminal: wide enough that nothing is cut."""
 
-def read_report(path: str | os.PathLike[str]) -> Json:
-    """The report of a compressed file or folder, with its name and its size on disk (`file`, `file_bytes`).
+
+def read_report(path: str | os.PathLike[str]) -> Report:
+    """The report of a compressed file or folder, with its name and its size on disk.
 
     Raises:
         CheckpointError: not a compressed file, damaged, or of another schema.
@@ -28,48 +33,59 @@ def read_report(path: str | os.PathLike[str]) -> Json:
         return with_file(Report.from_json(read_metadata(path)), path)
 
 
-def with_file(report: Report, path: Path | None) -> Json:
-    """The JSON of a report; `file` and `file_bytes` are null where nothing was written."""
-    if path is None:
-        return {**report.to_json(), "file": None, "file_bytes": None}
-    return {**report.to_json(), "file": path.absolute().name, "file_bytes": stored_bytes(path)}
+def with_file(report: Report, path: Path) -> Report:
+    """The report with the name and the size on disk of the file that holds it."""
+    return replace(report, file=path.absolute().name, file_bytes=stored_bytes(path))
 
 
-def render(data: Json) -> RenderableType:
+def as_text(report: Report) -> str:
+    """What the command line prints where its output is no terminal."""
+    console = Console(file=StringIO(), highlight=False, width=WIDTH, color_system=None)
+    with console.capture() as capture:
+        console.print(render(report))
+    return capture.get().removesuffix("\n")
+
+
+def render(report: Report) -> RenderableType:
     """One report as a table of layers with the totals under it."""
-    report = Report.from_json(data)
-    parts: list[RenderableType] = [_layer_table(report.plan.layers), Text()] if report.plan.layers else []
-    parts += [Text(line) for line in _summary(report, data)]
+    parts: list[RenderableType] = []
+    if report.layers:
+        parts += [_layer_table(report.layers), Text()]
+    parts += [Text(line) for line in _summary(report)]
     return Group(*parts)
 
 
-def render_side_by_side(reports: Sequence[Json]) -> Table:
+def render_side_by_side(reports: Sequence[Report]) -> Table:
     """Several reports as one table, a column each."""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
-    for data in reports:
-        table.add_column(Text(str(data["file"])), justify="right", overflow="fold")
+    for report in reports:
+        table.add_column(Text(str(report.file)), justify="right", overflow="fold")
+
     for label, values in _comparison_rows(reports):
         table.add_row(label, *values)
     return table
 
 
-def _comparison_rows(reports: Sequence[Json]) -> list[tuple[str, list[str]]]:
-    accuracies = [data["accuracy"] or {} for data in reports]
-    layers = [[layer for layer in data["layers"] if "kept" not in layer] for data in reports]
-    errors = [[layer["relative_error"] for layer in each if layer["relative_error"] is not None] for each in layers]
+def _comparison_rows(reports: Sequence[Report]) -> list[tuple[str, list[str]]]:
+    accuracies = [report.accuracy or {} for report in reports]
     return [
-        ("compression", [format_compression(data["compression"]) for data in reports]),
-        ("parameters before", [f"{data['params_before']:,}" for data in reports]),
-        ("parameters after", [f"{data['params_after']:,}" for data in reports]),
-        ("tensors", [format_bytes(data["bytes_after"]) for data in reports]),
-        ("file", [format_bytes(data["file_bytes"]) for data in reports]),
-        ("layers replaced", [str(len(each)) for each in layers]),
-        ("largest relative error", [f"{max(each):.3g}" if each else "-" for each in errors]),
+        ("compression", [format_compression(report.compression) for report in reports]),
+        ("parameters before", [f"{report.params_before:,}" for report in reports]),
+        ("parameters after", [f"{report.params_after:,}" for report in reports]),
+        ("tensors", [format_bytes(report.bytes_after) for report in reports]),
+        ("file", [format_bytes(report.file_bytes) for report in reports]),
+        ("layers replaced", [str(len(report.layers)) for report in reports]),
+        ("largest relative error", [_largest_error(report) for report in reports]),
         ("accuracy dense", [_percent(each.get("dense"), each) for each in accuracies]),
         ("accuracy compressed", [_percent(each.get("compressed"), each) for each in accuracies]),
         ("measured on", [_measured_on(each) for each in accuracies]),
     ]
+
+
+def _largest_error(report: Report) -> str:
+    errors = [layer.relative_error for layer in report.layers if layer.relative_error is not None]
+    return f"{max(errors):.3g}" if errors else "-"
 
 
 def _percent(value: float | None, accuracy: Json) -> str:
@@ -127,30 +143,34 @@ def _output_error(layer: LayerPlan) -> str:
     return " -> ".join(f"{error:.3f}" for error in (errors[0], errors[-1])) if errors else "-"
 
 
-def _summary(report: Report, data: Json) -> list[str]:
+def _summary(report: Report) -> list[str]:
     plan = report.plan
-    before, after = (sum(getattr(layer, side) for layer in plan.layers) for side in ("params_before", "params_after"))
     lines = []
     if plan.layers:
+        before = sum(layer.params_before for layer in plan.layers)
+        after = sum(layer.params_after for layer in plan.layers)
         lines.append(f"replaced weights  {before:,} -> {after:,}  {format_compression(compression(before, after))}")
-    lines += [
-        f"all parameters    {plan.params_before:,} -> {plan.params_after:,}  {format_compression(plan.compression)}",
-        f"tensors           {format_bytes(report.bytes_before)} -> {format_bytes(report.bytes_after)}",
-    ]
+    total = format_compression(plan.compression)
+    lines.append(f"all parameters    {plan.params_before:,} -> {plan.params_after:,}  {total}")
+    lines.append(f"tensors           {format_bytes(report.bytes_before)} -> {format_bytes(report.bytes_after)}")
     if types := sorted({layer.core_dtype for layer in plan.layers if layer.core_dtype}):
         lines.append(f"cores             {', '.join(types)}")
     lines += _running_lines(plan)
-    if data["file_bytes"] is not None:
-        lines.append(f"file              {data['file']}, {format_bytes(data['file_bytes'])}")
+
+    if report.file_bytes is not None:
+        lines.append(f"file              {report.file}, {format_bytes(report.file_bytes)}")
         lines += _accuracy_lines(report.accuracy)
     # A network that was trained from scratch was never decomposed.
     if not report.finetuning or report.source:
         lines += _calibration_lines(report.calibration)
-    lines += _search_lines(report) + _finetuning_lines(report.finetuning)
+    lines += _search_lines(report)
+    lines += _finetuning_lines(report.finetuning)
     lines += _bench_lines(report.bench)
+
     lines += [f"kept dense        {line}" for line in _kept(report)]
     lines += [f"note              {layer.fqn}: {layer.note}" for layer in plan.layers if layer.note]
-    return lines + [f"note              {note}" for note in plan.notes]
+    lines += [f"note              {note}" for note in plan.notes]
+    return lines
 
 
 def _running_lines(plan: CompressionPlan) -> list[str]:
