@@ -82,8 +82,9 @@ def check_values(data: object) -> None:
             raise FieldError(f"{''.join(path).removeprefix('.') or 'it'} {problem}")
 
         if isinstance(value, dict):
-            todo += [((*path, _step(key)), key) for key in value]
-            todo += [((*path, _step(key)), inner) for key, inner in value.items()]
+            for key, inner in value.items():
+                below = (*path, _step(key))
+                todo += [(below, key), (below, inner)]
         elif isinstance(value, list | tuple):
             todo += [((*path, f"[{index}]"), inner) for index, inner in enumerate(value)]
 
@@ -121,13 +122,13 @@ def shown(value: object) -> str:
 
 def _sentence(problem: str, data: object, where: str, place: str) -> str:
     """What msgspec says of a value, with the value itself, in plain words."""
-    # The key of a mapping is not told.
+    # Of a mapping it does not tell the key.
     place, _, is_entry = place.partition("[...")
     field = (where + place).removeprefix(".")
-    if name := re.fullmatch(r"Object missing required field `(.+)`", problem):
-        return f"{field}.{name[1]} is missing".removeprefix(".")
-    if name := re.fullmatch(r"Object contains unknown field `(.+)`", problem):
-        return f"{field}.{name[1]} is not known".removeprefix(".")
+    for start, end in (("Object missing required", "is missing"), ("Object contains unknown", "is not known")):
+        if problem.startswith(start):
+            name = problem.split("`")[1]
+            return f"{field}.{name} {end}".removeprefix(".")
 
     wanted = _wanted(problem)
     if not wanted:
@@ -146,20 +147,28 @@ def _found(data: object, place: str) -> object:
     return value
 
 
+BOUNDS = {"of length >= ": "of length from ", ">= ": "from ", "<= ": "up to ", "> ": "above "}
+
+
 def _wanted(problem: str) -> str:
-    """What msgspec expected, in words: types, a bound, a length or a pattern; nothing where it says something else."""
-    wanted = problem.removeprefix("Expected ").partition(", got ")[0]
-    types = re.match("`(.+?)`", wanted)
+    """What msgspec expected, in words; nothing where the message is one of our own.
+
+    It names types in backquotes, then perhaps a bound, a length or a pattern.
+    """
+    expected, _, _ = problem.removeprefix("Expected ").partition(", got ")
+    types = re.match("`(.+?)`", expected)
     if types is None:
         return ""
-    words = _alternatives(WORDS.get(name, name) for name in types[1].split(" | "))
-    rest = wanted[types.end() :].strip()
+    rest = expected[types.end() :].strip()
     if choice := re.search(r"regex .*\((.+)\)", rest):
         return _alternatives(choice[1].split("|"))
-    for sign, phrase in (("of length >= ", "of length from "), (">= ", "from "), ("<= ", "up to "), ("> ", "above ")):
+
+    for sign, words in BOUNDS.items():
         if rest.startswith(sign):
-            return f"{words} {phrase}{rest.removeprefix(sign)}"
-    return f"{words} {rest}".strip()
+            rest = words + rest.removeprefix(sign)
+            break
+    names = _alternatives(WORDS.get(name, name) for name in types[1].split(" | "))
+    return f"{names} {rest}".strip()
 
 
 def _alternatives(words: Iterable[str]) -> str:

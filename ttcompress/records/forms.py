@@ -70,6 +70,8 @@ class LayerForm(Struct):
     tt_ranks: list[Size]
     weight_dtype: str
     spec: Json
+    params_before: Count | None = None
+    params_after: Count | None = None
     predicted_error: Measured | None = None
     relative_error: Measured | None = None
     output_error: dict[str, Measured] | None = None
@@ -85,6 +87,7 @@ class KeptLayerForm(Struct):
     kind: Kind
     kept: str
     params_before: Count
+    params_after: Count | None = None
 
 
 class KeptParameterForm(Struct):

@@ -208,8 +208,13 @@ class KeptParameter:
         """A `layers` entry where this is the weight of a layer, else a `kept_parameters` entry."""
         if not self.kind:
             return vars(self).copy()
-        counts = {"params_before": self.params, "params_after": self.params}
-        return {"fqn": self.name.removesuffix(".weight"), "kind": self.kind, "kept": self.reason, **counts}
+        return {
+            "fqn": self.name.removesuffix(".weight"),
+            "kind": self.kind,
+            "kept": self.reason,
+            "params_before": self.params,
+            "params_after": self.params,
+        }
 
     @classmethod
     def from_json(cls, data: Json, where: str = "") -> KeptParameter:
@@ -256,13 +261,15 @@ class CompressionPlan:
 
     def to_json(self) -> Json:
         """The keys that plans and reports share."""
-        weights = [kept for kept in self.kept if kept.kind]
+        replaced = [layer.to_json() for layer in self.layers]
+        weights = [kept.to_json() for kept in self.kept if kept.kind]
+        others = [kept.to_json() for kept in self.kept if not kept.kind]
         return {
             "compression": self.compression,
             "params_before": self.params_before,
             "params_after": self.params_after,
-            "layers": [layer.to_json() for layer in self.layers] + [kept.to_json() for kept in weights],
-            "kept_parameters": [kept.to_json() for kept in self.kept if not kept.kind],
+            "layers": replaced + weights,
+            "kept_parameters": others,
             "notes": list(self.notes),
             **({"multiply_adds": list(self.multiply_adds)} if self.multiply_adds else {}),
             **({"latency": self.latency} if self.latency else {}),
@@ -312,6 +319,6 @@ def _check_parameters(plan: CompressionPlan) -> None:
             raise FieldError(f"layers and kept_parameters must name {shown(name)} once, not twice")
         named.add(name)
 
-    most, least = max(plan.params_before, plan.params_after), plan.params_after
-    if least == 0 or most > MOST_PARAMS:
+    # Compression divides by the number after.
+    if plan.params_after == 0 or max(plan.params_before, plan.params_after) > MOST_PARAMS:
         raise FieldError("layers and kept_parameters must have from 1 to 2^53 parameters")

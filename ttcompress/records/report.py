@@ -227,28 +227,38 @@ def _decoded(data: Json) -> Report:
 def _check_counts(data: Json, form: ReportForm, plan: CompressionPlan) -> None:
     """See that the numbers of parameters are those of the shapes; in a plan, which is edited, they need not be."""
     counts = {layer.fqn: (layer.params_before, layer.params_after) for layer in plan.layers}
-    counts |= {kept.name.removesuffix(".weight"): (kept.params, kept.params) for kept in plan.kept if kept.kind}
+    for kept in plan.kept:
+        if kept.kind:
+            counts[kept.name.removesuffix(".weight")] = (kept.params, kept.params)
 
     for number, entry in enumerate(data["layers"]):
-        for key, count in zip(("params_before", "params_after"), counts[entry["fqn"]], strict=True):
-            if entry.get(key, count) != count:
-                raise FieldError(f"layers[{number}].{key} must be {count}, not {shown(entry[key])}")
+        before, after = counts[entry["fqn"]]
+        _check_count(entry, "params_before", before, f"layers[{number}].")
+        _check_count(entry, "params_after", after, f"layers[{number}].")
+    _check_count(data, "params_before", plan.params_before)
+    _check_count(data, "params_after", plan.params_after)
 
-    for key in ("params_before", "params_after"):
-        stated, count = getattr(form, key), getattr(plan, key)
-        if stated not in (None, count):
-            raise FieldError(f"{key} must be {count}, the sum over layers and kept_parameters, not {stated}")
-    if form.compression is not None and not isclose(form.compression, plan.compression):
-        raise FieldError(f"compression must be {plan.compression}, not {form.compression}")
+    stated = form.compression
+    if stated is not None and not isclose(stated, plan.compression):
+        raise FieldError(f"compression must be {plan.compression}, not {stated}")
+
+
+def _check_count(data: Json, key: str, count: int, where: str = "") -> None:
+    """A count that is stated, which old files need not do, is right."""
+    stated = data.get(key, count)
+    if stated != count:
+        raise FieldError(f"{where}{key} must be {count}, as the shapes have it, not {shown(stated)}")
 
 
 def _check_tied(form: ReportForm, plan: CompressionPlan) -> None:
     """See that tied parameters have the values of listed ones, and are none themselves."""
-    listed_names = {f"{layer.fqn}.weight" for layer in plan.layers} | {kept.name for kept in plan.kept}
+    replaced = {f"{layer.fqn}.weight" for layer in plan.layers}
+    known = replaced | {kept.name for kept in plan.kept}
+
     for alias, name in form.tied.items():
-        if alias in listed_names:
+        if alias in known:
             raise FieldError(f"tied must not name {shown(alias)}, a parameter of its own")
-        if name not in listed_names:
+        if name not in known:
             raise FieldError(f"tied[{shown(alias)}] must be a parameter of the network, not {shown(name)}")
 
 
