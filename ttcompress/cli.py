@@ -156,7 +156,7 @@ def report_command(files: tuple[Path, ...], json: bool) -> None:
     reports = [text.read_report(file) for file in files]
     several = len(reports) > 1
     if json:
-        print_json(reports if several else reports[0])
+        print_json([report.to_json() for report in reports] if several else reports[0].to_json())
     else:
         print_table(text.render_side_by_side(reports) if several else text.render(reports[0]))
 
@@ -251,11 +251,11 @@ def _show(report: Report, file: Path | None, as_json: bool) -> None:
         return
     from ttcompress.report import text
 
-    data = text.with_file(report, file)
+    shown = text.with_file(report, file) if file else report
     if as_json:
-        print_json(data)
+        print_json(shown.to_json())
     else:
-        print_table(text.render(data))
+        print_table(text.render(shown))
 
 
 def main(arguments: list[str] | None = None) -> None:

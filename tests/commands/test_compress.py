@@ -501,7 +501,7 @@ def test_own_loader(tmp_path: Path) -> None:
     assert report.accuracy["agreement"] == 100 * same / 50
     assert report.accuracy["n"] == 50
     ttcompress.save(compressed, report, tmp_path / "saved.safetensors")
-    assert ttcompress.read_report(tmp_path / "saved.safetensors")["accuracy"] == report.accuracy
+    assert ttcompress.read_report(tmp_path / "saved.safetensors").accuracy == report.accuracy
 
 
 def test_own_metric(tmp_path: Path) -> None:
@@ -517,7 +517,7 @@ def test_own_metric(tmp_path: Path) -> None:
         "interval": None,
     }
     ttcompress.save(compressed, report, tmp_path / "saved.safetensors")
-    assert ttcompress.read_report(tmp_path / "saved.safetensors")["accuracy"] == report.accuracy
+    assert ttcompress.read_report(tmp_path / "saved.safetensors").accuracy == report.accuracy
 
 
 BATCH = (torch.randn(4, 64), torch.zeros(4, dtype=torch.long))
@@ -564,8 +564,8 @@ def test_a_weight_of_zeros_stays_zero(tmp_path: Path, options: dict[str, Any]) -
     compressed, report = ttcompress.compress(module, **options)
     assert compressed.get_submodule("fc2").weight.abs().max() == 0
     ttcompress.save(compressed, report, tmp_path / "saved.safetensors")
-    layers = ttcompress.read_report(tmp_path / "saved.safetensors")["layers"]
-    assert [layer["relative_error"] for layer in layers if layer["fqn"] == "fc2"] == [0]
+    layers = ttcompress.read_report(tmp_path / "saved.safetensors").layers
+    assert [layer.relative_error for layer in layers if layer.fqn == "fc2"] == [0]
 
 
 # ------------------------------------------------------------------------------------------------------ half precision

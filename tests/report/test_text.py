@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console, RenderableType
 
+from ttcompress import cli
 from ttcompress.errors import CheckpointError
 from ttcompress.files.writing import write_safetensors
 from ttcompress.records.common import format_compression
@@ -118,7 +118,7 @@ def test_format_bytes(count: int | None, text: str) -> None:
 
 
 def test_text_holds_every_number() -> None:
-    text = text_of(render({**with_file(REPORT, None), "file": "vgg16-tt.safetensors", "file_bytes": 142_123_456}))
+    text = text_of(render(replace(REPORT, file="vgg16-tt.safetensors", file_bytes=142_123_456)))
     assert line_of(text, "classifier.0 ") == [
         *("4096x25088", "matrix", "4x2", "4x7", "4x8", "4x8", "4x7", "4x4", "4,4,4,4,4"),
         *("102,760,448", "2,016", "50,972x", "0.9877"),
@@ -151,13 +151,13 @@ def test_text_holds_every_number() -> None:
 
 
 def test_nothing_is_cut_at_200_columns() -> None:
-    assert "…" not in text_of(render(with_file(REPORT, None)))
+    assert "…" not in text_of(render(REPORT))
 
 
 @pytest.mark.parametrize("width", [40, 80])
 def test_narrow_terminals_lose_no_digit(width: int) -> None:
     console = Console(file=StringIO(), width=width, color_system=None)
-    console.print(render(with_file(REPORT, None)))
+    console.print(render(REPORT))
     output = console.file
     assert isinstance(output, StringIO)
     assert "…" not in output.getvalue()
@@ -166,7 +166,7 @@ def test_narrow_terminals_lose_no_digit(width: int) -> None:
 def test_what_was_not_measured_is_not_invented() -> None:
     plan = PLAN.with_layers([replace(layer, relative_error=None) for layer in PLAN.layers])
     plan = plan.with_layers([replace(plan.layers[0], predicted_error=0.25), plan.layers[1]])
-    text = text_of(render(with_file(replace(REPORT, plan=plan, accuracy=None), None)))
+    text = text_of(render(replace(REPORT, plan=plan, accuracy=None)))
     assert line_of(text, "classifier.0 ")[-2:] == ["<=", "0.2500"]
     assert line_of(text, "features.5 ")[-1] == "-"
     assert "agreement" not in text
@@ -175,9 +175,9 @@ def test_what_was_not_measured_is_not_invented() -> None:
 
 def test_own_metric_is_shown_by_name() -> None:
     accuracy = {"metric": "perplexity", "dense": 12.3456, "compressed": 13.25, "n": None, "interval": None}
-    data = {**with_file(replace(REPORT, accuracy=accuracy), None), "file": "x.safetensors", "file_bytes": 1}
+    data = replace(REPORT, accuracy=accuracy, file="x.safetensors", file_bytes=1)
     assert line_of(text_of(render(data)), "perplexity") == ["12.3456", "->", "13.25"]
-    text = text_of(render_side_by_side([data, with_file(REPORT, None)]))
+    text = text_of(render_side_by_side([data, REPORT]))
     assert line_of(text, "accuracy compressed") == ["13.25", "88.25", "%"]
     assert line_of(text, "measured on")[0] == "perplexity"
 
@@ -186,15 +186,15 @@ def test_side_by_side(tmp_path: Path) -> None:
     other = replace(REPORT, plan=PLAN.with_layers(PLAN.layers[1:]), accuracy=None, bytes_after=500)
     data = []
     for name, report in (("a.safetensors", REPORT), ("b.safetensors", other)):
-        write_safetensors(tmp_path / name, {}, report.to_json())
+        write_safetensors(tmp_path / name, {}, report.metadata())
         data.append(read_report(tmp_path / name))
     text = text_of(render_side_by_side(data))
     assert text.split()[:2] == ["a.safetensors", "b.safetensors"]
-    assert line_of(text, "compression") == [format_compression(report["compression"]) for report in data]
-    assert line_of(text, "parameters after") == [f"{report['params_after']:,}" for report in data]
-    assert line_of(text, "parameters before") == [f"{report['params_before']:,}" for report in data]
+    assert line_of(text, "compression") == [format_compression(report.compression) for report in data]
+    assert line_of(text, "parameters after") == [f"{report.params_after:,}" for report in data]
+    assert line_of(text, "parameters before") == [f"{report.params_before:,}" for report in data]
     assert line_of(text, "tensors") == ["142.1", "MB", "500", "B"]
-    assert line_of(text, "file") == [part for report in data for part in format_bytes(report["file_bytes"]).split()]
+    assert line_of(text, "file") == [part for report in data for part in format_bytes(report.file_bytes).split()]
     assert line_of(text, "layers replaced") == ["2", "1"]
     assert line_of(text, "largest relative error") == ["0.988", "1.23e-06"]
     assert line_of(text, "accuracy dense") == ["91.73", "%", "-"]
@@ -204,31 +204,55 @@ def test_side_by_side(tmp_path: Path) -> None:
 def test_side_by_side_without_errors() -> None:
     """As of networks trained in TT form, and of those trained further away from their checkpoint."""
     plan = PLAN.with_layers([replace(layer, relative_error=None) for layer in PLAN.layers])
-    data = {**with_file(replace(REPORT, plan=plan), None), "file": "x.safetensors", "file_bytes": 1}
-    text = text_of(render_side_by_side([data, {**with_file(REPORT, None), "file": "y", "file_bytes": 1}]))
+    data = replace(REPORT, plan=plan, file="x.safetensors", file_bytes=1)
+    text = text_of(render_side_by_side([data, replace(REPORT, file="y", file_bytes=1)]))
     assert line_of(text, "largest relative error") == ["-", "0.988"]
 
 
 def test_read_report_is_the_report_that_was_written(tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
-    write_safetensors(path, {}, REPORT.to_json())
-    data = read_report(path)
-    assert data == read_report(str(path))
-    written: dict[str, Any] = {"file": "file.safetensors", "file_bytes": path.stat().st_size}
-    assert data == {**REPORT.to_json(), **written}
-    assert Report.from_json(data) == REPORT
+    write_safetensors(path, {}, REPORT.metadata())
+    report = read_report(path)
+    assert report == read_report(str(path)) == with_file(REPORT, path)
+    assert (report.file, report.file_bytes) == ("file.safetensors", path.stat().st_size)
+    assert replace(report, file=None, file_bytes=None) == REPORT
+    assert report.to_json() == {**REPORT.metadata(), "file": "file.safetensors", "file_bytes": path.stat().st_size}
+    assert Report.from_json(report.to_json()) == report
+
+
+def test_a_report_is_read_by_attributes() -> None:
+    assert (report_counts := (REPORT.params_before, REPORT.params_after)) == (PLAN.params_before, PLAN.params_after)
+    assert REPORT.compression == report_counts[0] / report_counts[1]
+    assert [layer.fqn for layer in REPORT.layers] == ["classifier.0", "features.5"]
+    assert [kept.name for kept in REPORT.kept][-1] == "classifier.0.bias"
+    assert (REPORT.to_json()["file"], REPORT.to_json()["file_bytes"]) == (None, None)
+    assert {"file", "file_bytes"}.isdisjoint(REPORT.metadata())
+
+
+def test_a_printed_report_is_what_the_command_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    path = tmp_path / "file.safetensors"
+    write_safetensors(path, {}, REPORT.metadata())
+    print(read_report(path))
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    monkeypatch.delenv("FORCE_COLOR")
+    cli.main(["report", str(path)])
+    assert capsys.readouterr().out == printed
 
 
 def test_kept_weights_are_grouped_by_reason_and_cut() -> None:
     kept = tuple(KeptParameter(f"layer{k}.weight", 10, "groups=32", "conv2d") for k in range(9))
-    text = text_of(render(with_file(replace(REPORT, plan=replace(PLAN, kept=kept)), None)))
+    text = text_of(render(replace(REPORT, plan=replace(PLAN, kept=kept))))
     assert "layer0, layer1 and 7 more: groups=32" in text
 
 
 def test_markup_in_names_is_text(tmp_path: Path) -> None:
     """rich would take [bold] for an order, and fail on [/]."""
     layer = replace(PLAN.layers[0], fqn="[bold]layer[/]", note="[/red]")
-    data = {**with_file(replace(REPORT, plan=PLAN.with_layers([layer])), None), "file": "[/x].safetensors"}
+    data = replace(REPORT, plan=PLAN.with_layers([layer]), file="[/x].safetensors")
     assert "[bold]layer[/]" in text_of(render(data))
     assert "[/x].safetensors" in text_of(render_side_by_side([data]))
 

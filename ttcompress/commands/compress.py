@@ -120,7 +120,7 @@ def compress_file(
     network = open_dense(source, recipe.arch, settings.key)
     network, inputs = open_inputs(network, settings, progress)
     report = compress_network(network, settings, plan, inputs, progress)
-    write_safetensors(output, stored_tensors(network.model, network.tensors, report.plan), report.to_json())
+    write_safetensors(output, stored_tensors(network.model, network.tensors, report.plan), report.metadata())
     return report
 
 

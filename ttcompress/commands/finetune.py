@@ -139,7 +139,7 @@ def _write(output: Path, start: StartingPoint, report: Report) -> None:
     plan = start.report.plan if start.report else None
     tensors = stored_tensors(model, start.network.tensors, plan)
     if start.report:
-        write_safetensors(output, tensors, report.to_json())
+        write_safetensors(output, tensors, report.metadata())
         return
 
     tied = {alias: tensors[name] for alias, name in tied_parameters(model).items()}

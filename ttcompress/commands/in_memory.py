@@ -210,7 +210,7 @@ def save(module: nn.Module, report: Report, path: str | os.PathLike[str], force:
     """
     with speaking_python():
         check_output(Path(path), force)
-    write_safetensors(Path(path), stored_tensors(module, module.state_dict(), report.plan), report.to_json())
+    write_safetensors(Path(path), stored_tensors(module, module.state_dict(), report.plan), report.metadata())
 
 
 # ------------------------------------------------------------------------------------------------------------ keywords

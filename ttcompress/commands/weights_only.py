@@ -196,7 +196,7 @@ def _compressed(network: Network, plan: CompressionPlan, files: Sequence[Path]) 
 
 
 def _write(output: Path, index: Index | None, report: Report, tensors: Mapping[str, Tensor]) -> None:
-    metadata: Json = report.to_json()
+    metadata: Json = report.metadata()
     if index is None:
         write_safetensors(output, tensors, metadata)
         return

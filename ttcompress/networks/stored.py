@@ -30,13 +30,16 @@ def stored_tensors(
     With a plan, the cores are as it says that they are stored.
     """
     tied = tied_parameters(model)
-    tensors = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if name not in tied and (name in original or not name.endswith("num_batches_tracked"))
-    }
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        # Checkpoints from before torch 0.4.1 have no such counters.
+        is_added = name.endswith("num_batches_tracked") and name not in original
+        if name not in tied and not is_added:
+            tensors[name] = tensor
+
     for layer in plan.layers if plan else ():
-        tensors |= stored_cores([tensors[name] for name in layer.core_shapes], layer)
+        cores = [tensors[name] for name in layer.core_shapes]
+        tensors |= stored_cores(cores, layer)
     return tensors
 
 
@@ -67,14 +70,13 @@ def check_cores(tensors: Mapping[str, Tensor], layer: LayerPlan) -> None:
     Raises:
         CheckpointError: tensors that are missing, or that have another type or shape.
     """
-
-    def fits(name: str, shape: tuple[int, ...]) -> bool:
-        tensor = tensors.get(name)
-        if tensor is None or tuple(tensor.shape) != shape:
-            return False
-        is_code = name in layer.core_shapes and bool(layer.scale_shapes)
-        return tensor.dtype == torch.int8 if is_code else tensor.is_floating_point()
-
-    wrong = [name for name, shape in layer.stored_shapes.items() if not fits(name, shape)]
+    wrong = [name for name, shape in layer.stored_shapes.items() if not _fits(tensors.get(name), name, shape, layer)]
     if wrong:
         raise CheckpointError(f"lacks {shortlist(wrong)}, or they have another shape or type")
+
+
+def _fits(tensor: Tensor | None, name: str, shape: tuple[int, ...], layer: LayerPlan) -> bool:
+    if tensor is None or tuple(tensor.shape) != shape:
+        return False
+    is_code = name in layer.core_shapes and bool(layer.scale_shapes)
+    return tensor.dtype == torch.int8 if is_code else tensor.is_floating_point()

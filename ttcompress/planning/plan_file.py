@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from ttcompress.errors import PlanError
+from ttcompress.files.header import blaming
 from ttcompress.files.output import replacing
 from ttcompress.planning.selection import find_layers
 from ttcompress.recipe import FORM, TARGETS, Recipe
@@ -82,14 +83,14 @@ def read_plan(path: Path) -> CompressionPlan:
     """Read a plan, edited or not: counts are recomputed, TT-ranks clipped to feasible ones, with a note.
 
     Raises:
-        PlanError: missing file, no JSON, another schema, or keys that are missing.
-        ShapeError: modes or TT-ranks that do not fit a layer.
+        PlanError: missing file, no JSON, another schema, or a field that is missing, wrong or does not fit its layer.
     """
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not a readable plan: {error}") from error
 
     if not isinstance(data, dict) or data.get("schema") != PLAN_SCHEMA:
         raise PlanError(f"{path}: not a plan of schema {PLAN_SCHEMA!r}; `ttcompress plan -o` writes one")
-    return CompressionPlan.from_json(data)
+    with blaming(path):
+        return CompressionPlan.from_json(data)

@@ -26,8 +26,3 @@ def format_compression(ratio: float) -> str:
 def listed(record: Any) -> Json:
     """A flat dataclass as JSON has it."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(record).items()}
-
-
-def tupled(data: Json) -> Json:
-    """JSON lists as the tuples of records."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import prod
-from operator import index
+
+from msgspec.structs import asdict
 
 from ttcompress.errors import PlanError, ShapeError
-from ttcompress.records.common import Json, compression, listed, tupled
+from ttcompress.records.common import Json, compression, listed
+from ttcompress.records.decoding import FieldError, check_values, decode, refusing_as, shown, within
+from ttcompress.records.forms import (
+    MOST_PARAMS,
+    ConvForm,
+    KeptLayerForm,
+    LayerForm,
+    LinearForm,
+    PlanForm,
+)
 from ttcompress.records.layers import ConvSpec, LayerSpec, LinearSpec, executions
 from ttcompress.tt.shapes import Mode, Tensorization, tensorize_shape
 
@@ -116,29 +126,66 @@ class LayerPlan:
         }
 
     @classmethod
-    def from_json(cls, data: Json) -> LayerPlan:
+    def from_json(cls, data: Json, where: str = "") -> LayerPlan:
         """Read an entry back; parameter counts are recomputed.
 
+        Args:
+            where: the path of the entry, for messages.
+
         Raises:
-            ShapeError: modes that do not make the weight, or TT-ranks that do not fit them.
-            PlanError: a name that is no text.
+            FieldError: a field of a wrong type or value, modes that do not make the weight, or TT-ranks that do not
+                fit them.
         """
-        if not isinstance(data["fqn"], str):
-            raise PlanError(f"fqn must be a text, not {data['fqn']!r}")
-        spec: LayerSpec = (LinearSpec if data["kind"] == "linear" else ConvSpec)(**tupled(data["spec"]))
-        modes = [Mode(*mode) for mode in zip(data["out_modes"], data["in_modes"], data["window_modes"], strict=True)]
-        tensorization = Tensorization(data["format"], tuple(modes))
-        _check_modes(data["fqn"], spec, tensorization)
-        ranks = tensorization.expand_ranks([index(rank) for rank in data["tt_ranks"]])
-        known: Json = {key: data.get(key) for key in ("predicted_error", "relative_error", "output_error")}
-        known |= {key: data[key] for key in ("note", "execution", "core_dtype") if key in data}
-        return cls(data["fqn"], spec, tensorization, ranks, data["weight_dtype"], **known)
+        form = decode(data, LayerForm, where)
+        spec = _spec(form, where)
+
+        with within(where or form.fqn):
+            tensorization = _tensorization(form, spec)
+            layer = cls(
+                form.fqn,
+                spec,
+                tensorization,
+                tensorization.expand_ranks(form.tt_ranks),
+                form.weight_dtype,
+                predicted_error=form.predicted_error,
+                relative_error=form.relative_error,
+                output_error=form.output_error or None,
+                note=form.note,
+                execution=form.execution,
+                core_dtype=form.core_dtype,
+            )
+
+        if max(layer.params_before, layer.params_after) > MOST_PARAMS:
+            raise FieldError(f"{where or form.fqn} must have at most 2^53 parameters")
+        return layer
+
+
+def _spec(form: LayerForm, where: str) -> LayerSpec:
+    if form.kind == "linear":
+        return LinearSpec(**asdict(decode(form.spec, LinearForm, f"{where}.spec")))
+    return ConvSpec(**asdict(decode(form.spec, ConvForm, f"{where}.spec")))
+
+
+def _tensorization(form: LayerForm, spec: LayerSpec) -> Tensorization:
+    factors = (form.out_modes, form.in_modes, form.window_modes)
+    if len(set(map(len, factors))) != 1:
+        raise ShapeError("out_modes, in_modes and window_modes differ in length")
+
+    modes = tuple(Mode(*mode) for mode in zip(*factors, strict=True))
+    tensorization = Tensorization(form.format, modes)
+    _check_modes(form.fqn, spec, tensorization)
+    return tensorization
 
 
 def _check_modes(fqn: str, spec: LayerSpec, stated: Tensorization) -> None:
     """A format has one tensorization of a weight, but for the factors of `matrix`."""
-    pairs = [mode for mode in stated.modes if mode.window == 1] if stated.format == "matrix" else []
-    out_modes, in_modes = [mode.out for mode in pairs] or None, [mode.inp for mode in pairs] or None
+    out_modes: list[int] | None = None
+    in_modes: list[int] | None = None
+    if stated.format == "matrix":
+        pairs = [mode for mode in stated.modes if mode.window == 1]
+        out_modes = [mode.out for mode in pairs]
+        in_modes = [mode.inp for mode in pairs]
+
     try:
         proper = tensorize_shape(stated.format, spec.weight_shape, out_modes, in_modes)
     except ShapeError as error:
@@ -160,16 +207,24 @@ class KeptParameter:
     def to_json(self) -> Json:
         """A `layers` entry where this is the weight of a layer, else a `kept_parameters` entry."""
         if not self.kind:
-            return asdict(self)
-        counts = {"params_before": self.params, "params_after": self.params}
-        return {"fqn": self.name.removesuffix(".weight"), "kind": self.kind, "kept": self.reason, **counts}
+            return vars(self).copy()
+        return {
+            "fqn": self.name.removesuffix(".weight"),
+            "kind": self.kind,
+            "kept": self.reason,
+            "params_before": self.params,
+            "params_after": self.params,
+        }
 
     @classmethod
-    def from_json(cls, data: Json) -> KeptParameter:
-        """Read either entry back."""
-        if "fqn" in data:
-            return cls(data["fqn"] + ".weight", int(data["params_before"]), data["kept"], data["kind"])
-        return cls(data["name"], int(data["params"]), data["reason"])
+    def from_json(cls, data: Json, where: str = "") -> KeptParameter:
+        """Read a `layers` entry back; `where` is its path, for messages.
+
+        Raises:
+            FieldError: a field of a wrong type or value.
+        """
+        form = decode(data, KeptLayerForm, where)
+        return cls(f"{form.fqn}.weight", form.params_before, form.kept, form.kind)
 
 
 @dataclass(frozen=True)
@@ -206,13 +261,15 @@ class CompressionPlan:
 
     def to_json(self) -> Json:
         """The keys that plans and reports share."""
-        weights = [kept for kept in self.kept if kept.kind]
+        replaced = [layer.to_json() for layer in self.layers]
+        weights = [kept.to_json() for kept in self.kept if kept.kind]
+        others = [kept.to_json() for kept in self.kept if not kept.kind]
         return {
             "compression": self.compression,
             "params_before": self.params_before,
             "params_after": self.params_after,
-            "layers": [layer.to_json() for layer in self.layers] + [kept.to_json() for kept in weights],
-            "kept_parameters": [kept.to_json() for kept in self.kept if not kept.kind],
+            "layers": replaced + weights,
+            "kept_parameters": others,
             "notes": list(self.notes),
             **({"multiply_adds": list(self.multiply_adds)} if self.multiply_adds else {}),
             **({"latency": self.latency} if self.latency else {}),
@@ -220,24 +277,48 @@ class CompressionPlan:
 
     @classmethod
     def from_json(cls, data: Json) -> CompressionPlan:
-        """Read a plan, edited or not.
+        """Read a plan, edited or not; parameter counts are recomputed.
 
         Raises:
-            PlanError: keys are missing or hold values of the wrong kind.
-            ShapeError: modes and TT-ranks that do not fit the layer.
+            PlanError: a field of a wrong type or value, named by its path; modes and TT-ranks that do not fit their
+                layer; or a parameter that is named twice.
         """
-        try:
-            entries = data["layers"]
-            layers = [LayerPlan.from_json(entry) for entry in entries if "kept" not in entry]
-            kept = [KeptParameter.from_json(entry) for entry in entries if "kept" in entry]
-            kept += [KeptParameter.from_json(entry) for entry in data["kept_parameters"]]
-            before_and_after = data.get("multiply_adds")
-            return cls(
-                tuple(layers),
-                tuple(kept),
-                tuple(data.get("notes", ())),
-                before_and_after and (index(before_and_after[0]), index(before_and_after[1])),
-                data.get("latency"),
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"not a readable plan: {type(error).__name__}: {error}") from error
+        with refusing_as(PlanError):
+            check_values(data)
+            return decode_plan(data)
+
+
+def decode_plan(data: Json) -> CompressionPlan:
+    """What plans and files share.
+
+    Raises:
+        FieldError: see `CompressionPlan.from_json`.
+    """
+    form = decode(data, PlanForm)
+    layers: list[LayerPlan] = []
+    kept: list[KeptParameter] = []
+    for number, entry in enumerate(form.layers):
+        where = f"layers[{number}]"
+        if "kept" in entry:
+            kept.append(KeptParameter.from_json(entry, where))
+        else:
+            layers.append(LayerPlan.from_json(entry, where))
+    kept += [KeptParameter(each.name, each.params, each.reason) for each in form.kept_parameters]
+
+    plan = CompressionPlan(tuple(layers), tuple(kept), tuple(form.notes), form.multiply_adds, data.get("latency"))
+    _check_parameters(plan)
+    return plan
+
+
+def _check_parameters(plan: CompressionPlan) -> None:
+    """See that every parameter is named once, and how many there are."""
+    names = [f"{layer.fqn}.weight" for layer in plan.layers] + [kept.name for kept in plan.kept]
+    named: set[str] = set()
+    for name in names:
+        if name in named:
+            raise FieldError(f"layers and kept_parameters must name {shown(name)} once, not twice")
+        named.add(name)
+
+    # Compression divides by the number after.
+    if plan.params_after == 0 or max(plan.params_before, plan.params_after) > MOST_PARAMS:
+        raise FieldError("layers and kept_parameters must have from 1 to 2^53 parameters")

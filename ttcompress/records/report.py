@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
+from math import isclose
+
+from msgspec.structs import asdict
 
 from ttcompress.errors import CheckpointError
-from ttcompress.records.common import Json, listed, tupled
-from ttcompress.records.plan import CompressionPlan
+from ttcompress.records.common import Json, listed
+from ttcompress.records.decoding import FieldError, check_values, decode, refusing_as, shown
+from ttcompress.records.forms import (
+    AccuracyForm,
+    ArchitectureForm,
+    FinetuningForm,
+    MetricForm,
+    PreprocessingForm,
+    ReportForm,
+)
+from ttcompress.records.plan import CompressionPlan, KeptParameter, LayerPlan, decode_plan
 
 FILE_SCHEMA = "ttcompress/1"
+VIEW = "ttcompress.report.text"
+"""What shows a report; it is above this package, and so named and looked up only when one is printed."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +43,6 @@ class Architecture:
         """As the file records it."""
         return {"kind": self.kind, "name": self.name, "arguments": dict(self.arguments), "sha256": self.sha256}
 
-    @classmethod
-    def from_json(cls, data: Json) -> Architecture:
-        """Read it back."""
-        return cls(data["kind"], data["name"], data["arguments"], data["sha256"])
-
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -49,11 +59,6 @@ class Preprocessing:
     def to_json(self) -> Json:
         """As the file records it."""
         return listed(self)
-
-    @classmethod
-    def from_json(cls, data: Json) -> Preprocessing:
-        """Read it back."""
-        return cls(**tupled(data))
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that is known about a compressed network; the `ttcompress` metadata of its file."""
+    """Everything that is known about a compressed network; printed, it is the table of `ttcompress report`.
+
+    `file` and `file_bytes` are the name and the size on disk of the file that it was read from or written to.
+    """
 
     plan: CompressionPlan
     bytes_before: int
@@ -109,9 +117,43 @@ class Report:
     search: Sequence[Json] = ()
     finetuning: Json | None = None
     bench: Json | None = None
+    file: str | None = None
+    file_bytes: int | None = None
+
+    def __str__(self) -> str:
+        return str(import_module(VIEW).as_text(self))
+
+    @property
+    def compression(self) -> float:
+        """Parameters before / after, over all parameters of the network."""
+        return self.plan.compression
+
+    @property
+    def params_before(self) -> int:
+        """Parameters of the dense network, buffers not counted."""
+        return self.plan.params_before
+
+    @property
+    def params_after(self) -> int:
+        """Parameters of the compressed network."""
+        return self.plan.params_after
+
+    @property
+    def layers(self) -> tuple[LayerPlan, ...]:
+        """The layers that were replaced."""
+        return self.plan.layers
+
+    @property
+    def kept(self) -> tuple[KeptParameter, ...]:
+        """The parameters that stayed as they were, with the reasons."""
+        return self.plan.kept
 
     def to_json(self) -> Json:
-        """Canonical content of the file's metadata and of `report --json`."""
+        """What `report --json` prints: the metadata with the name and size of the file, null where there is none."""
+        return {**self.metadata(), "file": self.file, "file_bytes": self.file_bytes}
+
+    def metadata(self) -> Json:
+        """What the file itself holds."""
         return {
             "schema": FILE_SCHEMA,
             "version": self.version,
@@ -136,31 +178,99 @@ class Report:
         """Read metadata back.
 
         Raises:
-            CheckpointError: another major schema, naming the one it needs, or missing keys.
+            CheckpointError: another major schema, naming the one it needs; a field of a wrong type or value, named by
+                its path; or counts that are not those of the layers.
         """
         if str(data.get("schema")).split(".")[0] != FILE_SCHEMA:
             raise CheckpointError(
                 f"written in schema {data.get('schema')!r}, this version reads {FILE_SCHEMA!r}: "
                 "use the ttcompress version that matches it"
             )
-        architecture, preprocessing = data.get("architecture"), data.get("preprocessing")
-        try:
-            return cls(
-                plan=CompressionPlan.from_json(data),
-                bytes_before=data["bytes_before"],
-                bytes_after=data["bytes_after"],
-                version=data["version"],
-                seed=data["seed"],
-                source=data["source"],
-                architecture=Architecture.from_json(architecture) if architecture else None,
-                preprocessing=Preprocessing.from_json(preprocessing) if preprocessing else None,
-                recipe=data["recipe"],
-                tied=data["tied"],
-                accuracy=data["accuracy"],
-                calibration=data.get("calibration"),
-                search=tuple(data.get("search", ())),
-                finetuning=data.get("finetuning"),
-                bench=data.get("bench"),
-            )
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"damaged metadata: {type(error).__name__}: {error}") from error
+        with refusing_as(CheckpointError):
+            check_values(data)
+            return _decoded(data)
+
+
+def _decoded(data: Json) -> Report:
+    """The typed parts as records; parts that are only shown stay as they are in the file, once they are checked."""
+    form = decode(data, ReportForm)
+    architecture = form.architecture and decode(form.architecture, ArchitectureForm, "architecture")
+    preprocessing = form.preprocessing and decode(form.preprocessing, PreprocessingForm, "preprocessing")
+    plan = decode_plan(data)
+    _check_counts(data, form, plan)
+    _check_tied(form, plan)
+    _check_accuracy(form.accuracy, "accuracy")
+    if form.finetuning:
+        _check_finetuning(form.finetuning)
+
+    return Report(
+        plan=plan,
+        bytes_before=form.bytes_before,
+        bytes_after=form.bytes_after,
+        version=form.version,
+        seed=form.seed,
+        source=data["source"],
+        architecture=Architecture(**asdict(architecture)) if architecture else None,
+        preprocessing=Preprocessing(**asdict(preprocessing)) if preprocessing else None,
+        recipe=form.recipe,
+        tied=form.tied,
+        accuracy=form.accuracy,
+        calibration=data.get("calibration"),
+        search=tuple(data.get("search", ())),
+        finetuning=data.get("finetuning"),
+        bench=data.get("bench"),
+        file=form.file,
+        file_bytes=form.file_bytes,
+    )
+
+
+def _check_counts(data: Json, form: ReportForm, plan: CompressionPlan) -> None:
+    """See that the numbers of parameters are those of the shapes; in a plan, which is edited, they need not be."""
+    counts = {layer.fqn: (layer.params_before, layer.params_after) for layer in plan.layers}
+    for kept in plan.kept:
+        if kept.kind:
+            counts[kept.name.removesuffix(".weight")] = (kept.params, kept.params)
+
+    for number, entry in enumerate(data["layers"]):
+        before, after = counts[entry["fqn"]]
+        _check_count(entry, "params_before", before, f"layers[{number}].")
+        _check_count(entry, "params_after", after, f"layers[{number}].")
+    _check_count(data, "params_before", plan.params_before)
+    _check_count(data, "params_after", plan.params_after)
+
+    stated = form.compression
+    if stated is not None and not isclose(stated, plan.compression):
+        raise FieldError(f"compression must be {plan.compression}, not {stated}")
+
+
+def _check_count(data: Json, key: str, count: int, where: str = "") -> None:
+    """A count that is stated, which old files need not do, is right."""
+    stated = data.get(key, count)
+    if stated != count:
+        raise FieldError(f"{where}{key} must be {count}, as the shapes have it, not {shown(stated)}")
+
+
+def _check_tied(form: ReportForm, plan: CompressionPlan) -> None:
+    """See that tied parameters have the values of listed ones, and are none themselves."""
+    replaced = {f"{layer.fqn}.weight" for layer in plan.layers}
+    known = replaced | {kept.name for kept in plan.kept}
+
+    for alias, name in form.tied.items():
+        if alias in known:
+            raise FieldError(f"tied must not name {shown(alias)}, a parameter of its own")
+        if name not in known:
+            raise FieldError(f"tied[{shown(alias)}] must be a parameter of the network, not {shown(name)}")
+
+
+def _check_accuracy(accuracy: Json | None, where: str) -> None:
+    if accuracy is not None:
+        decode(accuracy, MetricForm if "metric" in accuracy else AccuracyForm, where)
+
+
+def _check_finetuning(finetuning: FinetuningForm) -> None:
+    _check_accuracy(finetuning.before, "finetuning.before")
+    epochs = [each.epoch for each in finetuning.history]
+    if epochs != list(range(len(epochs))):
+        raise FieldError(f"finetuning.history must have the epochs from 0 on, not {shown(epochs)}")
+    if finetuning.best not in epochs:
+        raise FieldError(f"finetuning.best must be an epoch of finetuning.history, not {finetuning.best}")

@@ -1,12 +1,14 @@
-"""Reports: read from files, and shown as text. No torch, no numpy, so that `ttcompress report` answers at once."""
+"""Reports are read from files and shown as text, without torch and numpy, so that it is done at once."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -16,9 +18,12 @@ from ttcompress.records.common import Json, compression, format_compression
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.records.report import Report
 
+WIDTH = 200
+"""Columns where the output is no terminal: wide enough that nothing is cut."""
 
-def read_report(path: str | os.PathLike[str]) -> Json:
-    """The report of a compressed file or folder, with its name and its size on disk (`file`, `file_bytes`).
+
+def read_report(path: str | os.PathLike[str]) -> Report:
+    """The report of a compressed file or folder, with its name and its size on disk.
 
     Raises:
         CheckpointError: not a compressed file, damaged, or of another schema.
@@ -28,83 +33,112 @@ def read_report(path: str | os.PathLike[str]) -> Json:
         return with_file(Report.from_json(read_metadata(path)), path)
 
 
-def with_file(report: Report, path: Path | None) -> Json:
-    """The JSON of a report; `file` and `file_bytes` are null where nothing was written."""
-    if path is None:
-        return {**report.to_json(), "file": None, "file_bytes": None}
-    return {**report.to_json(), "file": path.absolute().name, "file_bytes": stored_bytes(path)}
+def with_file(report: Report, path: Path) -> Report:
+    """The report with the name and the size on disk of the file that holds it."""
+    return replace(report, file=path.absolute().name, file_bytes=stored_bytes(path))
 
 
-def render(data: Json) -> RenderableType:
+def as_text(report: Report) -> str:
+    """What the command line prints where its output is no terminal."""
+    console = Console(file=StringIO(), highlight=False, width=WIDTH, color_system=None)
+    with console.capture() as capture:
+        console.print(render(report))
+    return capture.get().removesuffix("\n")
+
+
+def render(report: Report) -> RenderableType:
     """One report as a table of layers with the totals under it."""
-    report = Report.from_json(data)
-    parts: list[RenderableType] = [_layer_table(report.plan.layers), Text()] if report.plan.layers else []
-    parts += [Text(line) for line in _summary(report, data)]
+    parts: list[RenderableType] = []
+    if report.layers:
+        parts += [_layer_table(report.layers), Text()]
+    parts += [Text(line) for line in _summary(report)]
     return Group(*parts)
 
 
-def render_side_by_side(reports: Sequence[Json]) -> Table:
+def render_side_by_side(reports: Sequence[Report]) -> Table:
     """Several reports as one table, a column each."""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
-    for data in reports:
-        table.add_column(Text(str(data["file"])), justify="right", overflow="fold")
-    for label, values in _comparison_rows(reports):
-        table.add_row(label, *values)
+    for report in reports:
+        table.add_column(Text(str(report.file)), justify="right", overflow="fold")
+
+    columns = [_comparison(report) for report in reports]
+    for label in columns[0]:
+        table.add_row(label, *(column[label] for column in columns))
     return table
 
 
-def _comparison_rows(reports: Sequence[Json]) -> list[tuple[str, list[str]]]:
-    accuracies = [data["accuracy"] or {} for data in reports]
-    layers = [[layer for layer in data["layers"] if "kept" not in layer] for data in reports]
-    errors = [[layer["relative_error"] for layer in each if layer["relative_error"] is not None] for each in layers]
-    return [
-        ("compression", [format_compression(data["compression"]) for data in reports]),
-        ("parameters before", [f"{data['params_before']:,}" for data in reports]),
-        ("parameters after", [f"{data['params_after']:,}" for data in reports]),
-        ("tensors", [format_bytes(data["bytes_after"]) for data in reports]),
-        ("file", [format_bytes(data["file_bytes"]) for data in reports]),
-        ("layers replaced", [str(len(each)) for each in layers]),
-        ("largest relative error", [f"{max(each):.3g}" if each else "-" for each in errors]),
-        ("accuracy dense", [_percent(each.get("dense"), each) for each in accuracies]),
-        ("accuracy compressed", [_percent(each.get("compressed"), each) for each in accuracies]),
-        ("measured on", [_measured_on(each) for each in accuracies]),
-    ]
+def _comparison(report: Report) -> dict[str, str]:
+    """The cells of one report, by the labels of their rows."""
+    accuracy = report.accuracy or {}
+    return {
+        "compression": format_compression(report.compression),
+        "parameters before": f"{report.params_before:,}",
+        "parameters after": f"{report.params_after:,}",
+        "tensors": format_bytes(report.bytes_after),
+        "file": format_bytes(report.file_bytes),
+        "layers replaced": str(len(report.layers)),
+        "largest relative error": _largest_error(report),
+        "accuracy dense": _score(accuracy, "dense"),
+        "accuracy compressed": _score(accuracy, "compressed"),
+        "measured on": _measured_on(accuracy),
+    }
 
 
-def _percent(value: float | None, accuracy: Json) -> str:
+def _largest_error(report: Report) -> str:
+    errors = [layer.relative_error for layer in report.layers if layer.relative_error is not None]
+    return f"{max(errors):.3g}" if errors else "-"
+
+
+def _score(accuracy: Json, side: str) -> str:
+    value = accuracy.get(side)
     if value is None:
         return "-"
+    # A user's own metric need not be a percentage.
     return f"{value:.4g}" if "metric" in accuracy else f"{value:.2f} %"
 
 
 def _measured_on(accuracy: Json) -> str:
     if not accuracy:
         return "-"
-    return str(accuracy["metric"]) if "metric" in accuracy else f"{accuracy['data']}, n = {accuracy['n']:,}"
+    if "metric" in accuracy:
+        return str(accuracy["metric"])
+    return f"{accuracy['data']}, n = {accuracy['n']:,}"
 
 
 def _layer_table(layers: Sequence[LayerPlan]) -> Table:
-    calibrated = any(layer.output_error for layer in layers)
+    texts = ["layer", "weight", "format", "modes (out x in)", "TT-ranks"]
+    numbers = ["params before", "after", "compression", "rel. error"]
+    is_calibrated = any(layer.output_error for layer in layers)
+    if is_calibrated:
+        numbers.append("output error")
+
     table = Table(box=None, pad_edge=False)
-    for name in ("layer", "weight", "format", "modes (out x in)", "TT-ranks"):
+    for name in texts:
         table.add_column(name, overflow="fold")
-    for name in ("params before", "after", "compression", "rel. error", *(["output error"] if calibrated else [])):
+    for name in numbers:
         table.add_column(name, justify="right", overflow="fold")
     for layer in layers:
-        table.add_row(
-            Text(layer.fqn),  # A plain string would be searched for markup.
-            "x".join(map(str, layer.spec.weight_shape)),
-            layer.tensorization.format + ("" if layer.execution == "auto" else f" run {layer.execution}"),
-            _modes(layer),
-            ",".join(map(str, layer.tt_ranks[1:-1])),
-            f"{layer.params_before:,}",
-            f"{layer.params_after:,}",
-            format_compression(compression(layer.params_before, layer.params_after)),
-            _error(layer),
-            *([_output_error(layer)] if calibrated else []),
-        )
+        errors = [_error(layer)]
+        if is_calibrated:
+            errors.append(_output_error(layer))
+        table.add_row(*_layer_cells(layer), *errors)
     return table
+
+
+def _layer_cells(layer: LayerPlan) -> list[str | Text]:
+    way = "" if layer.execution == "auto" else f" run {layer.execution}"
+    return [
+        # In a plain string rich would look for markup.
+        Text(layer.fqn),
+        "x".join(map(str, layer.spec.weight_shape)),
+        layer.tensorization.format + way,
+        _modes(layer),
+        ",".join(map(str, layer.tt_ranks[1:-1])),
+        f"{layer.params_before:,}",
+        f"{layer.params_after:,}",
+        format_compression(compression(layer.params_before, layer.params_after)),
+    ]
 
 
 def _modes(layer: LayerPlan) -> str:
@@ -116,48 +150,59 @@ def _modes(layer: LayerPlan) -> str:
 
 
 def _error(layer: LayerPlan) -> str:
-    if layer.relative_error is not None:
-        return f"{layer.relative_error:.4f}" if layer.relative_error >= 1e-4 else f"{layer.relative_error:.1e}"
-    return "-" if layer.predicted_error is None else f"<= {layer.predicted_error:.4f}"
+    """The measured error, or else its bound."""
+    error, bound = layer.relative_error, layer.predicted_error
+    if error is not None:
+        return f"{error:.4f}" if error >= 1e-4 else f"{error:.1e}"
+    return "-" if bound is None else f"<= {bound:.4f}"
 
 
 def _output_error(layer: LayerPlan) -> str:
     """From the first stage to the last one that was kept."""
-    errors = list((layer.output_error or {}).values())
-    return " -> ".join(f"{error:.3f}" for error in (errors[0], errors[-1])) if errors else "-"
+    if not layer.output_error:
+        return "-"
+    errors = list(layer.output_error.values())
+    return f"{errors[0]:.3f} -> {errors[-1]:.3f}"
 
 
-def _summary(report: Report, data: Json) -> list[str]:
+def _summary(report: Report) -> list[str]:
     plan = report.plan
-    before, after = (sum(getattr(layer, side) for layer in plan.layers) for side in ("params_before", "params_after"))
     lines = []
     if plan.layers:
-        lines.append(f"replaced weights  {before:,} -> {after:,}  {format_compression(compression(before, after))}")
-    lines += [
-        f"all parameters    {plan.params_before:,} -> {plan.params_after:,}  {format_compression(plan.compression)}",
-        f"tensors           {format_bytes(report.bytes_before)} -> {format_bytes(report.bytes_after)}",
-    ]
+        before = sum(layer.params_before for layer in plan.layers)
+        after = sum(layer.params_after for layer in plan.layers)
+        lines.append(f"replaced weights  {_fewer(before, after)}")
+    lines.append(f"all parameters    {_fewer(plan.params_before, plan.params_after)}")
+    size_before, size_after = format_bytes(report.bytes_before), format_bytes(report.bytes_after)
+    lines.append(f"tensors           {size_before} -> {size_after}")
     if types := sorted({layer.core_dtype for layer in plan.layers if layer.core_dtype}):
         lines.append(f"cores             {', '.join(types)}")
     lines += _running_lines(plan)
-    if data["file_bytes"] is not None:
-        lines.append(f"file              {data['file']}, {format_bytes(data['file_bytes'])}")
+
+    if report.file_bytes is not None:
+        lines.append(f"file              {report.file}, {format_bytes(report.file_bytes)}")
         lines += _accuracy_lines(report.accuracy)
     # A network that was trained from scratch was never decomposed.
     if not report.finetuning or report.source:
         lines += _calibration_lines(report.calibration)
-    lines += _search_lines(report) + _finetuning_lines(report.finetuning)
+    lines += _search_lines(report)
+    lines += _finetuning_lines(report.finetuning)
     lines += _bench_lines(report.bench)
+
     lines += [f"kept dense        {line}" for line in _kept(report)]
     lines += [f"note              {layer.fqn}: {layer.note}" for layer in plan.layers if layer.note]
-    return lines + [f"note              {note}" for note in plan.notes]
+    lines += [f"note              {note}" for note in plan.notes]
+    return lines
+
+
+def _fewer(before: int, after: int) -> str:
+    return f"{before:,} -> {after:,}  {format_compression(compression(before, after))}"
 
 
 def _running_lines(plan: CompressionPlan) -> list[str]:
     lines = []
     if plan.multiply_adds:
-        madds, fewer = plan.multiply_adds
-        lines.append(f"multiply-adds     {madds:,} -> {fewer:,}  {format_compression(compression(madds, fewer))}")
+        lines.append(f"multiply-adds     {_fewer(*plan.multiply_adds)}")
     if latency := plan.latency:
         times = f"{_time(latency['dense'])} -> {_time(latency['compressed'])}"
         lines.append(f"latency           {times}  {latency['ratio']:.2f}x (one input, {latency['device']})")
@@ -169,16 +214,16 @@ def _accuracy_lines(accuracy: Json | None) -> list[str]:
         return ["accuracy          not measured (--data measures it)"]
     if "metric" in accuracy:
         return [f"{accuracy['metric']:<17} {accuracy['dense']:.6g} -> {accuracy['compressed']:.6g}"]
+
+    top1 = _change(accuracy["dense"], accuracy["compressed"])
+    top5 = _change(accuracy["dense_top5"], accuracy["compressed_top5"])
     low, high = accuracy["interval"]
-    top1, top5 = (_change(accuracy[f"dense{end}"], accuracy[f"compressed{end}"]) for end in ("", "_top5"))
-    lines = [
-        f"top-1 accuracy    {top1}  (95 % interval {low:.2f} to {high:.2f}, n = {accuracy['n']:,}, {accuracy['data']})",
-        f"top-5 accuracy    {top5}",
-    ]
-    if accuracy["agreement"] is not None:
-        lines.append(
-            f"agreement         {accuracy['agreement']:.2f} % of images get the same answer from both networks"
-        )
+    interval = f"95 % interval {low:.2f} to {high:.2f}, n = {accuracy['n']:,}, {accuracy['data']}"
+    lines = [f"top-1 accuracy    {top1}  ({interval})", f"top-5 accuracy    {top5}"]
+
+    agreement = accuracy["agreement"]
+    if agreement is not None:
+        lines.append(f"agreement         {agreement:.2f} % of images get the same answer from both networks")
     return lines
 
 
@@ -189,13 +234,13 @@ def _change(dense: float | None, compressed: float) -> str:
 def _calibration_lines(calibration: Json | None) -> list[str]:
     if calibration is None:
         return ["decomposed by     weight error (--calib takes output error instead)"]
-    stages = [f"{each['stage']} {_stage_error(each)}" for each in calibration["stages"]]
     images = f"{calibration['images']:,} images of {calibration['data']}"
     lines = [f"decomposed by     output error on {images}, effort {calibration['effort']}"]
+
+    stages = ", ".join(f"{stage['stage']} {_stage_error(stage)}" for stage in calibration["stages"])
     if stages:
-        lines.append(
-            f"held-out images   error of the network's outputs: {', '.join(stages)} (n = {calibration['held_out']:,})"
-        )
+        held_out = f"n = {calibration['held_out']:,}"
+        lines.append(f"held-out images   error of the network's outputs: {stages} ({held_out})")
     return lines
 
 
@@ -207,41 +252,74 @@ def _stage_error(stage: Json) -> str:
 def _finetuning_lines(finetuning: Json | None) -> list[str]:
     if finetuning is None:
         return []
-    history, best = finetuning["history"], finetuning["best"]
-    scores = {epoch["epoch"]: f"{epoch['val']:.2f} %" for epoch in history}
-    taught = f", taught by {finetuning['teacher']}" if finetuning["teacher"] else ""
+    history, teacher = finetuning["history"], finetuning["teacher"]
+    taught = f", taught by {teacher}" if teacher else ""
+    # The first is the network as it was.
     lines = [f"fine-tuned        {len(history) - 1} epochs on {finetuning['train']}{taught}"]
+
     before = finetuning["before"]
     if before and before.get("n"):
-        lines.append(f"before it         {before['compressed']:.2f} % top-1 (n = {before['n']:,}, {before['data']})")
-    result = f"{scores[0]} before, {scores[best]} after," if finetuning["start_counts"] else scores[best]
-    return [*lines, f"best epoch        {best}: {result} on {finetuning['val']}"]
+        images = f"n = {before['n']:,}, {before['data']}"
+        lines.append(f"before it         {before['compressed']:.2f} % top-1 ({images})")
+
+    scores = {epoch["epoch"]: f"{epoch['val']:.2f} %" for epoch in history}
+    best = finetuning["best"]
+    result = scores[best]
+    if finetuning["start_counts"]:
+        result = f"{scores[0]} before, {result} after,"
+    lines.append(f"best epoch        {best}: {result} on {finetuning['val']}")
+    return lines
 
 
 def render_bench(result: Json) -> RenderableType:
     """Time and memory, dense against compressed: the whole network by batch size, then its layers."""
-    parts: list[RenderableType] = [Text(f"{result['file']}: {result['what']} on {result['device']}, {result['dtype']}")]
-    network = Table("batch", "network", "median", "p90", "images/s", "multiply-adds", "peak memory", "memory format")
-    layers = Table("layer", *(f"batch {entry['batch']}: {of}" for entry in result["batches"] for of in _BENCHED))
-    for entry in result["batches"]:
-        for side in ("dense", "compressed"):
-            network.add_row(str(entry["batch"]), side, *_bench_cells(entry[side]))
-        memory = f"{entry['memory_ratio']:.2f}" if "memory_ratio" in entry else "-"
-        work = entry["compressed"]["multiply_adds"] / max(1, entry["dense"]["multiply_adds"])
-        network.add_row("", "ratio", f"{entry['time_ratio']:.2f}", "", "", f"{work:.2f}", memory, "", style="bold")
-    for rows in zip(*(entry["layers"] for entry in result["batches"]), strict=True):
-        cells = [(_time(row["dense"]), _time(row["compressed"]), f"{row['time_ratio']:.2f}") for row in rows]
-        layers.add_row(rows[0]["fqn"], *(cell for triple in cells for cell in triple))
-    return Group(*parts, network, layers)
+    where = f"{result['device']}, {result['dtype']}"
+    title = Text(f"{result['file']}: {result['what']} on {where}")
+    batches = result["batches"]
+    return Group(title, _network_times(batches), _layer_times(batches))
 
 
-_BENCHED = ("dense", "compressed", "ratio")
+def _network_times(batches: Sequence[Json]) -> Table:
+    measured = ("median", "p90", "images/s", "multiply-adds", "peak memory", "memory format")
+    table = Table("batch", "network", *measured)
+    for batch in batches:
+        dense, compressed = batch["dense"], batch["compressed"]
+        number = str(batch["batch"])
+        table.add_row(number, "dense", *_network_cells(dense))
+        table.add_row(number, "compressed", *_network_cells(compressed))
+
+        time = f"{batch['time_ratio']:.2f}"
+        work = f"{compressed['multiply_adds'] / max(1, dense['multiply_adds']):.2f}"
+        memory = f"{batch['memory_ratio']:.2f}" if "memory_ratio" in batch else "-"
+        table.add_row("", "ratio", time, "", "", work, memory, "", style="bold")
+    return table
 
 
-def _bench_cells(side: Json) -> list[str]:
-    memory = format_bytes(side["peak_memory"])
-    times = [_time(side["median"]), _time(side["p90"])]
-    return [*times, f"{side['throughput']:,.0f}", f"{side['multiply_adds']:,}", memory, side["memory_format"]]
+def _network_cells(side: Json) -> list[str]:
+    return [
+        _time(side["median"]),
+        _time(side["p90"]),
+        f"{side['throughput']:,.0f}",
+        f"{side['multiply_adds']:,}",
+        format_bytes(side["peak_memory"]),
+        side["memory_format"],
+    ]
+
+
+def _layer_times(batches: Sequence[Json]) -> Table:
+    """A row a layer, three columns a batch size."""
+    table = Table("layer")
+    for batch in batches:
+        for name in ("dense", "compressed", "ratio"):
+            table.add_column(f"batch {batch['batch']}: {name}")
+
+    # By layer, what was measured of it at each batch size.
+    for layer in zip(*(batch["layers"] for batch in batches), strict=True):
+        cells: list[str] = []
+        for times in layer:
+            cells += [_time(times["dense"]), _time(times["compressed"]), f"{times['time_ratio']:.2f}"]
+        table.add_row(layer[0]["fqn"], *cells)
+    return table
 
 
 def _time(seconds: float) -> str:
@@ -251,18 +329,19 @@ def _time(seconds: float) -> str:
 def _bench_lines(bench: Json | None) -> list[str]:
     if bench is None:
         return []
-    return [
-        f"{bench['what']:<17} batch {entry['batch']}: {entry['time_ratio']:.2f} of the dense network's time, "
-        f"{bench['device']}"
-        for entry in bench["batches"]
-    ]
+    lines = []
+    for batch in bench["batches"]:
+        ratio = f"{batch['time_ratio']:.2f} of the dense network's time"
+        lines.append(f"{bench['what']:<17} batch {batch['batch']}: {ratio}, {bench['device']}")
+    return lines
 
 
 def _search_lines(report: Report) -> list[str]:
-    return [
-        f"searched          {point['compression']:.2f}x: {point['accuracy']:.2f} %, {point['drop']:+.2f} points lost"
-        for point in report.search
-    ]
+    lines = []
+    for point in report.search:
+        found = f"{point['accuracy']:.2f} %, {point['drop']:+.2f} points lost"
+        lines.append(f"searched          {point['compression']:.2f}x: {found}")
+    return lines
 
 
 def _kept(report: Report) -> list[str]:
