@@ -1,14 +1,18 @@
-"""Real data and checkpoints, from the folder that TTCOMPRESS_DATA names."""
+"""What all tests share: their order, the command line, and real data from the folder that TTCOMPRESS_DATA names."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from command_line import Done
 
 # Processes that share the machine (`pytest -n`) share its cores out, for themselves and the commands that they start:
 # threads that wait for each other on cores that others hold take many times as long. To be done before torch is loaded.
@@ -18,7 +22,27 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[number::workers] or cores)
 
+import numpy as np
 import torch
+from filelock import FileLock
+from PIL import Image
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that workers which take a file at a time do not end with one last long file."""
+    with_slow_tests = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in with_slow_tests)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """Run the command line in this process, in an empty working folder."""
+    from command_line import run_command
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TTCOMPRESS_DEBUG", raising=False)
+    return lambda *arguments: run_command(*arguments, cwd=tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -34,9 +58,28 @@ def data_root() -> Path:
 
 @pytest.fixture(scope="session")
 def cifar10_root(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with cifar10-train.npz and cifar10-test.npz, unpacked once per session."""
-    folder = tmp_path_factory.mktemp("cifar10")
-    subprocess.run([sys.executable, data_root / "data" / "unpack.py", folder], check=True, stdout=subprocess.DEVNULL)
+    """A folder with cifar10-train.npz and cifar10-test.npz, unpacked once for all workers."""
+    common = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        common = common.parent
+
+    folder, unpacking = common / "cifar10", common / "cifar10-unpacking"
+    with FileLock(common / "cifar10.lock"):
+        if not folder.exists():
+            unpack = [sys.executable, data_root / "data" / "unpack.py", unpacking]
+            subprocess.run(unpack, check=True, stdout=subprocess.DEVNULL)
+            unpacking.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_cifar10_root(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the first 128 images to train on and the first 500 of the test, for the form of results alone."""
+    folder, source = tmp_path_factory.mktemp("small-cifar10"), data_root / "data" / "cifar10"
+    for split, count in (("train", 128), ("test", 500)):
+        strip = np.asarray(Image.open(source / f"{split}-000.webp").convert("RGB"))
+        labels = np.load(source / f"{split}-labels.npy").astype(np.int64)
+        np.savez(folder / f"cifar10-{split}.npz", images=strip.reshape(-1, 32, 32, 3)[:count], labels=labels[:count])
     return folder
 
 

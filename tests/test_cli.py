@@ -8,17 +8,15 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from command_line import Done, succeeded
 from safetensors.torch import save_file
 from torch import nn
 
-from ttcompress import cli
 from ttcompress.commands import compress as pipeline
 from ttcompress.files.checkpoint import load_compressed
 from ttcompress.files.header import read_header, read_metadata
@@ -29,38 +27,7 @@ WIDTHS = {"width0": 64, "width1": 96, "width2": 80, "width3": 10}
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
 Run = Callable[..., Done]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the command line in this process, in an empty working folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("TTCOMPRESS_DEBUG", raising=False)
-
-    def run(*arguments: object) -> Done:
-        capsys.readouterr()
-        code: object = 0
-        try:
-            cli.main([str(argument) for argument in arguments])
-        except SystemExit as exit_:
-            code = exit_.code
-        out, err = capsys.readouterr()
-        assert isinstance(code, int)
-        return Done(code, out, err)
-
-    return run
 
 
 @pytest.fixture
@@ -90,8 +57,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     torch.manual_seed(0)
     torch.save(Mlp(**WIDTHS).state_dict(), folder / "mlp.pt")
-    arguments = ["compress", folder / "mlp.pt", "--ranks", 5, "--data", "digits", "-o", folder / "mlp-tt.safetensors"]
-    subprocess.run([sys.executable, "-m", "ttcompress", *map(str, arguments)], check=True, capture_output=True)
+    succeeded("compress", "mlp.pt", "--ranks", 5, "--data", "digits", cwd=folder)
     return folder
 
 

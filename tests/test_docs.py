@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import click
 import numpy as np
 import pytest
 import torch
+from command_line import run_command
 
 from ttcompress.cli import commands
 
@@ -33,21 +32,18 @@ def _form(text: str) -> list[str]:
     return [" ".join(re.sub(r"[\d,.]+", "#", line).split()) for line in text.strip().splitlines()]
 
 
-def test_readme_commands_print_what_it_shows(
-    checkpoints: Path, cifar10_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "cifar10").symlink_to(cifar10_root)
+def test_readme_commands_print_what_it_shows(checkpoints: Path, small_cifar10_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "cifar10").symlink_to(small_cifar10_root)
     (tmp_path / "resnet20-12fca82f.th").symlink_to(checkpoints / "resnet20-12fca82f.th")
     ran = 0
     for command, shown in _console():
         name, *rest = shlex.split(command.replace("> ", ">"))
         arguments = [word for word in rest if not word.startswith(">")]
         assert name == "ttcompress"
-        result = subprocess.run([sys.executable, "-m", "ttcompress", *arguments], capture_output=True, text=True)
-        assert (result.returncode, result.stderr) == (0, ""), command
+        done = run_command(*arguments, cwd=tmp_path)
+        assert (done.code, done.err) == (0, ""), command
         if arguments == rest:
-            assert _form(result.stdout) == _form(shown), command
+            assert _form(done.out) == _form(shown), command
         ran += 1
     assert ran >= 5
 

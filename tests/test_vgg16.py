@@ -46,6 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         path.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_vgg16_by_ranks_alone(folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", COMPRESS], cwd=folder, capture_output=True, text=True)

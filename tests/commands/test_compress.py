@@ -168,7 +168,10 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------- in another process
 
 
-@every_network
+@pytest.mark.parametrize(
+    "name",
+    ["resnet20", "mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("squeezenet", "mobilenet"))],
+)
 def test_a_fresh_process_with_only_the_file_gives_the_same_logits(folder: Path, tmp_path: Path, name: str) -> None:
     network = open_dense(folder / f"{name}.pt")
     pipeline.compress_network(network, Settings.of(RECIPES[name]))
@@ -220,7 +223,7 @@ def test_expanding_what_was_expanded_is_refused(folder: Path, tmp_path: Path) ->
     assert not (tmp_path / "again.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet20"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("resnet20", marks=pytest.mark.slow)])
 def test_same_input_and_seed_give_the_same_bytes_in_any_process(folder: Path, tmp_path: Path, name: str) -> None:
     """Also with another number of threads, hash seed, working folder and output name."""
     option = {"mlp": ["--ratio", "2"], "resnet20": ["--conv-ranks", "6"]}[name]

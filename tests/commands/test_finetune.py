@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import run_command, succeeded
 from safetensors.torch import load_file
 
 import ttcompress
@@ -107,9 +108,8 @@ def test_away_from_its_checkpoint_there_is_no_teacher_and_no_error(folder: Path,
     assert {layer["relative_error"] for layer in data["layers"] if "tt_ranks" in layer} == {None}
     assert data["accuracy"]["dense"] == data["finetuning"]["before"]["dense"]
     assert data["accuracy"]["agreement"] is None
-    text = subprocess.run([sys.executable, "-m", "ttcompress", "report", output], capture_output=True, text=True)
-    assert (text.returncode, text.stderr) == (0, "")
-    assert "fine-tuned        2 epochs on digits@train\n" in text.stdout
+    text = succeeded("report", output, cwd=tmp_path)
+    assert "fine-tuned        2 epochs on digits@train\n" in text
 
 
 def test_a_teacher_can_be_named_or_declined(folder: Path, tmp_path: Path) -> None:
@@ -264,9 +264,9 @@ def test_a_network_too_large_to_be_dense_is_trained_in_tt_form(tmp_path: Path) -
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert float(done.stdout) < 1.5e6
     report = Report.from_json(read_metadata(output))
-    shown = subprocess.run([sys.executable, "-m", "ttcompress", "report", output], capture_output=True, text=True)
-    assert "fine-tuned" in shown.stdout
-    assert "decomposed by" not in shown.stdout
+    shown = succeeded("report", output, cwd=tmp_path)
+    assert "fine-tuned" in shown
+    assert "decomposed by" not in shown
     assert report.plan.params_before > 1.8e9
     assert report.plan.params_after < 600_000
 
@@ -301,10 +301,18 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "ttcompress", *map(str, arguments)]
 
 
-def run(*arguments: object, cwd: Path, code: int = 0) -> tuple[str, str]:
+def run(*arguments: object, cwd: Path) -> str:
+    """What a command in a process of its own prints on stderr."""
     done = subprocess.run(command(*arguments), cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == code, done
-    return done.stdout, done.stderr
+    assert done.returncode == 0, done
+    return done.stderr
+
+
+def refused(*arguments: object, cwd: Path) -> str:
+    """The one line of a command that has to be refused."""
+    done = run_command(*arguments, cwd=cwd)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1), done
+    return done.err
 
 
 def stopped(*arguments: object, cwd: Path, by: signal.Signals) -> tuple[str, str]:
@@ -321,26 +329,28 @@ def stopped(*arguments: object, cwd: Path, by: signal.Signals) -> tuple[str, str
 
 def test_everything_in_one_go(folder: Path, tmp_path: Path) -> None:
     given = ["--ratio", 20, "--finetune", 2, "--train", "digits", "--data", "digits", "-o", "out.safetensors"]
-    out, err = run("compress", folder / "digits.pt", *given, cwd=tmp_path)
+    done = run_command("compress", folder / "digits.pt", *given, cwd=tmp_path)
+    assert done.code == 0, done
     data = read_metadata(tmp_path / "out.safetensors")
     assert data["finetuning"]["teacher"] == "the dense network"
     assert data["compression"] >= 20
-    assert "fine-tuned        2 epochs on digits@train, taught by the dense network" in out
-    assert "before it " in out
-    lines = [json.loads(line) for line in err.splitlines()]
+    assert "fine-tuned        2 epochs on digits@train, taught by the dense network" in done.out
+    assert "before it " in done.out
+    lines = [json.loads(line) for line in done.err.splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1, 2]
     assert all({"loss", "train", "val", "seconds"} <= {*line} for line in lines[1:])
 
 
+@pytest.mark.slow
 def test_everything_in_one_go_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "digits.pt").write_bytes((folder / "digits.pt").read_bytes())
     given = ["--ratio", 20, "--finetune", 20, "--train", "digits", "-o", "out.safetensors"]
     stopped("compress", "digits.pt", *given, cwd=tmp_path, by=signal.SIGTERM)
-    _, err = run("compress", "digits.pt", "--ratio", 10, *given[2:], "--resume", cwd=tmp_path, code=2)
+    err = refused("compress", "digits.pt", "--ratio", 10, *given[2:], "--resume", cwd=tmp_path)
     assert "out.safetensors: was compressed otherwise: ratio was 20.0, is 10.0; repeat" in err
-    _, err = run("compress", "digits.pt", *given, "--calib", "digits", "--resume", cwd=tmp_path, code=2)
+    err = refused("compress", "digits.pt", *given, "--calib", "digits", "--resume", cwd=tmp_path)
     assert "was compressed otherwise: calib was None, is digits@train; repeat" in err
-    _, err = run("compress", "digits.pt", *given, "--resume", cwd=tmp_path)
+    err = run("compress", "digits.pt", *given, "--resume", cwd=tmp_path)
     first, *_ = [json.loads(line)["epoch"] for line in err.splitlines()]
     assert first >= 3
     history = read_metadata(tmp_path / "out.safetensors")["finetuning"]["history"]
@@ -349,7 +359,7 @@ def test_everything_in_one_go_goes_on_where_it_was_stopped(folder: Path, tmp_pat
 
 def test_compression_is_for_one_process(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    _, err = run("compress", folder / "digits.pt", "--ratio", 20, cwd=tmp_path, code=2)
+    err = refused("compress", folder / "digits.pt", "--ratio", 20, cwd=tmp_path)
     assert err == "ttcompress: compress in one process, then `torchrun ... -m ttcompress finetune`\n"
     assert not [*tmp_path.iterdir()]
 
@@ -364,6 +374,7 @@ def whole(folder: Path) -> bytes:
     return (folder / "whole.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_on_the_command_line(folder: Path, whole: bytes, tmp_path: Path) -> None:
     source = folder / "digits-tt.safetensors"
     out, err = stopped("finetune", source, *TRAINING, "-o", "stopped.safetensors", cwd=tmp_path, by=signal.SIGINT)
@@ -372,14 +383,15 @@ def test_stopped_and_resumed_on_the_command_line(folder: Path, whole: bytes, tmp
     assert line.startswith("ttcompress: stopped in epoch ")
     assert "stopped.safetensors.training" in line
     assert not (tmp_path / "stopped.safetensors").exists()
-    _, err = run("finetune", source, *TRAINING[:3], 21, *TRAINING[4:], "-o", "stopped.safetensors", "--resume",
-                 "--mean", 0.9, "--std", 0.1, cwd=tmp_path, code=2)  # fmt: skip
+    err = refused("finetune", source, *TRAINING[:3], 21, *TRAINING[4:], "-o", "stopped.safetensors", "--resume",
+                  "--mean", 0.9, "--std", 0.1, cwd=tmp_path)  # fmt: skip
     assert "epochs was 20, is 21" in err
     assert "mean was [0." in err
     run("finetune", source, *TRAINING, "-o", "stopped.safetensors", "--resume", cwd=tmp_path)
     assert (tmp_path / "stopped.safetensors").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_resumed(folder: Path, whole: bytes, tmp_path: Path) -> None:
     source = folder / "digits-tt.safetensors"
     for delay in (0.3, 0.1):

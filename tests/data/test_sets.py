@@ -139,6 +139,7 @@ def test_mnist(mnist_root: Path) -> None:
     assert known.std == pytest.approx((0.3081,), abs=5e-5)
 
 
+@pytest.mark.slow
 def test_cifar10(cifar10_root: Path) -> None:
     images = open_data(f"cifar10:{cifar10_root}")
     assert (len(images), images.num_classes) == (10_000, 10)

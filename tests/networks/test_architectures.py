@@ -352,14 +352,14 @@ def test_preprocessing() -> None:
 
 
 @pytest.mark.parametrize("file", ["resnet20-12fca82f.th", "resnet32-d509ac18.th"])
-def test_published_checkpoints_reach_their_accuracy(file: str, checkpoints: Path, cifar10_root: Path) -> None:
+def test_published_checkpoints_reach_their_accuracy(file: str, checkpoints: Path, small_cifar10_root: Path) -> None:
     stored = torch.load(checkpoints / file, map_location="cpu", weights_only=True)["state_dict"]
     state = {key.removeprefix("module."): value for key, value in stored.items()}
     architecture = models.infer({key: tuple(value.shape) for key, value in state.items()})
     assert architecture == Architecture("zoo", file.split("-")[0])
     model = models.build(architecture)
     model.load_state_dict(state, strict=False, assign=True)
-    images = open_data(f"cifar10:{cifar10_root}")
+    images = open_data(f"cifar10:{small_cifar10_root}")
     known = models.preprocessing(architecture)
     assert known is not None
     right = 0

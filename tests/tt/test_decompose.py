@@ -392,6 +392,7 @@ def test_tensorize_puts_zeros_only_at_the_end(case: tuple[str, tuple[int, ...], 
     np.testing.assert_array_equal(back, expected)
 
 
+@pytest.mark.slow
 def test_vgg_fc6_of_exact_rank_4_comes_back() -> None:
     """25088 x 4096 in Novikov's modes, some 15 s: built from random cores and compared in blocks of rows."""
     outs, ins = (4, 4, 4, 4, 4, 4), (2, 7, 8, 8, 7, 4)

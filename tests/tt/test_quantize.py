@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import succeeded
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import weight_in_numpy
@@ -233,10 +234,8 @@ def test_an_edited_plan_mixes_types(folder: Path, tmp_path: Path) -> None:
     first, second = [entry for entry in plan["layers"] if "tt_ranks" in entry][:2]
     first["core_dtype"], second["core_dtype"] = "int8", "float16"
     (tmp_path / "plan.json").write_text(json.dumps({"schema": "ttcompress-plan/1", **plan}))
-    arguments = [folder / "digits.pt", "--plan", tmp_path / "plan.json", "-o", tmp_path / "mixed.safetensors"]
-    command = [sys.executable, "-m", "ttcompress", "compress", *map(str, arguments)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert "cores             float16, int8\n" in done.stdout
+    text = succeeded("compress", folder / "digits.pt", "--plan", "plan.json", "-o", "mixed.safetensors", cwd=tmp_path)
+    assert "cores             float16, int8\n" in text
     tensors = load_file(tmp_path / "mixed.safetensors")
     assert tensors[f"{first['fqn']}.cores.0"].dtype == torch.int8
     assert tensors[f"{second['fqn']}.cores.0"].dtype == torch.float16
