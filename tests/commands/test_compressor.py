@@ -19,7 +19,7 @@ from ttcompress.errors import DataError, PlanError
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
 from ttcompress.networks.zoo import CifarResNet
-from ttcompress.planning import planner as planning
+from ttcompress.planning import spectra as planning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

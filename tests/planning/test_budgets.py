@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
 from ttcompress.errors import PlanError
 from ttcompress.files.checkpoint import load_checkpoint
 from ttcompress.networks.zoo import CifarResNet
 from ttcompress.planning.planner import WINDOW, Planner, make_plan
+from ttcompress.planning.spectra import LayerSpectra
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import format_compression
 
@@ -50,9 +51,9 @@ def network(name: str) -> nn.Module:
 @pytest.fixture
 def spectra_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real spectra of the real function, but those of each weight only the first time."""
-    compute = Planner._spectra
+    compute = Planner._spectra_of
 
-    def remembered(planner: Planner, index: int) -> dict[str, Tensor]:
+    def remembered(planner: Planner, index: int) -> LayerSpectra:
         request = planner._searched[index]
         # The networks are kept alive by network(), so that an id stands for one weight.
         key = id(request.layer.module.weight), request.tensorizations
@@ -60,10 +61,10 @@ def spectra_once(monkeypatch: pytest.MonkeyPatch) -> None:
             _known[key] = compute(planner, index)
         return _known[key]
 
-    monkeypatch.setattr(Planner, "_spectra", remembered)
+    monkeypatch.setattr(Planner, "_spectra_of", remembered)
 
 
-_known: dict[tuple[int, Any], dict[str, Tensor]] = {}
+_known: dict[tuple[int, Any], LayerSpectra] = {}
 
 
 def count(model: nn.Module) -> int:

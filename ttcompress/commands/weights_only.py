@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from ttcompress.files.shards import INDEX_SUFFIX, Index, read_index
 from ttcompress.networks.opening import Network, open_weights
 from ttcompress.networks.stored import stored_cores, stored_tensors
 from ttcompress.networks.surgery import check_plan, decompose
+from ttcompress.planning.spectra import LayerSpectra
 from ttcompress.processes import World, joined
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Json, Progress
@@ -130,13 +132,19 @@ def _planned(
     device = work.world.device if work else device_of(recipe)
     compressor = Compressor(network.model, recipe, device, progress=progress)
     if work:
-        compressor = replace(compressor, results=lambda sizes, compute: work.results("spectra", sizes, compute))
+        compressor = replace(compressor, results=partial(_shared_spectra, work))
     planned = compressor.plan(recipe, plan)
     check_plan(network.model, planned)
     taken = [name for layer in planned.layers for name in layer.stored_shapes if name in network.tensors]
     if taken:
         raise PlanError(f"the checkpoint has tensors that are called as TT-cores would be: {shortlist(taken)}")
     return planned
+
+
+def _shared_spectra(work: Work, sizes: Sequence[int], compute: Callable[[int], LayerSpectra]) -> list[LayerSpectra]:
+    """The spectra of all weights, each computed once by one of the processes and held in a file until the run ends."""
+    tensors = work.results("spectra", sizes, lambda index: compute(index).to_tensors())
+    return [LayerSpectra.from_tensors(each) for each in tensors]
 
 
 def _decomposed(

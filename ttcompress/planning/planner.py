@@ -5,15 +5,15 @@ Reads a model, never changes it. Hand-given ranks need shapes only, so a model o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from math import floor
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ttcompress.errors import PlanError, ShapeError, shortlist
 from ttcompress.measure.multiply_adds import Usage
@@ -30,21 +30,17 @@ from ttcompress.planning.allocate import (
 )
 from ttcompress.planning.plan_file import clip_note, inner_ranks
 from ttcompress.planning.selection import Layer, find_layers, matches, require_match
+from ttcompress.planning.spectra import LayerSpectra, layer_spectra
 from ttcompress.recipe import LayerRule, Recipe
 from ttcompress.records.common import Progress, format_compression
 from ttcompress.records.plan import CompressionPlan, KeptParameter, LayerPlan
 from ttcompress.tt.cost import MULTIPLY_ADDS, TIME, Calls, LayerCosts, Unit
-from ttcompress.tt.decompose import frobenius_norm, smallest_eps, squared_spectra
+from ttcompress.tt.decompose import smallest_eps
 from ttcompress.tt.shapes import FORMATS, Tensorization, feasible_ranks, tensorize_shape
-from ttcompress.tt.whiten import ModeMetric, whitened
+from ttcompress.tt.whiten import ModeMetric
 
 WINDOW = 1.02
 """A budget is met when compression is at least what was asked and at most this much more."""
-
-
-TRUSTED = 0.5
-"""Share of a weight's norm in the metric of all its inputs and outputs, below which the product of the metrics of the
-single modes is not believed: sweeps would not reach what it promises (docs/calibration.md)."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +60,8 @@ Metrics = Callable[[str, Tensorization], Sequence[ModeMetric]]
 """By fqn and tensorization: the metric of each mode in which errors count."""
 
 
-Results = Callable[[Sequence[int], Callable[[int], dict[str, Tensor]]], list[dict[str, Tensor]]]
-"""Called with sizes and a function: what the function finds for the index of each, wherever that is computed."""
+Results = Callable[[Sequence[int], Callable[[int], LayerSpectra]], list[LayerSpectra]]
+"""Called with the sizes of weights and a function: the spectra that it finds by index, wherever that is computed."""
 
 
 Outcome = dict[str, LayerPlan | str]
@@ -148,12 +144,12 @@ class Planner:
         return [layer.fqn for layer in self._layers if not layer.kept]
 
     @cached_property
-    def _found(self) -> list[dict[str, Tensor]]:
+    def _spectra(self) -> list[LayerSpectra]:
         """The spectra of every layer in every tensorization, one layer in memory at a time."""
         weights = [request.layer.module.weight for request in self._searched]
         if any(weight.is_meta for weight in weights):
             raise PlanError("--eps and budgets need the weights: give a checkpoint")
-        return self.results([weight.numel() for weight in weights], self._spectra)
+        return self.results([weight.numel() for weight in weights], self._spectra_of)
 
     @cached_property
     def parameters(self) -> Counting:
@@ -170,19 +166,15 @@ class Planner:
         costs = [costs.dense() for layer in self._layers if (costs := counting.costs(layer))]
         return replace(counting, dense=sum(int(TIME.total(cost)) for cost in costs))
 
-    def _spectra(self, index: int) -> dict[str, Tensor]:
-        """By number of the tensorization and of the cut, and under `norm` the norms of the tensorizations."""
+    def _spectra_of(self, index: int) -> LayerSpectra:
         request = self._searched[index]
         fqn, weight = request.layer.fqn, request.layer.module.weight.detach().to(self._device)
         if self._progress:
             self._progress(f"spectra of {fqn}", index, len(self._searched))
         try:
-            found = list(_spectra_and_norms(request, weight, self.metrics))
+            return layer_spectra(weight, request.tensorizations, self.metrics and partial(self.metrics, fqn))
         except ShapeError as error:
             raise ShapeError(f"{fqn}: {error}") from error
-        norms = torch.tensor([norm for _, norm in found], dtype=torch.float64)
-        spectra = {f"{k}.{cut}": each for k, (cuts, _) in enumerate(found) for cut, each in enumerate(cuts)}
-        return {**spectra, "norm": norms}
 
     def plan(self, recipe: Recipe, usage: Usage | None = None) -> CompressionPlan:
         """The plan for the target of a recipe that differs from the first one in nothing else.
@@ -205,7 +197,7 @@ class Planner:
             dense: Outcome = {r.layer.fqn: f"no {_rank_option(r.layer)} given" for r in self._searched}
             return _assemble(self._model, self._layers, self._by_hand | dense)
         _check_eps(recipe.eps, self._searched)
-        options = _options(self._searched, self._found, self.parameters)
+        options = _options(self._searched, self._spectra, self.parameters)
         outcome = _outcome(self._searched, [fewest_params(each, recipe.eps) for each in options], "within eps")
         return _assemble(self._model, self._layers, self._by_hand | outcome)
 
@@ -215,7 +207,7 @@ class Planner:
         Raises:
             PlanError: the budget is out of reach, naming the most that can be reached, or asks for nothing.
         """
-        counting, options = budget.counting, _options(self._searched, self._found, budget.counting)
+        counting, options = budget.counting, _options(self._searched, self._spectra, budget.counting)
         choices, after = _by_budget(budget, self._fixed(options, counting), options)
         outcome = self._by_hand | _outcome(self._searched, choices, "pays under this budget")
         notes = []
@@ -234,7 +226,7 @@ class Planner:
     def most(self, counting: Counting | None = None) -> float:
         """The largest ratio that a budget can reach; by default of parameters."""
         counting = counting or self.parameters
-        options = _options(self._searched, self._found, counting)
+        options = _options(self._searched, self._spectra, counting)
         return counting.dense / max(1, self._fixed(options, counting) + sum(each.smallest().cost for each in options))
 
     def _fixed(self, options: Sequence[LayerOptions], counting: Counting) -> int:
@@ -324,47 +316,27 @@ def _by_hand(request: _Request, ranks: int | tuple[int, ...] | None, as_given: b
     return f"{tensorization.format} form with TT-ranks {inner_ranks(feasible)} would not be smaller"
 
 
-def _options(
-    requests: Sequence[_Request], found: Sequence[dict[str, Tensor]], counting: Counting
-) -> list[LayerOptions]:
+def _options(requests: Sequence[_Request], spectra: Sequence[LayerSpectra], counting: Counting) -> list[LayerOptions]:
     """What the layers can be, from the spectra and norms that were found of each, at what is counted.
 
     Without metrics, errors are weighed against each other as they are, not relative to each weight: under weight decay
     a weight is large where it matters (docs/cli.md has the measurement).
     """
     # In units of the largest, so that no network is out of range.
-    largest = max((norm for each in found for norm in each["norm"].tolist()), default=0.0) or 1.0
+    largest = max((each.norm for layer in spectra for each in layer.tensorizations), default=0.0) or 1.0
     options = []
-    for request, each in zip(requests, found, strict=True):
+    for request, found in zip(requests, spectra, strict=True):
         layer, costs = request.layer, counting.costs(request.layer)
         candidates = []
-        for k, (tensorization, norm) in enumerate(zip(request.tensorizations, each["norm"].tolist(), strict=True)):
+        for tensorization, each in zip(request.tensorizations, found.tensorizations, strict=True):
             if costs and tensorization.format == "naive" and len(request.tensorizations) > 1:
                 continue  # `lowrank` runs the same convolutions with fewer parameters.
-            spectra = [each[f"{k}.{cut}"] for cut in range(len(tensorization.modes) - 1)]
             running = costs and Running(tensorization, costs)
-            candidates.append(Candidate(tensorization, spectra, (norm / largest) ** 2, running))
+            candidates.append(Candidate(tensorization, each.cuts, (each.norm / largest) ** 2, running))
         params = layer.module.weight.numel()
         dense = int(costs.unit.total(costs.dense())) if costs else params
         options.append(LayerOptions(params, tuple(candidates), dense))
     return options
-
-
-def _spectra_and_norms(
-    request: _Request, weight: Tensor, metrics: Metrics | None
-) -> Iterator[tuple[list[Tensor], float]]:
-    """For each tensorization the squared spectra over the squared norm, and the norm, of the weight in its metric."""
-    if metrics is None:
-        norm = frobenius_norm(weight)
-        for each in request.tensorizations:
-            yield squared_spectra(weight, each), norm
-        return
-    fqn = request.layer.fqn
-    whole = tensorize_shape("lowrank", tuple(weight.shape))
-    least = TRUSTED * frobenius_norm(whitened(weight, whole, metrics(fqn, whole)))
-    for each in request.tensorizations:
-        moved = whitened(weight, each, metrics(fqn, each))
-        yield squared_spectra(moved), max(least, frobenius_norm(moved))
 
 
 def _outcome(requests: Sequence[_Request], choices: Sequence[Choice], why: str) -> Outcome:

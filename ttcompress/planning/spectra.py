@@ -1,0 +1,85 @@
+"""Singular spectra of a layer's weight in every tensorization that is considered for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ttcompress.tt.decompose import frobenius_norm, squared_spectra
+from ttcompress.tt.shapes import Tensorization, tensorize_shape
+from ttcompress.tt.whiten import ModeMetric, whitened
+
+TRUSTED = 0.5
+"""Share of a weight's norm in the metric of all its inputs and outputs that every tensorization has at least.
+
+The metric of a tensorization is a product of the metrics of its modes (Martens and Grosse 2015 make it of two), which
+knows nothing of correlations between modes. Where its norm is below this share it promises what sweeps would not reach
+(measured in docs/calibration.md)."""
+
+
+Metric = Callable[[Tensorization], Sequence[ModeMetric]]
+"""By tensorization of one weight: the metric of each mode in which its errors count."""
+
+
+@dataclass(frozen=True, eq=False)
+class TensorizationSpectra:
+    """A weight in one tensorization: the spectra of its d - 1 unfoldings, and its norm.
+
+    `cuts` holds the squared singular values of each unfolding over the squared norm, descending, float64.
+    """
+
+    cuts: tuple[Tensor, ...]
+    norm: float
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSpectra:
+    """A weight in all its tensorizations, in the order in which they are considered."""
+
+    tensorizations: tuple[TensorizationSpectra, ...]
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """As a file holds it: spectra under `TENSORIZATION.CUT`, both counted from 0, and all norms under `norm`."""
+        norms = [each.norm for each in self.tensorizations]
+        tensors = {"norm": torch.tensor(norms, dtype=torch.float64)}
+
+        for number, each in enumerate(self.tensorizations):
+            tensors |= {f"{number}.{cut}": spectrum for cut, spectrum in enumerate(each.cuts)}
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LayerSpectra:
+        """What `to_tensors` made tensors of."""
+        norms = tensors["norm"].tolist()
+        return cls(tuple(TensorizationSpectra(_cuts(tensors, number), norm) for number, norm in enumerate(norms)))
+
+
+def _cuts(tensors: Mapping[str, Tensor], number: int) -> tuple[Tensor, ...]:
+    count = sum(name.startswith(f"{number}.") for name in tensors)
+    return tuple(tensors[f"{number}.{cut}"] for cut in range(count))
+
+
+def layer_spectra(
+    weight: Tensor, tensorizations: Sequence[Tensorization], metric: Metric | None = None
+) -> LayerSpectra:
+    """The spectra of a weight in these tensorizations, as it is or in the metric of each.
+
+    Raises:
+        ShapeError: NaN or Inf in the weight.
+    """
+    if metric is None:
+        norm = frobenius_norm(weight)
+        found = [TensorizationSpectra(tuple(squared_spectra(weight, each)), norm) for each in tensorizations]
+        return LayerSpectra(tuple(found))
+
+    # A matrix has one mode for all inputs and one for all outputs: in this tensorization no correlation is lost.
+    whole = tensorize_shape("lowrank", tuple(weight.shape))
+    least = TRUSTED * frobenius_norm(whitened(weight, whole, metric(whole)))
+    return LayerSpectra(tuple(_in_metric(whitened(weight, each, metric(each)), least) for each in tensorizations))
+
+
+def _in_metric(tensor: Tensor, least_norm: float) -> TensorizationSpectra:
+    return TensorizationSpectra(tuple(squared_spectra(tensor)), max(least_norm, frobenius_norm(tensor)))
