@@ -17,7 +17,8 @@ from ttcompress.data.sets import open_data
 from ttcompress.layers.kinds import tt_layer
 from ttcompress.networks.opening import open_dense
 from ttcompress.networks.surgery import swap
-from ttcompress.planning.allocate import Candidate, LayerOptions, within_budget
+from ttcompress.planning.allocate import within_budget
+from ttcompress.planning.candidates import Candidate, LayerOptions
 from ttcompress.planning.selection import find_layers
 from ttcompress.tt.decompose import decompose_weight, frobenius_norm, squared_spectra
 from ttcompress.tt.shapes import FORMATS, tensorize_shape

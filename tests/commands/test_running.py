@@ -22,7 +22,7 @@ from ttcompress.layers.linear import TTLinear
 from ttcompress.measure import timing
 from ttcompress.measure.multiply_adds import multiply_adds
 from ttcompress.networks.zoo import CifarResNet
-from ttcompress.planning.planner import WINDOW
+from ttcompress.planning.budgets import WINDOW
 from ttcompress.recipe import Recipe
 from ttcompress.records.layers import executions
 

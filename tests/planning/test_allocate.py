@@ -12,15 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from ttcompress.errors import PlanError
-from ttcompress.planning.allocate import (
-    Candidate,
-    Choice,
-    LayerOptions,
-    fewest_params,
-    nearest_below,
-    total_cost,
-    within_budget,
-)
+from ttcompress.planning.allocate import fewest_params, total_cost, within_budget
+from ttcompress.planning.candidates import Candidate, Choice, LayerOptions
+from ttcompress.planning.nearest import nearest_below
 from ttcompress.tt.decompose import decompose_weight, squared_spectra
 from ttcompress.tt.shapes import FORMATS, Tensorization, tensorize_shape
 

@@ -15,7 +15,8 @@ from torch import nn
 from ttcompress.errors import PlanError
 from ttcompress.files.checkpoint import load_checkpoint
 from ttcompress.networks.zoo import CifarResNet
-from ttcompress.planning.planner import WINDOW, Planner, make_plan
+from ttcompress.planning.budgets import WINDOW
+from ttcompress.planning.planner import Planner, make_plan
 from ttcompress.planning.spectra import LayerSpectra
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import format_compression

@@ -21,8 +21,9 @@ from ttcompress.networks.opening import Network
 from ttcompress.networks.running import input_dtype
 from ttcompress.networks.stored import tied_parameters
 from ttcompress.networks.surgery import apply_plan
+from ttcompress.planning.budgets import Budget
 from ttcompress.planning.plan_file import adopt_plan
-from ttcompress.planning.planner import Budget, Planner, Results
+from ttcompress.planning.planner import Planner, Results
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Json, Progress
 from ttcompress.records.plan import CompressionPlan

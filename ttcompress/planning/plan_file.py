@@ -13,13 +13,15 @@ from ttcompress.errors import PlanError
 from ttcompress.files.checkpoint import replacing
 from ttcompress.planning.selection import find_layers
 from ttcompress.recipe import FORM, TARGETS, Recipe
-from ttcompress.records.plan import PLAN_SCHEMA, CompressionPlan
+from ttcompress.records.plan import PLAN_SCHEMA, CompressionPlan, LayerPlan
 from ttcompress.tt.shapes import feasible_ranks
 
 
 def clip_note(asked: Sequence[int], feasible: Sequence[int]) -> str:
     """What a plan says of TT-ranks that were too many, or nothing."""
-    return "" if feasible == asked else f"TT-ranks {inner_ranks(asked)} clipped to the feasible {inner_ranks(feasible)}"
+    if feasible == asked:
+        return ""
+    return f"TT-ranks {inner_ranks(asked)} clipped to the feasible {inner_ranks(feasible)}"
 
 
 def inner_ranks(tt_ranks: Sequence[int]) -> str:
@@ -37,31 +39,43 @@ def adopt_plan(model: nn.Module, recipe: Recipe, plan: CompressionPlan) -> Compr
         raise PlanError("--plan states everything: leave out ranks, --eps, budgets and [[layers]]")
     if unused := recipe.given(*FORM, "dtype"):
         raise PlanError(f"--plan states everything: leave out {', '.join(unused)}")
-    found = {layer.fqn: layer for layer in find_layers(model, [layer.fqn for layer in plan.layers])}
-    adopted = []
-    for layer in plan.layers:
-        clipped = feasible_ranks(layer.tensorization.sizes, layer.tt_ranks)
-        note = clip_note(layer.tt_ranks, clipped)
-        own_type = found[layer.fqn].weight_dtype
-        layer = replace(layer, tt_ranks=clipped, note=note or layer.note, weight_dtype=own_type)
-        layer = replace(layer, predicted_error=None, relative_error=None, output_error=None)
-        if layer.params_after >= layer.params_before:
-            raise PlanError(f"{layer.fqn}: {layer.params_after:,} parameters in TT form, {layer.params_before:,} dense")
-        adopted.append(layer)
+
+    names = [layer.fqn for layer in plan.layers]
+    own_types = {layer.fqn: layer.weight_dtype for layer in find_layers(model, names)}
+    adopted = [_adopted(layer, own_types[layer.fqn]) for layer in plan.layers]
     return replace(plan.with_layers(adopted), multiply_adds=None, latency=None)
+
+
+def _adopted(layer: LayerPlan, weight_dtype: str) -> LayerPlan:
+    clipped = feasible_ranks(layer.tensorization.sizes, layer.tt_ranks)
+    note = clip_note(layer.tt_ranks, clipped) or layer.note
+
+    # Errors and what running costs are those of the ranks before the file was edited, or of another network.
+    layer = replace(layer, tt_ranks=clipped, note=note, weight_dtype=weight_dtype)
+    layer = replace(layer, predicted_error=None, relative_error=None, output_error=None)
+
+    if layer.params_after >= layer.params_before:
+        after, before = layer.params_after, layer.params_before
+        raise PlanError(f"{layer.fqn}: {after:,} parameters in TT form, {before:,} dense")
+    return layer
 
 
 def is_made_by(done: CompressionPlan, plan: CompressionPlan) -> bool:
     """Whether a plan from a file, with its TT-ranks clipped, is what was done."""
-    forms = [{layer.fqn: (layer.tensorization, layer.core_dtype) for layer in each.layers} for each in (done, plan)]
-    ranks = {layer.fqn: feasible_ranks(layer.tensorization.sizes, layer.tt_ranks) for layer in plan.layers}
-    return forms[0] == forms[1] and ranks == {layer.fqn: layer.tt_ranks for layer in done.layers}
+    asked = {}
+    for layer in plan.layers:
+        clipped = feasible_ranks(layer.tensorization.sizes, layer.tt_ranks)
+        asked[layer.fqn] = layer.tensorization, clipped, layer.core_dtype
+
+    made = {layer.fqn: (layer.tensorization, layer.tt_ranks, layer.core_dtype) for layer in done.layers}
+    return made == asked
 
 
 def write_plan(path: Path, plan: CompressionPlan) -> None:
     """Write an editable plan; the caller has seen to it that `path` may be written."""
+    text = json.dumps({"schema": PLAN_SCHEMA, **plan.to_json()}, indent=2)
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps({"schema": PLAN_SCHEMA, **plan.to_json()}, indent=2) + "\n")
+        temporary.write_text(text + "\n")
 
 
 def read_plan(path: Path) -> CompressionPlan:
@@ -75,6 +89,7 @@ def read_plan(path: Path) -> CompressionPlan:
         data = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not a readable plan: {error}") from error
+
     if not isinstance(data, dict) or data.get("schema") != PLAN_SCHEMA:
         raise PlanError(f"{path}: not a plan of schema {PLAN_SCHEMA!r}; `ttcompress plan -o` writes one")
     return CompressionPlan.from_json(data)

@@ -52,8 +52,9 @@ def matches(pattern: str, fqn: str) -> bool:
 def find_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Layer]:
     """All Linear and Conv2d layers in `named_modules()` order, those that stay dense with the reason.
 
-    By default the candidates are all but the first convolution and the last Linear, or without an architecture all but
-    `weights.LEFT_OUT`; `include` replaces them by what it matches, `exclude` is subtracted last.
+    By default the candidates are all but the first convolution and the last Linear, or without an
+    architecture all but `weights.LEFT_OUT`; `include` replaces them by what it matches, `exclude` is
+    subtracted last.
 
     Raises:
         PlanError: a pattern that matches no layer, or names outright one that cannot be decomposed.
@@ -62,11 +63,18 @@ def find_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequence
     names = [layer.fqn for layer in layers]
     for pattern in (*include, *exclude):
         require_match(pattern, names)
+
+    # A glob may well match layers that cannot be decomposed; one that is named outright was meant.
     for layer in layers:
         if layer.kept and layer.fqn in include:
             raise PlanError(f"{layer.fqn} cannot be compressed ({layer.kept}); leave it out of --include")
-    ends = model.left_out() if isinstance(model, Weights) else _ends(layers)
-    return [replace(layer, kept=layer.kept or _left_out(layer.fqn, ends, include, exclude)) for layer in layers]
+
+    by_default = model.left_out() if isinstance(model, Weights) else _ends(layers)
+    found = []
+    for layer in layers:
+        reason = layer.kept or _left_out(layer.fqn, by_default, include, exclude)
+        found.append(replace(layer, kept=reason))
+    return found
 
 
 def require_match(pattern: str, names: Sequence[str]) -> None:
@@ -77,21 +85,34 @@ def require_match(pattern: str, names: Sequence[str]) -> None:
     """
     if any(matches(pattern, name) for name in names):
         return
-    near = [name for name in names if pattern.strip("*.") in name] or get_close_matches(pattern, names, 5, 0.3)
-    raise PlanError(f"pattern {pattern!r} matches no Linear or Conv2d layer; near ones: {shortlist(near or names)}")
+
+    holding = [name for name in names if pattern.strip("*.") in name]
+    near = holding or get_close_matches(pattern, names, 5, 0.3) or names
+    raise PlanError(f"pattern {pattern!r} matches no Linear or Conv2d layer; near ones: {shortlist(near)}")
 
 
 def _dense_layers(model: nn.Module) -> Iterator[Layer]:
-    attention = tuple(name + "." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
+    """All Linear and Conv2d layers, with what stands against ever replacing them."""
+    named = dict(model.named_modules())
+    fused = [name for name, module in named.items() if isinstance(module, nn.MultiheadAttention)]
+    inside_attention = tuple(f"{name}." for name in fused)
+
+    # A weight that several layers share is counted once, and its TT form would have to fit all of them.
     homes: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         homes.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
-    for name, module in model.named_modules():
+
+    for name, module in named.items():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            own = dict(module.named_parameters(recurse=False)).get("weight")
-            others = [home for home in homes.get(id(own), []) if home != name]
-            obstacle = _obstacle(module, others, name.startswith(attention))
+            weight = _own_weight(module)
+            others = [home for home in homes.get(id(weight), []) if home != name]
+            obstacle = _obstacle(module, others, name.startswith(inside_attention))
             yield Layer(name, module, obstacle if name else "it is the whole network")
+
+
+def _own_weight(module: nn.Linear | nn.Conv2d) -> nn.Parameter | None:
+    """The weight as a parameter of the module itself; under a parametrization there is none."""
+    return dict(module.named_parameters(recurse=False)).get("weight")
 
 
 def _obstacle(module: nn.Linear | nn.Conv2d, others: Sequence[str], in_attention: bool) -> str:
@@ -100,7 +121,7 @@ def _obstacle(module: nn.Linear | nn.Conv2d, others: Sequence[str], in_attention
         return "nn.MultiheadAttention reads this weight directly"
     if others:
         return f"weight shared with {shortlist(others)}"
-    if "weight" not in dict(module.named_parameters(recurse=False)):
+    if _own_weight(module) is None:
         return "weight is computed by a parametrization"
     if type(module) not in (nn.Linear, nn.Conv2d):
         return f"{type(module).__name__} may do more than its base class"
@@ -112,14 +133,18 @@ def _obstacle(module: nn.Linear | nn.Conv2d, others: Sequence[str], in_attention
 
 
 def _ends(layers: Sequence[Layer]) -> dict[str, str]:
+    """The layers that stay dense by default, which are small and which all others hang on."""
     convs = [layer.fqn for layer in layers if isinstance(layer.module, nn.Conv2d)]
     linears = [layer.fqn for layer in layers if isinstance(layer.module, nn.Linear)]
     return {**dict.fromkeys(convs[:1], "first convolution"), **dict.fromkeys(linears[-1:], "last Linear")}
 
 
-def _left_out(fqn: str, ends: dict[str, str], include: Sequence[str], exclude: Sequence[str]) -> str:
+def _left_out(fqn: str, by_default: dict[str, str], include: Sequence[str], exclude: Sequence[str]) -> str:
+    """Why a layer that could be replaced is not to be, or nothing."""
     if include and not any(matches(pattern, fqn) for pattern in include):
         return "not selected"
     if any(matches(pattern, fqn) for pattern in exclude):
         return "--exclude"
-    return "" if include or fqn not in ends else f"{ends[fqn]} (--include replaces this default)"
+    if not include and fqn in by_default:
+        return f"{by_default[fqn]} (--include replaces this default)"
+    return ""

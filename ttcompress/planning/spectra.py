@@ -15,9 +15,9 @@ from ttcompress.tt.whiten import ModeMetric, whitened
 TRUSTED = 0.5
 """Share of a weight's norm in the metric of all its inputs and outputs that every tensorization has at least.
 
-The metric of a tensorization is a product of the metrics of its modes (Martens and Grosse 2015 make it of two), which
-knows nothing of correlations between modes. Where its norm is below this share it promises what sweeps would not reach
-(measured in docs/calibration.md)."""
+The metric of a tensorization is a product of the metrics of its modes (Martens and Grosse 2015 make it of
+two), which knows nothing of correlations between modes. Where its norm is below this share it promises what
+sweeps would not reach (measured in docs/calibration.md)."""
 
 
 Metric = Callable[[Tensorization], Sequence[ModeMetric]]
@@ -42,7 +42,7 @@ class LayerSpectra:
     tensorizations: tuple[TensorizationSpectra, ...]
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """As a file holds it: spectra under `TENSORIZATION.CUT`, both counted from 0, and all norms under `norm`."""
+        """As a file holds it: spectra under `TENSORIZATION.CUT`, counted from 0, and norms under `norm`."""
         norms = [each.norm for each in self.tensorizations]
         tensors = {"norm": torch.tensor(norms, dtype=torch.float64)}
 
@@ -54,7 +54,8 @@ class LayerSpectra:
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LayerSpectra:
         """What `to_tensors` made tensors of."""
         norms = tensors["norm"].tolist()
-        return cls(tuple(TensorizationSpectra(_cuts(tensors, number), norm) for number, norm in enumerate(norms)))
+        found = [TensorizationSpectra(_cuts(tensors, number), norm) for number, norm in enumerate(norms)]
+        return cls(tuple(found))
 
 
 def _cuts(tensors: Mapping[str, Tensor], number: int) -> tuple[Tensor, ...]:
@@ -72,14 +73,14 @@ def layer_spectra(
     """
     if metric is None:
         norm = frobenius_norm(weight)
-        found = [TensorizationSpectra(tuple(squared_spectra(weight, each)), norm) for each in tensorizations]
-        return LayerSpectra(tuple(found))
+        plain = [TensorizationSpectra(tuple(squared_spectra(weight, each)), norm) for each in tensorizations]
+        return LayerSpectra(tuple(plain))
 
-    # A matrix has one mode for all inputs and one for all outputs: in this tensorization no correlation is lost.
+    # A matrix has one mode for all inputs and one for all outputs, so that no correlation is lost.
     whole = tensorize_shape("lowrank", tuple(weight.shape))
     least = TRUSTED * frobenius_norm(whitened(weight, whole, metric(whole)))
-    return LayerSpectra(tuple(_in_metric(whitened(weight, each, metric(each)), least) for each in tensorizations))
-
-
-def _in_metric(tensor: Tensor, least_norm: float) -> TensorizationSpectra:
-    return TensorizationSpectra(tuple(squared_spectra(tensor)), max(least_norm, frobenius_norm(tensor)))
+    found = []
+    for each in tensorizations:
+        tensor = whitened(weight, each, metric(each))
+        found.append(TensorizationSpectra(tuple(squared_spectra(tensor)), max(least, frobenius_norm(tensor))))
+    return LayerSpectra(tuple(found))

@@ -1,0 +1,102 @@
+"""Budgets of a whole network: what is counted, how much of it may be left, and choices that keep to that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from math import floor
+
+from ttcompress.errors import PlanError
+from ttcompress.planning.allocate import total_cost, within_budget
+from ttcompress.planning.candidates import Choice, LayerOptions
+from ttcompress.planning.nearest import nearest_below
+from ttcompress.planning.selection import Layer
+from ttcompress.records.common import format_compression
+from ttcompress.records.plan import LayerPlan
+from ttcompress.tt.cost import Calls, LayerCosts, Unit
+
+WINDOW = 1.02
+"""A budget is met when compression is at least what was asked and at most this much more."""
+
+
+@dataclass(frozen=True)
+class Counting:
+    """What a budget counts and how much of it the dense network has.
+
+    Without a `unit` parameters count, with one what one input costs.
+    `calls` says by fqn how often each layer applies its weight for that input; a layer without any costs
+    nothing.
+    """
+
+    what: str
+    dense: int
+    unit: Unit | None = None
+    calls: Mapping[str, Calls] = field(default_factory=dict)
+
+    def costs(self, layer: Layer | LayerPlan) -> LayerCosts | None:
+        """What running one layer costs; None where parameters count."""
+        if self.unit is None:
+            return None
+        calls = self.calls.get(layer.fqn, Calls(0, 0))
+        return LayerCosts(layer.spec.weight_shape, calls, self.unit)
+
+    def saved(self, plan: LayerPlan) -> int:
+        """What a layer saves by being replaced."""
+        costs = self.costs(plan)
+        if costs is None:
+            return plan.params_before - plan.params_after
+
+        dense = costs.unit.total(costs.dense())
+        factored = costs.unit.total(costs.factored(plan.tensorization, plan.tt_ranks))
+        return int(dense - factored)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most so much of what is counted, as `asked` for on the command line."""
+
+    asked: str
+    counting: Counting
+    most: int
+
+    @classmethod
+    def of_ratio(cls, asked: str, counting: Counting, ratio: float) -> Budget:
+        """The dense network's share 1 / ratio, exactly."""
+        # As the user wrote it: the binary 1.1 is a little more than eleven tenths and might cost a parameter.
+        exact = Fraction(str(ratio))
+        return cls(f"{asked} {ratio:g}", counting, floor(counting.dense / exact))
+
+
+def choices_within(budget: Budget, fixed: int, options: Sequence[LayerOptions]) -> tuple[list[Choice], int]:
+    """Choices within a budget of the whole network, and what it comes to with them.
+
+    `fixed` of the budget is spent on what is not chosen here.
+
+    Raises:
+        PlanError: the budget is out of reach, naming the most that can be reached, or asks for nothing.
+    """
+    least = fixed + sum(each.smallest().cost for each in options)
+    _check_reach(budget, least)
+
+    most = budget.most - fixed
+    choices = within_budget(options, most)
+    # Small networks have few rank choices, and greedy moves may end far from the budget: then all of them are tried.
+    if (fixed + total_cost(choices)) * WINDOW < budget.most:
+        choices = nearest_below(options, choices, most)
+    return choices, fixed + total_cost(choices)
+
+
+def _check_reach(budget: Budget, least: int) -> None:
+    before, what = budget.counting.dense, budget.counting.what
+    if budget.most >= before:
+        raise PlanError(f"{budget.asked} asks for nothing: the network has {before:,} {what}")
+    if least <= budget.most:
+        return
+
+    # Rounded down to what is printed, in whole numbers, so that the ratio that is named can be reached.
+    ratio = before // least if before >= 1000 * least else 10 * before // least / 10
+    reach = format_compression(ratio)
+    raise PlanError(
+        f"{budget.asked} is out of reach: the most that these layers can give is {reach} ({least:,} {what})"
+    )
