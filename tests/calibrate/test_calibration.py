@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ttcompress
+from ttcompress.calibrate import observe, sweeps
 from ttcompress.calibrate import statistics as calibrate
-from ttcompress.calibrate import sweeps
+from ttcompress.calibrate.batch_norm import recalibrate_batch_norm
 from ttcompress.calibrate.decompose import decompose, weight_only
-from ttcompress.calibrate.judging import network_error, output_errors, recalibrate_batch_norm
-from ttcompress.calibrate.statistics import LayerStatistics, layer_inputs, measure
+from ttcompress.calibrate.held_out_errors import network_error, output_errors
+from ttcompress.calibrate.observe import layer_inputs
+from ttcompress.calibrate.reference import Reference
+from ttcompress.calibrate.statistics import LayerStatistics, measure
 from ttcompress.calibrate.sweeps import fit_layer, input_pairs, sweep_layers
 from ttcompress.data.calibration_images import DEFAULT_IMAGES, Calibration, draw
 from ttcompress.errors import DataError
@@ -206,7 +209,7 @@ def test_a_weight_times_its_columns_is_the_output(
     conv = nn.Conv2d(2, 3, kernel, stride, padding, dilation, 1, False, mode).double()
     x = torch.randn(2, 2, 9, 8).double()
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(calibrate, "POSITIONS", 10**9)
+        patch.setattr(observe, "POSITIONS", 10**9)
         found, positions = layer_inputs(conv, x, seed)
         output = conv(x)
     assert positions == prod(output.shape[2:])
@@ -226,7 +229,7 @@ def test_large_maps_are_sampled_on_a_grid(most: int, height: int, aspect: float,
     conv = nn.Conv2d(1, 1, (3, 2), stride, 1)
     x = torch.randn(2, 1, height, round(aspect * height))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate, "POSITIONS", most)
+        patch.setattr(observe, "POSITIONS", most)
         found, positions = layer_inputs(conv, x, offset)
     whole = columns(conv, x).T.reshape(2, positions, -1)
     ours = found.numpy().T.reshape(2, -1, found.shape[0])
@@ -238,8 +241,8 @@ def test_large_maps_are_sampled_on_a_grid(most: int, height: int, aspect: float,
 def test_other_batches_show_other_positions() -> None:
     x = torch.arange(32.0 * 32).reshape(1, 1, 32, 32)
     shown = [{*layer_inputs(nn.Conv2d(1, 1, 1), x, offset)[0].flatten().tolist()} for offset in range(4)]
-    assert {len(each) for each in shown} == {calibrate.POSITIONS}
-    assert len(set.union(*shown)) == 4 * calibrate.POSITIONS
+    assert {len(each) for each in shown} == {observe.POSITIONS}
+    assert len(set.union(*shown)) == 4 * observe.POSITIONS
 
 
 @pytest.mark.parametrize(("shape", "positions"), [((4, 6), 1), ((4, 5, 6), 5), ((4, 2, 5, 6), 10)])
@@ -255,7 +258,7 @@ def test_a_linear_layer_has_a_row_for_every_position(shape: tuple[int, ...], pos
 
 @nets
 def test_moments_are_those_of_all_that_the_layers_see(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "POSITIONS", 10**9)
+    monkeypatch.setattr(observe, "POSITIONS", 10**9)
     model, calibration = toy(name)
     state = deepcopy(model.state_dict())
     statistics = measure(model, sorted(ORDER[name]), calibration, 0)
@@ -474,12 +477,13 @@ def test_sweeps_change_cores_and_biases_only_and_bring_the_network_nearer(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a layer has a bias and runs once, the mean of its output is that of the dense layer."""
-    monkeypatch.setattr(calibrate, "POSITIONS", 10**9)
+    monkeypatch.setattr(observe, "POSITIONS", 10**9)
     dense, model, plan, calibration = compressed(name)
     statistics = measure(dense, ORDER[name], calibration, 0)
     states, before = [deepcopy(each.state_dict()) for each in (dense, model)], network_error(dense, model, calibration)
     calls: list[str] = []
-    sweep_layers(dense, model, plan, statistics, calibration, 1, lambda what, *_: calls.append(what))
+    reference = Reference(dense, statistics, calibration)
+    sweep_layers(reference, model, plan, 1, lambda what, *_: calls.append(what))
     layers = {layer.fqn for layer in plan.layers}
     assert calls == [f"fitting {fqn}" for fqn in ORDER[name] if fqn in layers]
     assert is_same(dense, states[0])
@@ -502,14 +506,15 @@ def test_a_mean_that_the_bias_takes_up_costs_no_rank() -> None:
         for first in (one[0], other[0]):  # type: ignore[index]
             first.bias -= first.weight.detach() @ moved  # type: ignore[union-attr, operator]
         shifted = calibrated(moved + torch.cat([*calibration.fitting(0)]))
-        sweep_layers(one, other, plan, measure(one, ["0", "2"], shifted, 0), shifted, 1)
+        reference = Reference(one, measure(one, ["0", "2"], shifted, 0), shifted)
+        sweep_layers(reference, other, plan, 1)
         missed.append(output_errors(one, other, plan, shifted)["0"])
     assert missed[1] == pytest.approx(missed[0], rel=0.01)
 
 
 @nets
 def test_pairs_are_the_inputs_of_both_networks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "POSITIONS", 10**9)
+    monkeypatch.setattr(observe, "POSITIONS", 10**9)
     monkeypatch.setattr(sweeps, "SWEEP_IMAGES", 17)
     dense, model, _, calibration = compressed(name)
     fqn, last, ran = ORDER[name][1], "4" if name == "vectors" else "head", []

@@ -14,9 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from ttcompress.calibrate import natural_gradient
 from ttcompress.calibrate import refine as refinement
-from ttcompress.calibrate.judging import network_error
-from ttcompress.calibrate.refine import NaturalGradient, augment, moved, refine
+from ttcompress.calibrate.held_out_errors import network_error
+from ttcompress.calibrate.natural_gradient import NaturalGradient
+from ttcompress.calibrate.reference import Reference
+from ttcompress.calibrate.refine import Schedule, augment, moved, refine
 from ttcompress.calibrate.statistics import LayerStatistics, Statistics, measure
 from ttcompress.data.calibration_images import Calibration, draw
 from ttcompress.layers.conv import TTConv2d
@@ -161,7 +164,7 @@ def squared_norm(cores: Sequence[Tensor], metrics: Sequence[ModeMetric]) -> Tens
 @cases
 def test_natural_gradients_are_newton_steps_in_the_metric(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """For every core alone: its Hessian of the squared norm times the natural gradient is the plain gradient."""
-    monkeypatch.setattr(refinement, "DAMPING", 0.0)
+    monkeypatch.setattr(natural_gradient, "DAMPING", 0.0)
     layer, statistics = tt_layer(case)
     plain, natural = natural_step(layer, statistics)
     metrics = statistics["layer"].metrics(layer.tensorization)
@@ -183,7 +186,7 @@ def test_natural_gradients_point_downhill(case: Case) -> None:
 @pytest.mark.parametrize("case", [*CASES[:2], CASES[3]], ids=str)
 def test_a_change_of_gauge_does_not_change_what_a_step_does(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """An invertible matrix and its inverse between two cores: the weight changes as before, to first order."""
-    monkeypatch.setattr(refinement, "DAMPING", 1e-12)
+    monkeypatch.setattr(natural_gradient, "DAMPING", 1e-12)
     layer, statistics = tt_layer(case)
     other = deepcopy(layer)
     matrix = torch.randn(3, 3, generator=seeded(5)).double() + 2 * torch.eye(3).double()
@@ -203,7 +206,7 @@ def test_a_change_of_gauge_does_not_change_what_a_step_does(case: Case, monkeypa
 
 
 def test_what_the_cores_stand_between_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refinement, "RENEWED_EVERY", 3)
+    monkeypatch.setattr(natural_gradient, "RENEWED_EVERY", 3)
     layer, statistics = tt_layer(CASES[0])
     natural = NaturalGradient({"layer": layer}, statistics)
     lengths = []
@@ -313,7 +316,7 @@ def test_refinement_brings_the_network_nearer_and_repeats_with_the_seed(
     models = [deepcopy(start) for _ in range(3)]
     calls: list[tuple[str, int, int]] = []
     for model, seed in zip(models, (3, 3, 4), strict=True):
-        refine(dense, model, statistics, calibration, 40, seed, lambda *call: calls.append(call))
+        refine(Reference(dense, statistics, calibration), model, 40, seed, lambda *call: calls.append(call))
     assert {call[1] for call in calls} == {*range(1, 41)}
     assert max(network_error(dense, model, calibration) for model in models) < 0.9 * before
     one, same, other = (model.state_dict() for model in models)
@@ -337,14 +340,15 @@ def test_steps_that_are_too_long_are_shortened(monkeypatch: pytest.MonkeyPatch) 
     before, rates = deepcopy(model.state_dict()), []
     descend = refinement._descend
 
-    def watched(model: nn.Module, natural: Any, answered: Any, rate: float, *rest: Any) -> bool:
-        rates.append(rate)
+    def watched(model: nn.Module, natural: Any, answered: Any, schedule: Schedule, *rest: Any) -> bool:
+        rates.append(schedule.core_rate)
+        assert schedule.adam_rate / schedule.core_rate == pytest.approx(refinement.ADAM_RATE / rates[0])
         assert_same(model, before)
-        return descend(model, natural, answered, rate, *rest)
+        return descend(model, natural, answered, schedule, *rest)
 
     monkeypatch.setattr(refinement, "_descend", watched)
     monkeypatch.setattr(refinement, "STEP", 1e4)
-    refine(dense, model, statistics, calibration, 25, 0)
+    refine(Reference(dense, statistics, calibration), model, 25, 0)
     assert rates == pytest.approx([rates[0], rates[0] / 5, rates[0] / 25])
     assert_same(model, before)
 
@@ -357,14 +361,14 @@ def test_steps_that_do_not_bring_the_error_down_have_failed(rate: float, down: b
     images = next(iter(calibration.fitting(0)))
     natural, answered = NaturalGradient(layers, statistics), repeat((images, dense(images)))
     errors = [network_error(dense, model, calibration)]
-    assert refinement._descend(model.requires_grad_(), natural, answered, rate, 0.0, 30, None) == down
+    assert refinement._descend(model.requires_grad_(), natural, answered, Schedule(30, rate, 0.0), None) == down
     errors.append(network_error(dense, model, calibration))
     assert errors[1] < refinement.DIVERGED * errors[0]
     assert (errors[1] < errors[0]) == down
 
 
 def test_the_rate_warms_up_and_falls_to_nothing() -> None:
-    rates = [refinement._rate(step, 200) for step in range(201)]
+    rates = [Schedule(200, 0.1, 0.1).share(step) for step in range(201)]
     assert rates.index(max(rates)) == 19
     assert (max(rates), rates[200]) == (1.0, 0.0)
     assert rates[:20] == sorted(rates[:20])

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.calibrate import stages
-from ttcompress.calibrate.judging import network_error, output_errors
+from ttcompress.calibrate.held_out_errors import network_error, output_errors
+from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.stages import Effort, Stages, adopt, compress_calibrated
-from ttcompress.calibrate.statistics import Statistics, measure
+from ttcompress.calibrate.statistics import measure
 from ttcompress.data.calibration_images import Calibration, draw
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
@@ -72,14 +73,20 @@ NETS = ("conv", "mlp", "without batch norm", "residual")
 class Toy:
     """A frozen network and what its compression is made from; shared by the tests and not to be changed."""
 
-    dense: nn.Module
+    reference: Reference
     state: dict[str, Tensor]
     plan: CompressionPlan
-    statistics: Statistics
-    calibration: Calibration
+
+    @property
+    def dense(self) -> nn.Module:
+        return self.reference.dense
+
+    @property
+    def calibration(self) -> Calibration:
+        return self.reference.calibration
 
     def compressed(self, effort: str = "default", seed: int = 0) -> tuple[nn.Module, CompressionPlan, list[Json]]:
-        return compress_calibrated(self.dense, self.plan, self.statistics, self.calibration, effort, seed)
+        return compress_calibrated(self.reference, self.plan, effort, seed)
 
     def apart(self, model: nn.Module) -> float:
         return network_error(self.dense, model, self.calibration)
@@ -95,7 +102,7 @@ def make_toy(name: str) -> Toy:
     plan = make_plan(dense, Recipe(ranks=3, conv_ranks=3, format="lowrank"))
     calibration = draw("toy", 128, None, 0, lambda indices: inputs[torch.tensor(indices)].split(32))
     statistics = measure(dense, [layer.fqn for layer in plan.layers], calibration, 0)
-    return Toy(dense, deepcopy(dense.state_dict()), plan, statistics, calibration)
+    return Toy(Reference(dense, statistics, calibration), deepcopy(dense.state_dict()), plan)
 
 
 @pytest.fixture(scope="module", params=NETS)
@@ -227,9 +234,7 @@ def test_a_stage_that_makes_it_worse_is_not_kept(
 
 def test_progress_is_told(toy: Toy) -> None:
     calls: list[tuple[str, int, int]] = []
-    compress_calibrated(
-        toy.dense, toy.plan, toy.statistics, toy.calibration, "default", 0, lambda *call: calls.append(call)
-    )
+    compress_calibrated(toy.reference, toy.plan, "default", 0, lambda *call: calls.append(call))
     named = [layer.fqn for layer in toy.plan.layers]
     told = list(dict.fromkeys(call[0] for call in calls))
     assert told == [*(f"decomposing {fqn}" for fqn in named), *(f"fitting {fqn}" for fqn in named), "refining"]
@@ -313,7 +318,7 @@ def test_a_network_adopts_the_cores_as_they_are_and_all_else_in_its_own_types(
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_errors_are_those_of_the_stored_cores(toy: Toy, dtype: str) -> None:
     plan = toy.plan.with_layers([replace(layer, core_dtype=dtype) for layer in toy.plan.layers])
-    model, stored, _ = compress_calibrated(toy.dense, plan, toy.statistics, toy.calibration, "fast", 0)
+    model, stored, _ = compress_calibrated(toy.reference, plan, "fast", 0)
     for layer in stored.layers:
         cores = list(model.get_submodule(layer.fqn).cores)  # type: ignore[arg-type]
         assert all(core.dtype == (torch.float16 if dtype == "float16" else torch.float32) for core in cores)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ttcompress.calibrate.statistics import EVEN, LayerStatistics
+from ttcompress.calibrate.statistics import LayerStatistics
 from ttcompress.networks.surgery import layer_from, swap
 from ttcompress.records.plan import LayerPlan
 from ttcompress.tt.contract import dense_weight
@@ -15,15 +15,18 @@ from ttcompress.tt.whiten import output_cost, whitened_svd
 
 
 def decompose(weight: Tensor, layer: LayerPlan, statistics: LayerStatistics) -> list[Tensor]:
-    """Cores of a weight at the planned TT-ranks: the best on held-out images of whitened and weight-only TT-SVD.
+    """Cores at the planned TT-ranks: the best on held-out images of whitened and weight-only TT-SVD.
 
-    The input metric is full or diagonal. What misses the outputs on the calibration images by more than weight-only
-    TT-SVD does is not considered.
+    The input metric is full or diagonal: the full one knows more, the diagonal one is estimated better from
+    few images. What misses the outputs on the calibration images by more than weight-only TT-SVD does is not
+    considered.
     """
     plain = weight_only(weight, layer)
-    limit = output_cost(weight - _dense(plain, weight), statistics.inputs)
-    outputs = statistics.outputs.blended(EVEN)
-    best, least = plain, output_cost(weight - _dense(plain, weight), statistics.held_out, outputs)
+    missed = weight - _dense(plain, weight)
+    limit = output_cost(missed, statistics.inputs)
+
+    outputs = statistics.output_metric
+    best, least = plain, output_cost(missed, statistics.held_out, outputs)
     for diagonal in (False, True):
         metrics = statistics.metrics(layer.tensorization, diagonal)
         cores = whitened_svd(weight, layer.tensorization, layer.tt_ranks, metrics)
@@ -36,7 +39,8 @@ def decompose(weight: Tensor, layer: LayerPlan, statistics: LayerStatistics) -> 
 
 def weight_only(weight: Tensor, layer: LayerPlan) -> list[Tensor]:
     """Cores by TT-SVD of the weight itself, float64."""
-    return [core.double() for core in decompose_weight(weight, layer.tensorization, layer.tt_ranks).cores]
+    result = decompose_weight(weight, layer.tensorization, layer.tt_ranks)
+    return [core.double() for core in result.cores]
 
 
 def _dense(cores: Sequence[Tensor], weight: Tensor) -> Tensor:

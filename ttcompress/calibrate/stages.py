@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttcompress.calibrate.batch_norm import recalibrate_batch_norm
 from ttcompress.calibrate.decompose import decompose, swap_in, weight_only
-from ttcompress.calibrate.judging import network_error, output_errors, recalibrate_batch_norm
+from ttcompress.calibrate.held_out_errors import network_error, output_errors
+from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.refine import refine
-from ttcompress.calibrate.statistics import Statistics
 from ttcompress.calibrate.sweeps import sweep_layers
 from ttcompress.data.calibration_images import Calibration
 from ttcompress.errors import DataError
@@ -49,17 +50,22 @@ class Stages:
         self._least = inf
 
     def run(self, name: str, change: Callable[[nn.Module], object]) -> None:
-        """Try a change on a copy of the best network; keep it if that one comes nearer to the dense network."""
+        """Try a change on a copy of the best network; keep it if that comes nearer to the dense network."""
         trial = copy.deepcopy(self.model)
         if change(trial) is False:
             return
+
+        # The first stage is kept whatever comes of it: it is what makes the network smaller.
         error = self._error(trial)
-        kept = error < self._least or not self.log
-        self.log.append({"stage": name, "error": error if isfinite(error) else None, "kept": kept})
-        if kept:
-            self.model, self._least = trial, error
-            for fqn, missed in output_errors(self._dense, trial, self._plan, self._calibration).items():
-                self.errors[fqn][name] = missed
+        is_better = error < self._least or not self.log
+        self.log.append({"stage": name, "error": error if isfinite(error) else None, "kept": is_better})
+        if not is_better:
+            return
+
+        self.model, self._least = trial, error
+        by_layer = output_errors(self._dense, trial, self._plan, self._calibration)
+        for fqn, missed in by_layer.items():
+            self.errors[fqn][name] = missed
 
     def _error(self, trial: nn.Module) -> float:
         try:
@@ -70,48 +76,41 @@ class Stages:
 
 @torch.enable_grad()
 def compress_calibrated(
-    dense: nn.Module,
-    plan: CompressionPlan,
-    statistics: Statistics,
-    calibration: Calibration,
-    effort: str,
-    seed: int,
-    progress: Progress | None = None,
+    reference: Reference, plan: CompressionPlan, effort: str, seed: int, progress: Progress | None = None
 ) -> tuple[nn.Module, CompressionPlan, list[Json]]:
     """The compressed network, the plan with the errors of every stage, and the log of the stages.
 
-    `dense` is frozen and stays as it is. The last stage that came nearer to it on held-out images is the result.
+    The last stage that came nearer to the dense network on held-out images is the result.
     """
+    dense, calibration = reference.dense, reference.calibration
     stages = Stages(dense, plan, calibration)
     amount = EFFORTS[effort]
 
     def whitened(weight: Tensor, layer: LayerPlan) -> list[Tensor]:
-        return decompose(weight, layer, statistics[layer.fqn])
+        return decompose(weight, layer, reference.statistics[layer.fqn])
 
-    def swept(model: nn.Module) -> None:
-        sweep_layers(dense, model, plan, statistics, calibration, amount.sweeps, progress)
-
-    def refined(model: nn.Module) -> None:
-        refine(dense, model, statistics, calibration, amount.steps, seed, progress)
-
-    stages.run("weights", lambda model: _replace(model, dense, plan, weight_only, progress))
-    stages.run("whitened", lambda model: _replace(model, dense, plan, whitened, progress))
+    stages.run("weights", lambda model: _decompose_all(model, dense, plan, weight_only, progress))
+    stages.run("whitened", lambda model: _decompose_all(model, dense, plan, whitened, progress))
     if amount.sweeps:
-        stages.run("sweeps", swept)
+        stages.run("sweeps", lambda model: sweep_layers(reference, model, plan, amount.sweeps, progress))
     stages.run("batch norm", lambda model: recalibrate_batch_norm(model, calibration))
     if amount.steps:
-        stages.run("refinement", refined)
+        stages.run("refinement", lambda model: refine(reference, model, amount.steps, seed, progress))
+
+    # Rounded to the type that a file stores, so that the errors are those of what is stored.
     store_cores(stages.model, plan)
-    layers = [
-        replace(
-            layer, relative_error=_relative_error(dense, stages.model, layer), output_error=stages.errors[layer.fqn]
-        )
-        for layer in plan.layers
-    ]
-    return stages.model, plan.with_layers(layers), stages.log
+    return stages.model, _with_errors(plan, dense, stages), stages.log
 
 
-def _replace(
+def _with_errors(plan: CompressionPlan, dense: nn.Module, stages: Stages) -> CompressionPlan:
+    layers = []
+    for layer in plan.layers:
+        relative_error = _relative_error(dense, stages.model, layer)
+        layers.append(replace(layer, relative_error=relative_error, output_error=stages.errors[layer.fqn]))
+    return plan.with_layers(layers)
+
+
+def _decompose_all(
     model: nn.Module,
     dense: nn.Module,
     plan: CompressionPlan,
@@ -121,25 +120,36 @@ def _replace(
     for done, layer in enumerate(plan.layers):
         if progress:
             progress(f"decomposing {layer.fqn}", done, len(plan.layers))
-        weight: Tensor = dense.get_submodule(layer.fqn).weight.detach()  # type: ignore[operator]
-        swap_in(model, dense, layer, cores_of(weight, layer))
+        swap_in(model, dense, layer, cores_of(_weight(dense, layer), layer))
 
 
 def _relative_error(dense: nn.Module, model: nn.Module, layer: LayerPlan) -> float:
-    weight, ours = (network.get_submodule(layer.fqn).weight.detach() for network in (dense, model))  # type: ignore[operator]
+    weight, ours = _weight(dense, layer), _weight(model, layer)
     norm = frobenius_norm(weight)
     return frobenius_norm(weight - ours) / norm if norm else 0.0
 
 
+def _weight(model: nn.Module, layer: LayerPlan) -> Tensor:
+    """The weight of a layer, or what its cores stand for."""
+    module: Any = model.get_submodule(layer.fqn)
+    weight: Tensor = module.weight.detach()
+    return weight
+
+
 @torch.no_grad()
 def adopt(model: nn.Module, compressed: nn.Module, plan: CompressionPlan) -> None:
-    """Give a network the layers and values of its compressed copy; its own device and, but for cores, types stay."""
+    """Give a network the layers and values of its compressed copy.
+
+    Its own device and, but for cores, types stay.
+    """
     for layer in plan.layers:
         module = model.get_submodule(layer.fqn)
         own: Tensor = module.weight  # type: ignore[assignment]
         fitted: Any = compressed.get_submodule(layer.fqn)
         cores = [core.to(own.device) for core in fitted.cores]
         swap(model, layer.fqn, layer_from(layer, module, cores))
+
+    # Biases were fitted too, and batch norms calibrated.
     values = compressed.state_dict()
     for name, tensor in model.state_dict().items():
         tensor.copy_(values[name])

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from math import ceil, prod, sqrt
-from typing import Any
+from math import sqrt
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from ttcompress.calibrate.observe import hooked, layer_inputs, layer_outputs, weight_size
 from ttcompress.data.calibration_images import Calibration
 from ttcompress.errors import DataError
 from ttcompress.networks.running import centred, device_of, forward
@@ -20,21 +17,20 @@ from ttcompress.records.common import Progress
 from ttcompress.tt.shapes import Tensorization
 from ttcompress.tt.whiten import ModeMetric, Moments, mode_metrics
 
-POSITIONS = 64
-"""Output positions of an image that enter the moments of a convolution; larger maps are sampled on a grid."""
-
-
 GROUP_BYTES = 1 << 31
 """Moments that are held at a time; layers beyond take another pass over the images."""
 
 
 EVEN = 0.2
-"""Share of the output metric that is spread evenly: a few hundred images do not show all that matters."""
+"""Share of the output metric that is spread evenly over all directions.
+
+A few hundred images do not show all that matters: outputs to which none of them is sensitive would cost
+nothing, and would be given up for the others."""
 
 
 @dataclass
 class LayerStatistics:
-    """Moments of one layer: inputs (in, kh, kw) row-major, the same on held-out images, gradients at its outputs.
+    """Moments of one layer: inputs (in, kh, kw) row-major, the same held out, and gradients at its outputs.
 
     They are averages over the `positions` of an image at which a convolution has its weight.
     """
@@ -44,9 +40,23 @@ class LayerStatistics:
     outputs: Moments
     positions: int = 1
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the moments take."""
+        return self.inputs.num_bytes + self.held_out.num_bytes + self.outputs.num_bytes
+
+    @property
+    def output_metric(self) -> Moments:
+        """What an error at each output costs, as the gradients have it, an EVEN share of it spread evenly."""
+        return self.outputs.blended(EVEN)
+
     def metrics(self, tensorization: Tensorization, diagonal: bool = False) -> list[ModeMetric]:
-        """Roots of the metric of each mode; squared norms in it add up over layers to a change of the network."""
-        first, *rest = mode_metrics(tensorization, self.inputs, self.outputs.blended(EVEN), diagonal)
+        """Roots of the metric of each mode, in which squared norms are changes of the network's outputs.
+
+        An image passes a convolution's weight at all its `positions`, and their changes add up, so that
+        layers with large maps weigh more.
+        """
+        first, *rest = mode_metrics(tensorization, self.inputs, self.output_metric, diagonal)
         return [ModeMetric(first.out * sqrt(self.positions), first.inp), *rest]
 
 
@@ -60,8 +70,11 @@ def measure(
 ) -> dict[str, LayerStatistics]:
     """Moments of the named layers of a frozen dense network, in streaming passes over the images.
 
-    The metric of the outputs is the Gauss-Newton matrix of the squared change of the network's (centred) outputs: its
-    gradients are those of random projections, so that no label is needed and a confident network still has some.
+    The metric of the outputs is the Gauss-Newton matrix E[J^T J] of the squared change of the network's
+    (centred) outputs, J their derivative at the layer's outputs. It is never formed: for random v with E[v
+    v^T] = 1 the gradient of <v, outputs> is J^T v, and E[J^T v v^T J] is the matrix (Hutchinson 1990; Martens
+    and Grosse 2015 draw v from the network's own predictions). No label is needed, and a confident network
+    still has a metric.
 
     Raises:
         DataError: images that do not fit the network, or NaN.
@@ -77,26 +90,26 @@ def measure(
 def _execution_order(model: nn.Module, names: Sequence[str], calibration: Calibration) -> list[str]:
     seen: dict[str, None] = {}
     with hooked(model, names, lambda name, module, x: seen.setdefault(name)):
-        forward(model, next(iter(calibration.held_out())).to(device_of(model)))
+        images = next(iter(calibration.held_out()))
+        forward(model, images.to(device_of(model)))
     return [*seen]
 
 
 def _empty(module: nn.Module) -> LayerStatistics:
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    size = prod(weight.shape[1:])
-    return LayerStatistics(Moments(size), Moments(size), Moments(weight.shape[0]))
+    outputs, inputs = weight_size(module)
+    return LayerStatistics(Moments(inputs), Moments(inputs), Moments(outputs))
 
 
 def _groups(layers: Sequence[tuple[str, LayerStatistics]]) -> Iterator[dict[str, LayerStatistics]]:
+    """Neighbouring layers whose moments fit into GROUP_BYTES together, but always at least one."""
     group: dict[str, LayerStatistics] = {}
     held = 0
     for name, each in layers:
-        size = each.inputs.num_bytes + each.held_out.num_bytes + each.outputs.num_bytes
-        if group and held + size > GROUP_BYTES:
+        if group and held + each.num_bytes > GROUP_BYTES:
             yield group
             group, held = {}, 0
         group[name] = each
-        held += size
+        held += each.num_bytes
     if group:
         yield group
 
@@ -109,84 +122,56 @@ def _fill(
     progress: Progress | None,
 ) -> None:
     device, generator = device_of(model), torch.Generator().manual_seed(seed)
-    offset = images = 0
+    names = list(group)
+    offset = 0
 
-    def observe(name: str, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+    for images in calibration.fitting(0):
+        batch = _Batch(group, len(images), offset)
+        with hooked(model, names, batch.observe, after=True):
+            output = forward(model, images.to(device))
+            projection = torch.randn(output.shape, generator=generator).to(output)
+            (output * centred(projection)).sum().backward()  # type: ignore[no-untyped-call]
+        offset += 1
+        if progress:
+            done = min(offset * len(images), calibration.num_images)
+            progress("statistics", done, calibration.num_images)
+
+    with torch.no_grad():
+        for images in calibration.held_out():
+            batch = _Batch(group, len(images), offset)
+            with hooked(model, names, batch.observe_held_out):
+                forward(model, images.to(device))
+            offset += 1
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Images on their way through a group of layers, at positions moved along by `offset`."""
+
+    group: Statistics
+    num_images: int
+    offset: int
+
+    def observe(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        """Add the inputs of a layer to its moments, and the gradients at its outputs once they are known."""
         if not torch.is_grad_enabled():
             raise DataError(f"{name} runs without gradients, which calibration needs: exclude it, or leave out calib")
-        each = group[name]
-        columns, each.positions = layer_inputs(module, x.detach(), offset)
-        each.inputs.add(columns, weight=images)
+
+        each = self.group[name]
+        columns, each.positions = layer_inputs(module, x.detach(), self.offset)
+        each.inputs.add(columns, weight=self.num_images)
+
+        def observe_gradient(gradient: Tensor) -> None:
+            each.outputs.add(layer_outputs(module, gradient), weight=self.num_images)
+
         # A leaf of its own, so that gradients flow from here on, whatever the input of the network is.
         leaf = output if output.requires_grad else output.detach().requires_grad_()
+        # And a copy of it, for a leaf may not be overwritten, as an in-place ReLU would.
         leaf = leaf.clone()
-        leaf.register_hook(  # type: ignore[no-untyped-call]
-            lambda gradient: each.outputs.add(_columns(module, gradient), weight=images)
-        )
+        leaf.register_hook(observe_gradient)  # type: ignore[no-untyped-call]
         return leaf
 
-    def observe_held_out(name: str, module: nn.Module, x: Tensor) -> None:
-        group[name].held_out.add(layer_inputs(module, x, offset)[0], weight=images)
-
-    with hooked(model, list(group), observe, after=True):
-        for batch in calibration.fitting(0):
-            images = len(batch)
-            output = forward(model, batch.to(device))
-            draw = torch.randn(output.shape, generator=generator).to(output)
-            (output * centred(draw)).sum().backward()  # type: ignore[no-untyped-call]
-            offset += 1
-            if progress:
-                progress("statistics", min(offset * images, calibration.num_images), calibration.num_images)
-    with hooked(model, list(group), observe_held_out), torch.no_grad():
-        for batch in calibration.held_out():
-            images = len(batch)
-            forward(model, batch.to(device))
-            offset += 1
-
-
-def _columns(module: nn.Module, outputs: Tensor) -> Tensor:
-    """A layer's outputs, or gradients there, as columns (out, rows)."""
-    if isinstance(module, nn.Conv2d):
-        return outputs.movedim(-3, 0).flatten(1)
-    return outputs.reshape(-1, outputs.shape[-1]).T
-
-
-def layer_inputs(module: nn.Module, x: Tensor, offset: int = 0) -> tuple[Tensor, int]:
-    """What the weight multiplies, as columns (size, rows), and how many positions an image has.
-
-    For a convolution these are im2col patches (in, kh, kw) on a grid of at most POSITIONS positions an image, moved
-    along by `offset`.
-    """
-    if not isinstance(module, nn.Conv2d):
-        return x.reshape(-1, x.shape[-1]).T, max(1, x[0].numel() // x.shape[-1])
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    batch = x if x.dim() == 4 else x[None]
-    padded = functional.pad(batch, module._reversed_padding_repeated_twice, mode=mode)
-    spans = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-    sizes = [
-        (size - span) // stride + 1 for size, span, stride in zip(padded.shape[2:], spans, module.stride, strict=True)
-    ]
-    steps = [min(size, max(1, ceil(sqrt(prod(sizes) / POSITIONS)))) for size in sizes]
-    top, left = (stride * (offset % step) for stride, step in zip(module.stride, steps, strict=True))
-    strides = (module.stride[0] * steps[0], module.stride[1] * steps[1])
-    patches = functional.unfold(padded[:, :, top:, left:], module.kernel_size, module.dilation, stride=strides)
-    return patches.transpose(0, 1).flatten(1), prod(sizes)
-
-
-@contextmanager
-def hooked(model: nn.Module, names: Iterable[str], observe: Callable[..., Any], after: bool = False) -> Iterator[None]:
-    """observe(name, module, input[, output]) whenever one of these modules runs."""
-
-    def call(name: str, module: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], *output: Tensor) -> Any:
-        return observe(name, module, given[0] if given else named["input"], *output)
-
-    handles = []
-    for name in names:
-        module = model.get_submodule(name)
-        register: Any = module.register_forward_hook if after else module.register_forward_pre_hook
-        handles.append(register(partial(call, name), with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def observe_held_out(self, name: str, module: nn.Module, x: Tensor) -> None:
+        """Add the inputs of a layer to its held-out moments."""
+        columns, _ = layer_inputs(module, x, self.offset)
+        self.group[name].held_out.add(columns, weight=self.num_images)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ttcompress.calibrate.decompose import weight_only
-from ttcompress.calibrate.statistics import EVEN, Statistics, hooked, layer_inputs
+from ttcompress.calibrate.observe import hooked, layer_inputs, weight_size
+from ttcompress.calibrate.reference import Reference
 from ttcompress.data.calibration_images import Calibration
 from ttcompress.networks.running import device_of
 from ttcompress.records.common import Progress
@@ -25,54 +25,66 @@ SWEEP_IMAGES = 512
 
 
 def sweep_layers(
-    dense: nn.Module,
+    reference: Reference,
     compressed: nn.Module,
     plan: CompressionPlan,
-    statistics: Statistics,
-    calibration: Calibration,
     sweeps: int,
     progress: Progress | None = None,
 ) -> None:
     """Fit the cores of every layer in forward order, in place, to the outputs of the dense network.
 
-    A layer's inputs are those of the compressed network so far, so that each corrects what the earlier ones lost.
+    A layer's inputs are those of the compressed network so far, so that each corrects what the earlier ones
+    lost.
     """
     layers = {layer.fqn: layer for layer in plan.layers}
-    order = [name for name in statistics if name in layers]
+    order = [name for name in reference.statistics if name in layers]
     for done, name in enumerate(order):
         if progress:
             progress(f"fitting {name}", done, len(order))
-        module: Any = dense.get_submodule(name)
-        pairs = input_pairs(dense, compressed, name, calibration)
-        fitting = pairs.centred() if module.bias is not None else pairs
+
+        module: Any = reference.dense.get_submodule(name)
         swapped: Any = compressed.get_submodule(name)
+        pairs = input_pairs(reference.dense, compressed, name, reference.calibration)
+        # Where there is a bias it takes up the mean error, so that the cores need not.
+        has_bias = module.bias is not None
+        fitting = pairs.centred() if has_bias else pairs
+
         start = [core.detach().double() for core in swapped.cores]
-        cores = fit_layer(module.weight.detach(), layers[name], start, fitting, statistics[name].outputs, sweeps)
+        metric = reference.statistics[name].output_metric
+        cores = fit_layer(module.weight.detach(), layers[name], start, fitting, metric, sweeps)
         for core, fitted in zip(swapped.cores, spread_norm(cores), strict=True):
             core.data = fitted.to(core)
-        if module.bias is not None:
-            mean_x, mean_t = pairs.means
-            lost = (
-                module.weight.detach().flatten(1).to(mean_t) @ mean_t
-                - swapped.weight.detach().flatten(1).to(mean_x) @ mean_x
-            )
-            swapped.bias.data = (module.bias.detach() + lost).to(module.bias)
+        if has_bias:
+            swapped.bias.data = _bias_for_mean(module, swapped, pairs)
+
+
+def _bias_for_mean(module: Any, swapped: Any, pairs: Moments) -> Tensor:
+    """The bias with which the mean output is that of the dense layer: b + W mean[x] - W~ mean[x~]."""
+    mean_ours, mean_dense = pairs.means
+    wanted = module.weight.detach().flatten(1).to(mean_dense) @ mean_dense
+    given = swapped.weight.detach().flatten(1).to(mean_ours) @ mean_ours
+    bias: Tensor = module.bias.detach() + (wanted - given)
+    return bias.to(module.bias)
 
 
 def fit_layer(
-    weight: Tensor, layer: LayerPlan, start: Sequence[Tensor], pairs: Moments, outputs: Moments, sweeps: int
+    weight: Tensor, layer: LayerPlan, start: Sequence[Tensor], pairs: Moments, metric: Moments, sweeps: int
 ) -> list[Tensor]:
-    """Cores after least-squares sweeps in the metric of the outputs, never worse than weight-only TT-SVD without it.
+    """Cores after least-squares sweeps in the metric of the outputs, never worse than weight-only TT-SVD.
 
-    Where the metric would make the plain output error larger than that of weight-only TT-SVD at the same inputs, the
-    sweeps run without it, from the better of both starts.
+    Where the metric would make the plain output error larger than that of weight-only TT-SVD at the same
+    inputs, the sweeps run without it, from the better of both starts.
     """
-    fitted, _ = fit_cores(start, output_error(weight, pairs, outputs.blended(EVEN)), sweeps)
+    fitted, _ = fit_cores(start, output_error(weight, pairs, metric), sweeps)
+
+    # The metric is estimated from few images, and may trade what matters for what does not seem to.
     unweighted = output_error(weight, pairs)
     plain = weight_only(weight, layer)
     if unweighted.value(fitted) <= unweighted.value(plain):
         return fitted
-    return fit_cores(min(start, plain, key=unweighted.value), unweighted, sweeps)[0]
+
+    better = min(start, plain, key=unweighted.value)
+    return fit_cores(better, unweighted, sweeps)[0]
 
 
 class _ReachedError(Exception):
@@ -81,8 +93,10 @@ class _ReachedError(Exception):
 
 def input_pairs(dense: nn.Module, compressed: nn.Module, name: str, calibration: Calibration) -> Moments:
     """Paired moments of a layer's inputs in the compressed network (own) and in the dense one (crossed)."""
-    module: Any = dense.get_submodule(name)
-    pairs = Moments(prod(module.weight.shape[1:]), paired=True)
+    module = dense.get_submodule(name)
+    _, size = weight_size(module)
+    pairs = Moments(size, paired=True)
+
     device, seen = device_of(dense), 0
     for offset, batch in enumerate(calibration.fitting(0)):
         if seen >= SWEEP_IMAGES:
@@ -90,8 +104,10 @@ def input_pairs(dense: nn.Module, compressed: nn.Module, name: str, calibration:
         seen += len(batch)
         images = batch.to(device)
         ours, theirs = _inputs_of(compressed, name, images), _inputs_of(dense, name, images)
+        # A layer that runs several times for a batch is fitted at its first call.
         for x, t in zip(ours, theirs, strict=True):
-            pairs.add(layer_inputs(module, x, offset)[0], layer_inputs(module, t, offset)[0], len(batch))
+            columns, partners = layer_inputs(module, x, offset)[0], layer_inputs(module, t, offset)[0]
+            pairs.add(columns, partners, len(batch))
     return pairs
 
 

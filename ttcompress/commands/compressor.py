@@ -11,6 +11,7 @@ from math import prod, sqrt
 import torch
 from torch import nn
 
+from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.stages import adopt, compress_calibrated
 from ttcompress.calibrate.statistics import LayerStatistics, measure
 from ttcompress.data.calibration_images import Calibration
@@ -118,9 +119,8 @@ class Compressor:
             return Compressed(model, apply_plan(model, plan, self.device, self.progress))
         effort, seed = self.recipe.effort or "default", self.recipe.seed or 0
         statistics = self._statistics(tuple(layer.fqn for layer in plan.layers))
-        compressed, plan, stages = compress_calibrated(
-            self._dense, plan, statistics, images, effort, seed, self.progress
-        )
+        reference = Reference(self._dense, statistics, images)
+        compressed, plan, stages = compress_calibrated(reference, plan, effort, seed, self.progress)
         model = self.model if inplace else copy.deepcopy(self.model)
         adopt(model, compressed, plan)
         return Compressed(model, plan, self.calibrated_on(stages))

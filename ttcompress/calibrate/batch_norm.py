@@ -1,0 +1,34 @@
+"""Statistics of batch norm, computed again on the calibration images."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ttcompress.data.calibration_images import Calibration
+from ttcompress.networks.running import device_of
+
+
+def recalibrate_batch_norm(model: nn.Module, calibration: Calibration) -> bool:
+    """Set the running statistics of all batch norms to those of the images; False where there are none."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [norm for norm in norms if norm.track_running_stats]
+    if not norms:
+        return False
+
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # A cumulative average instead of a moving one.
+        norm.train()
+
+    with torch.no_grad():
+        for batch in calibration.fitting(0):
+            # In training mode batch norm refuses a single vector, which has no variance.
+            if len(batch) > 1:
+                model(batch.to(device_of(model)))
+
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+    return True

@@ -1,0 +1,124 @@
+"""Natural gradients of TT-cores: steps whose length is measured by what they do to the network's outputs.
+
+A plain gradient depends on the scales of the cores, which the weight they stand for does not: one core can be
+doubled and its neighbour halved. The natural gradient (Amari 1998) divides by the metric of the outputs
+instead. For one core of a layer that metric is a Kronecker product, of the moments of the layer's inputs and
+outputs at its mode (as in Martens and Grosse 2015) and of the Gram matrices of all that stands to its left
+and right; each factor is inverted by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ttcompress.calibrate.statistics import Statistics
+from ttcompress.layers.conv import TTConv2d
+from ttcompress.layers.linear import TTLinear
+from ttcompress.networks.running import centred
+from ttcompress.tt.whiten import DAMPING, ModeMetric
+
+RENEWED_EVERY = 10
+"""Steps for which the Gram matrices of the cores are taken to stay as they are."""
+PROBE = 1e-3
+"""Length of the step that measures the curvature, as a share of the norm of all cores."""
+
+
+def half_squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Per image, with logits taken relative to their mean."""
+    return centred(output - target).square().sum() / (2 * len(output))
+
+
+class NaturalGradient:
+    """Gradients of TT-cores in the metric of their layers' inputs and outputs."""
+
+    def __init__(self, layers: Mapping[str, TTLinear | TTConv2d], statistics: Statistics) -> None:
+        self._layers = list(layers.values())
+        self._metrics = [statistics[name].metrics(layer.tensorization) for name, layer in layers.items()]
+        squared = [[metric.squared() for metric in metrics] for metrics in self._metrics]
+        self._inverses = [[metric.inverse() for metric in metrics] for metrics in squared]
+        self._frames: list[list[tuple[Tensor, Tensor]]] = []
+        self._age = 0
+
+    @property
+    def cores(self) -> list[nn.Parameter]:
+        """All cores of all layers."""
+        return [core for layer in self._layers for core in layer.cores]
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Replace the gradient of every core by the natural one."""
+        if self._age % RENEWED_EVERY == 0:
+            self._renew()
+        self._age += 1
+
+        for layer, inverses, frames in zip(self._layers, self._inverses, self._frames, strict=True):
+            for core, inverse, (left, right) in zip(layer.cores, inverses, frames, strict=True):
+                if core.grad is not None:
+                    at_mode = inverse.apply(core.grad)
+                    core.grad = torch.einsum("ab,bmnwc,cd->amnwd", left, at_mode, right)
+
+    def _renew(self) -> None:
+        pairs = zip(self._layers, self._metrics, strict=True)
+        self._frames = [_inverse_frames(list(layer.cores), metrics) for layer, metrics in pairs]
+
+    def best_step(self, model: nn.Module, images: Tensor, target: Tensor) -> float:
+        """The step along the natural gradient that would minimise the squared error, were the network linear.
+
+        Along a direction d the error is then a parabola: the step is its slope <gradient, d> over its
+        curvature ||J d||^2, and J d, the change of the outputs, is measured by a small step.
+        """
+        output = model(images)
+        half_squared_error(output, target).backward()  # type: ignore[no-untyped-call]
+        plain = [_gradient(core) for core in self.cores]
+        self.apply()
+        direction = [_gradient(core) for core in self.cores]
+        slope = sum(float((g * d).sum()) for g, d in zip(plain, direction, strict=True))
+
+        small = PROBE * _length(self.cores) / (_length(direction) or 1.0)
+        with torch.no_grad():
+            self._move(direction, -small)
+            change = (model(images) - output) / small
+            self._move(direction, small)
+        curvature = float(centred(change).square().sum()) / len(images)
+        return slope / curvature if curvature > 0 else 0.0
+
+    def _move(self, direction: Sequence[Tensor], by: float) -> None:
+        for core, d in zip(self.cores, direction, strict=True):
+            core.add_(d, alpha=by)
+
+
+def _gradient(core: Tensor) -> Tensor:
+    return core.grad if core.grad is not None else torch.zeros_like(core)
+
+
+def _length(tensors: Sequence[Tensor]) -> float:
+    squares = [float(tensor.detach().square().sum()) for tensor in tensors]
+    return float(sum(squares) ** 0.5)
+
+
+def _inverse_frames(cores: Sequence[Tensor], metrics: Sequence[ModeMetric]) -> list[tuple[Tensor, Tensor]]:
+    """For each core the inverse Gram matrices of what stands to its left and right, in the metric."""
+    weighted = [metric.apply(core).flatten(1, -2) for core, metric in zip(cores, metrics, strict=True)]
+
+    # From either end: nothing stands before the first core, so that its Gram matrix is the number 1.
+    left, right = [weighted[0].new_ones(1, 1)], [weighted[0].new_ones(1, 1)]
+    for core in weighted[:-1]:
+        left.append(torch.einsum("ab,anc,bnd->cd", left[-1], core, core))
+    for core in weighted[:0:-1]:
+        right.append(torch.einsum("cd,anc,bnd->ab", right[-1], core, core))
+
+    pairs = zip(left, reversed(right), strict=True)
+    return [(_damped_inverse(before), _damped_inverse(after)) for before, after in pairs]
+
+
+def _damped_inverse(gram: Tensor) -> Tensor:
+    identity = torch.eye(len(gram)).to(gram)
+    # Where nothing comes through, as of cores that are zero, no direction is better than another.
+    if not bool(gram.any()):
+        return identity
+    damping = DAMPING / 10 * gram.diagonal().mean()
+    inverse: Tensor = torch.linalg.inv(gram + damping * identity)
+    return inverse

@@ -1,0 +1,22 @@
+"""What a compressed network is fitted to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ttcompress.calibrate.statistics import Statistics
+from ttcompress.data.calibration_images import Calibration
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The dense network, frozen, the moments of its layers, and images to run it on.
+
+    It stays as it is, whatever is fitted to it.
+    """
+
+    dense: nn.Module
+    statistics: Statistics
+    calibration: Calibration
