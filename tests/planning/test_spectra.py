@@ -29,7 +29,8 @@ def tensorizations(shape: tuple[int, ...]) -> list[Tensorization]:
 
 def ones(tensorization: Tensorization) -> list[ModeMetric]:
     """The metric in which weights count as they are."""
-    return [ModeMetric(torch.ones(mode.out), torch.ones(mode.inp * mode.window)) for mode in tensorization.modes]
+    shapes = [(mode.out, mode.inp * mode.window) for mode in tensorization.modes]
+    return [ModeMetric(*(torch.ones(size, dtype=torch.float64) for size in shape)) for shape in shapes]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
