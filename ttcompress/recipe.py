@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ttcompress.errors import PlanError
+from ttcompress.records.layers import Execution
 from ttcompress.records.plan import CORE_DTYPES
 from ttcompress.tt.shapes import FORMATS
 
 Ranks = int | tuple[int, ...]
-EXECUTIONS = ("auto", "contract", "chain", "dense")
+EXECUTIONS = tuple(execution.value for execution in Execution)
 EFFORTS = ("fast", "default", "max")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "step")

@@ -25,6 +25,7 @@ from ttcompress.planning.plan_file import adopt_plan
 from ttcompress.planning.planner import Budget, Planner, Results
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Json, Progress
+from ttcompress.records.layers import Execution
 from ttcompress.records.plan import CompressionPlan
 from ttcompress.records.report import Report
 from ttcompress.runtime import threads_as_set
@@ -215,7 +216,9 @@ def _run_as(way: str, plan: CompressionPlan) -> CompressionPlan:
     able = [way in layer.executions for layer in plan.layers]
     if not any(able):
         raise PlanError(f"--exec {way}: no layer of the plan can run so; they are {shortlist(_formats(plan))}")
-    forced = [replace(layer, execution=way) if can else layer for layer, can in zip(plan.layers, able, strict=True)]
+    forced = [
+        replace(layer, execution=Execution(way)) if can else layer for layer, can in zip(plan.layers, able, strict=True)
+    ]
     return plan.with_layers(forced)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.errors import PlanError, ShapeError
-from ttcompress.records.layers import ConvSpec, LayerSpec, LinearSpec, executions
+from ttcompress.records.layers import ConvSpec, Execution, LayerSpec, LinearSpec, checked_execution, executions
 from ttcompress.tt import cost
 from ttcompress.tt.arithmetic import norm
 from ttcompress.tt.contract import dense_weight
@@ -77,7 +77,7 @@ class TTLayer(nn.Module, ABC):
         vars(self).update({name: value for name, value in vars(spec).items() if name != "bias"})
         self.tensorization = tensorization
         self.tt_ranks = tensorization.expand_ranks(tt_ranks)
-        self._execution = "auto"
+        self._execution = Execution.AUTO
         shapes = tensorization.core_shapes(self.tt_ranks)
         empty = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
         self.cores = nn.ParameterList([nn.Parameter(core) for core in empty])
@@ -148,20 +148,19 @@ class TTLayer(nn.Module, ABC):
         return dense_weight(list(self.cores), self.spec.weight_shape)
 
     @property
-    def executions(self) -> tuple[str, ...]:
-        """The ways this layer can run (see `types.executions`)."""
+    def executions(self) -> tuple[Execution, Execution, Execution]:
+        """The executions that this layer has: `auto`, the one by its TT-cores, `dense`."""
         return executions(self.spec, self.tensorization)
 
     @property
-    def execution(self) -> str:
-        """How the layer runs: `auto` chooses by cost for each call shape; the others force one way."""
+    def execution(self) -> Execution:
+        """How the layer runs: `auto` chooses by cost for each call shape, the others are forced."""
         return self._execution
 
     @execution.setter
     def execution(self, name: str) -> None:
-        if name not in self.executions:
-            raise ShapeError(f"execution must be one of {', '.join(self.executions)}, not {name!r}")
-        self._execution, self._ready = name, None
+        self._execution = checked_execution(name, self.executions)
+        self._ready = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer: TTLinear to (..., in_features), TTConv2d to ([batch,] in_channels, height, width).
@@ -197,12 +196,12 @@ class TTLayer(nn.Module, ABC):
 
     def _is_decided(self) -> bool:
         """No choice by cost: one is forced, or `torch.export` asks for one graph for all call shapes, the factored."""
-        return self.execution != "auto" or torch.compiler.is_exporting()
+        return self.execution != Execution.AUTO or torch.compiler.is_exporting()
 
     def _runs_dense(self, pixels: int, out_pixels: int) -> bool:
         """The choice for calls of this size, remembered for the next one."""
         if self._is_decided():
-            return self.execution == "dense"
+            return self.execution == Execution.DENSE
         if torch.compiler.is_compiling():
             return self._is_dense_cheaper(cost.Calls(pixels, out_pixels), kept=False)
         keeps = self._keeps()
