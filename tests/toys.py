@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ttcompress.data.opening import open_data
 from ttcompress.data.training_batches import Stream
 from ttcompress.layers.conv import TTConv2d
-from ttcompress.layers.execution import layer_spec
 from ttcompress.layers.linear import TTLinear
+from ttcompress.layers.spec import layer_spec
 from ttcompress.processes import World
 from ttcompress.records.report import Preprocessing
 from ttcompress.train.setup import TrainingOptions, TrainingSetup

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
+from ttcompress.records.layers import Execution
 from ttcompress.records.plan import CORE_DTYPES
 from ttcompress.tt.shapes import FORMATS
 
-EXECUTIONS = ("auto", "contract", "chain", "dense")
+EXECUTIONS = tuple(execution.value for execution in Execution)
 EFFORTS = ("fast", "default", "max")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "step")

@@ -1,4 +1,4 @@
-"""TT layers against the dense layers they replace, in every format, geometry and way to run."""
+"""TT layers against the dense layers they replace, in every format, geometry and execution."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ttcompress.errors import PlanError, ShapeError
-from ttcompress.layers import execution as layers
+from ttcompress.layers import base, kept
+from ttcompress.layers import execution as choosing
 from ttcompress.layers.conv import TTConv2d
-from ttcompress.layers.execution import layer_spec
 from ttcompress.layers.linear import TTLinear
+from ttcompress.layers.spec import layer_spec
 from ttcompress.records.layers import ConvSpec, LinearSpec
+from ttcompress.tt.cost import Calls
 from ttcompress.tt.decompose import decompose_weight
 from ttcompress.tt.shapes import FORMATS, Mode, Tensorization, tensorize_shape
 
@@ -293,7 +295,7 @@ def test_deepcopy_is_independent(case: Any) -> None:
 def fresh(layer: Any, x: Tensor) -> Tensor:
     """What the layer says with nothing kept from before."""
     twin = deepcopy(layer)
-    assert twin._kept == {}
+    assert twin.kept_tensors() == []
     with torch.no_grad():
         y: Tensor = twin(x)
     return y
@@ -326,10 +328,10 @@ def test_what_is_kept_for_evaluation_follows_the_cores(case: Any, change: str) -
         layer.execution = execution
         with torch.no_grad():
             before = layer(x)
-            kept = dict(layer._kept)
+            made = [id(tensor) for tensor in layer.kept_tensors()]
             assert torch.equal(layer(x), before)
-            assert kept
-            assert layer._kept.keys() == kept.keys()
+            assert made
+            assert [id(tensor) for tensor in layer.kept_tensors()] == made
         changes()[change](layer)
         with torch.no_grad():
             after = layer(x)
@@ -407,7 +409,7 @@ def test_nothing_is_kept_where_gradients_flow_or_types_change(case: Any) -> None
         assert layer(x).dtype == torch.bfloat16
     assert close(layer(x), wanted)
     assert layer.double()(x.double()).dtype == torch.float64
-    assert layer.train()._kept == {}
+    assert layer.train().kept_tensors() == []
 
 
 @every_layer
@@ -526,9 +528,9 @@ def test_a_batch_of_one_does_not_rebuild_the_weight() -> None:
     """The factored way is the cheaper one for few rows; the dense one wins at full rank with many."""
     for weight_format in ("matrix", "lowrank"):
         layer = TTLinear.from_dense(seeded(lambda: nn.Linear(256, 256)), weight_format, 4)
-        assert not layer._runs_dense(1, 1)
+        assert layer._choice.cheaper(Calls(1, 1), kept=False, trains=True) == "contract"
     full = TTLinear.from_dense(seeded(lambda: nn.Linear(256, 256)))
-    assert full._runs_dense(100_000, 100_000)
+    assert full._choice.cheaper(Calls(100_000, 100_000), kept=False, trains=True) == "dense"
 
 
 @pytest.mark.parametrize(
@@ -568,21 +570,22 @@ def test_one_layer_serves_several_threads() -> None:
     """Between any two lines of one call comes another, which replaces what is kept, as from another thread."""
     layer = TTLinear.from_dense(seeded(lambda: nn.Linear(1024, 1024)), "matrix", max_rank=24).eval()
     few, many = torch.randn(1, 1024), torch.randn(512, 1024)
-    kept = set()
+    made = set()
     for x in (few, many):
         layer(x)
-        kept |= {key[0] for key in layer._kept}
-    assert len(kept) == 2
+        made.add(layer._kept.call.execution)  # type: ignore[union-attr]
+    assert made == {"contract", "dense"}
+    files = {module.__file__ for module in (base, choosing, kept)}
     calls = 0
 
     def come_between(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal calls
-        if frame.f_code.co_filename != layers.__file__:
+        if frame.f_code.co_filename not in files:
             return None
         if event == "line":
             calls += 1
             # Or a third thread came before it, with a third shape.
-            layer._ready = None
+            layer._kept.call = None
             layer(many if len(x) == 1 else few)
         return come_between
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ttcompress.layers.conv import TTConv2d
-from ttcompress.layers.execution import layer_spec
 from ttcompress.layers.linear import TTLinear
+from ttcompress.layers.spec import layer_spec
 from ttcompress.tt.contract import sweep_groups
 from ttcompress.tt.cost import MULTIPLY_ADDS, TIME, Calls, Cost, LayerCosts, SweepPlan
 from ttcompress.tt.shapes import FORMATS, Tensorization, feasible_ranks, tensorize_shape

@@ -26,6 +26,7 @@ from ttcompress.planning.plan_file import adopt_plan
 from ttcompress.planning.planner import Planner, Results
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Json, Progress
+from ttcompress.records.layers import Execution
 from ttcompress.records.plan import CompressionPlan
 from ttcompress.runtime import threads_as_set
 from ttcompress.settings import Settings
@@ -225,7 +226,7 @@ def _run_as(execution: str, plan: CompressionPlan) -> CompressionPlan:
     if not any(able):
         raise PlanError(f"--exec {execution}: no layer of the plan can run so; they are {shortlist(_formats(plan))}")
     layers = zip(plan.layers, able, strict=True)
-    return plan.with_layers([replace(layer, execution=execution) if can else layer for layer, can in layers])
+    return plan.with_layers([replace(layer, execution=Execution(execution)) if can else layer for layer, can in layers])
 
 
 def _formats(plan: CompressionPlan) -> list[str]:

@@ -9,16 +9,27 @@ from torch import Tensor
 from torch.nn import functional
 
 from ttcompress.errors import ShapeError
-from ttcompress.layers.execution import TTLayer, Way
-from ttcompress.records.layers import LinearSpec
-from ttcompress.tt import cost
+from ttcompress.layers.base import TTLayer
+from ttcompress.records.layers import Execution, LinearSpec
 from ttcompress.tt.contract import dense_weight, merge_groups, pad_features, sweep_groups
+from ttcompress.tt.cost import Calls, SweepPlan
 
 
 class TTLinear(TTLayer):
     """A fully-connected layer with its weight in TT form (Novikov et al. 2015, section 4).
 
     y(i) = sum_j G_1[i_1, j_1] ... G_d[i_d, j_d] x(j) + b(i); input (..., in_features), output (..., out_features).
+
+    Raises:
+        ShapeError: when called with another last axis than in_features, or with whole numbers.
+
+    >>> import torch
+    >>> from ttcompress import TTLinear
+    >>> dense = torch.nn.Linear(128, 32)
+    >>> layer = TTLinear.from_dense(dense)
+    >>> x = torch.randn(5, 128)
+    >>> torch.allclose(layer(x), dense(x), atol=1e-5)
+    True
     """
 
     spec: LinearSpec
@@ -26,21 +37,29 @@ class TTLinear(TTLayer):
     in_features: int
     out_features: int
 
-    def _chosen(self, x: Tensor) -> tuple[Way, Any]:
+    def _calls(self, x: Tensor) -> Calls:
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"the layer takes (..., {self.in_features}), not {tuple(x.shape)}")
         rows = x.numel() // max(1, x.shape[-1])
-        if self._runs_dense(rows, rows):
-            return TTLinear._dense, self._made("dense", x, lambda cores: dense_weight(cores, self.spec.weight_shape))
-        plan = self._plan()
-        return TTLinear._swept, (plan, self._made("groups", x, lambda cores: merge_groups(cores, plan)))
+        return Calls(rows, rows)
 
-    def _dense(self, x: Tensor, weight: Tensor) -> Tensor:
-        return functional.linear(x, weight, self._bias_as(x))
+    def _operands(
+        self, execution: Execution, x: Tensor, plan: SweepPlan | None, keeps: bool, cores: list[Tensor]
+    ) -> Any:
+        if plan is None or execution is Execution.DENSE:
+            return dense_weight(cores, self.spec.weight_shape)
+        return plan, merge_groups(cores, plan)
 
-    def _swept(self, x: Tensor, made: tuple[cost.SweepPlan, list[Tensor]]) -> Tensor:
-        plan, groups = made
-        padded = pad_features(x.reshape(-1, self.in_features), prod(self.tensorization.in_modes))
+    def _run(self, execution: Execution, x: Tensor, operands: Any) -> Tensor:
+        if execution is Execution.DENSE:
+            return functional.linear(x, operands, self._bias_as(x))
+        return self._contract(x, *operands)
+
+    def _contract(self, x: Tensor, plan: SweepPlan, groups: list[Tensor]) -> Tensor:
+        """The input with groups of cores, one after the other (Novikov et al. 2015, section 4)."""
+        rows = x.reshape(-1, self.in_features)
+        padded = pad_features(rows, prod(self.tensorization.in_modes))
+
         y = sweep_groups(groups, padded, plan)[:, : self.out_features]
         y = y.reshape(*x.shape[:-1], self.out_features)
         bias = self._bias_as(x)

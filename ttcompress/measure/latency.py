@@ -1,4 +1,4 @@
-"""Latency as a budget, and ways to run layers by measurement: both on this device, before anything is decomposed.
+"""Latency as a budget, and executions of layers by measurement: both on this device, before anything is decomposed.
 
 How long a network takes depends on the shapes of its cores, not on their values: random ones are timed.
 """
@@ -19,10 +19,11 @@ from ttcompress.measure.timing import NOISE, at_its_best, by_turns, device_name,
 from ttcompress.networks.running import forward, input_dtype
 from ttcompress.networks.surgery import fresh_layer, swap
 from ttcompress.records.common import Json, Progress, format_compression
+from ttcompress.records.layers import Execution
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 
 BATCH_SIZES = 1, 32
-"""Those that ways to run a layer are timed at."""
+"""Those that executions of a layer are timed at."""
 SEARCH_STEP = 1.03
 SHARE = 0.3
 """Of the time that a benchmark takes, for each point of a search and each layer."""
@@ -62,30 +63,30 @@ class Bed:
         return {**seconds, "ratio": 1 / timings.ratio, "device": device_name(self._device)}
 
     def tuned(self, plan: CompressionPlan, progress: Progress | None = None) -> CompressionPlan:
-        """The plan with each layer run in the way that is faster at all BATCH_SIZES, `auto` where they differ."""
+        """The plan with the execution of each layer that is faster at all BATCH_SIZES, `auto` where they differ."""
         model = self._compressed(plan.layers)
-        winners: dict[str, set[str]] = {layer.fqn: set() for layer in plan.layers}
+        winners: dict[str, set[Execution]] = {layer.fqn: set() for layer in plan.layers}
         for number, batch in enumerate(BATCH_SIZES):
             images, _ = at_its_best(model, self._inputs(batch))
             for done, layer in enumerate(plan.layers):
                 if progress:
                     progress(f"timing {layer.fqn}", number * len(plan.layers) + done, 2 * len(plan.layers))
-                winners[layer.fqn].add(self._faster_way(model, layer, images))
-        ways = {fqn: found.pop() if len(found) == 1 else "auto" for fqn, found in winners.items()}
-        return plan.with_layers([replace(layer, execution=ways[layer.fqn]) for layer in plan.layers])
+                winners[layer.fqn].add(self._faster_execution(model, layer, images))
+        chosen = {fqn: found.pop() if len(found) == 1 else Execution.AUTO for fqn, found in winners.items()}
+        return plan.with_layers([replace(layer, execution=chosen[layer.fqn]) for layer in plan.layers])
 
-    def _faster_way(self, model: nn.Module, layer: LayerPlan, images: Tensor) -> str:
-        _, factored, dense = layer.executions
+    def _faster_execution(self, model: nn.Module, layer: LayerPlan, images: Tensor) -> Execution:
+        _, by_cores, dense = layer.executions
         module = model.get_submodule(layer.fqn)
         x = input_of(model, module, images)
-        twins = {way: copy.deepcopy(module) for way in (dense, factored)}
-        for way, twin in twins.items():
-            twin.execution = way  # type: ignore[assignment]
+        twins = {execution: copy.deepcopy(module) for execution in (dense, by_cores)}
+        for execution, twin in twins.items():
+            twin.execution = execution  # type: ignore[assignment]
         runs = [runner(twin, x, training=False) for twin in twins.values()]
         ratio = by_turns(runs[0], runs[1], self._device, SHARE).ratio
         if 1 / NOISE < ratio < NOISE:
-            return "auto"
-        return factored if ratio < 1 else dense
+            return Execution.AUTO
+        return by_cores if ratio < 1 else dense
 
 
 def _filled(model: nn.Module, device: torch.device) -> nn.Module:

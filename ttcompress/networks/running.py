@@ -6,11 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.errors import DataError, ShapeError
+from ttcompress.layers.conv import TTConv2d
+from ttcompress.layers.linear import TTLinear
 
 
 def input_dtype(model: nn.Module) -> torch.dtype:
     """The widest type among the parameters, TT-cores aside: those run in the type of their input."""
-    dense = [parameter for name, parameter in model.named_parameters() if "cores." not in name]
+    tt_layers = [module for module in model.modules() if isinstance(module, TTLinear | TTConv2d)]
+    cores = {id(core) for layer in tt_layers for core in layer.cores}
+    dense = [parameter for parameter in model.parameters() if id(parameter) not in cores]
+
     types = [parameter.dtype for parameter in dense if parameter.is_floating_point()]
     return max(types, key=lambda dtype: dtype.itemsize, default=torch.get_default_dtype())
 

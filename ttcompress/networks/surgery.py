@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ttcompress.errors import PlanError, ShapeError, shortlist
 from ttcompress.layers.conv import TTConv2d
-from ttcompress.layers.execution import layer_spec
 from ttcompress.layers.kinds import tt_layer
 from ttcompress.layers.linear import TTLinear
+from ttcompress.layers.spec import layer_spec
 from ttcompress.records.common import Progress
 from ttcompress.records.layers import LinearSpec
 from ttcompress.records.plan import CompressionPlan, LayerPlan

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ttcompress.errors import PlanError, shortlist
-from ttcompress.layers.execution import layer_spec
+from ttcompress.layers.spec import layer_spec
 from ttcompress.networks.matrices import Weights
 from ttcompress.records.layers import LayerSpec
 

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
+from ttcompress.errors import ShapeError
 from ttcompress.tt.shapes import Tensorization, is_swept
+
+
+class Execution(StrEnum):
+    """How a layer runs: left to a cost model, or always in one of the three ways that give the same result."""
+
+    AUTO = "auto"
+    CONTRACT = "contract"
+    """Inputs are contracted with the TT-cores one after the other."""
+    CHAIN = "chain"
+    """The TT-cores are convolutions, run one after the other."""
+    DENSE = "dense"
+    """The dense weight is rebuilt from the TT-cores."""
+
+    # Printed as the text that users write and that files hold.
+    __repr__ = str.__repr__
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,19 @@ class ConvSpec:
 LayerSpec = LinearSpec | ConvSpec
 
 
-def executions(spec: LayerSpec, tensorization: Tensorization) -> tuple[str, ...]:
-    """The ways a layer can run: by choice, by its TT-cores (a `chain` of convolutions or a contraction), or dense."""
-    return ("auto", "contract" if is_swept(spec.weight_shape, tensorization) else "chain", "dense")
+def executions(spec: LayerSpec, tensorization: Tensorization) -> tuple[Execution, Execution, Execution]:
+    """The executions that a layer has: `auto`, then the one by its TT-cores, then `dense`."""
+    by_cores = Execution.CONTRACT if is_swept(spec.weight_shape, tensorization) else Execution.CHAIN
+    return (Execution.AUTO, by_cores, Execution.DENSE)
+
+
+def checked_execution(name: object, executions: Sequence[Execution]) -> Execution:
+    """The execution of this name, which has to be one of a layer's.
+
+    Raises:
+        ShapeError: it is not.
+    """
+    for execution in executions:
+        if execution == name:
+            return execution
+    raise ShapeError(f"execution must be one of {', '.join(executions)}, not {name!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import cast
 
 from msgspec.structs import asdict
 
@@ -19,7 +20,7 @@ from ttcompress.records.forms import (
     LinearForm,
     PlanForm,
 )
-from ttcompress.records.layers import ConvSpec, LayerSpec, LinearSpec, executions
+from ttcompress.records.layers import ConvSpec, Execution, LayerSpec, LinearSpec, checked_execution, executions
 from ttcompress.tt.shapes import Mode, Tensorization, tensorize_shape
 
 PLAN_SCHEMA = "ttcompress-plan/1"
@@ -51,16 +52,19 @@ class LayerPlan:
     relative_error: float | None = None
     output_error: Mapping[str, float] | None = None
     note: str = ""
-    execution: str = "auto"
+    execution: Execution = Execution.AUTO
     core_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.weight_dtype not in WEIGHT_DTYPES:
             types = ", ".join(WEIGHT_DTYPES)
             raise ShapeError(f"{self.fqn}: weight_dtype must be one of {types}, not {self.weight_dtype!r}")
-        if self.execution not in self.executions:
-            ways = ", ".join(self.executions)
-            raise ShapeError(f"{self.fqn}: execution must be one of {ways}, not {self.execution!r}")
+        try:
+            execution = checked_execution(self.execution, self.executions)
+        except ShapeError as error:
+            raise ShapeError(f"{self.fqn}: {error}") from error
+        # Files and recipes state it as a text.
+        object.__setattr__(self, "execution", execution)
         if self.core_dtype not in (None, *CORE_DTYPES):
             types = ", ".join(CORE_DTYPES)
             raise ShapeError(f"{self.fqn}: core_dtype must be one of {types}, not {self.core_dtype!r}")
@@ -76,8 +80,8 @@ class LayerPlan:
         return self.tensorization.num_params(self.tt_ranks)
 
     @property
-    def executions(self) -> tuple[str, ...]:
-        """The ways this layer can run."""
+    def executions(self) -> tuple[Execution, Execution, Execution]:
+        """The executions that this layer has (see `records.layers.executions`)."""
         return executions(self.spec, self.tensorization)
 
     @property
@@ -121,7 +125,7 @@ class LayerPlan:
             "weight_dtype": self.weight_dtype,
             "spec": listed(self.spec),
             **({"note": self.note} if self.note else {}),
-            **({"execution": self.execution} if self.execution != "auto" else {}),
+            **({"execution": self.execution.value} if self.execution != Execution.AUTO else {}),
             **({"core_dtype": self.core_dtype} if self.core_dtype else {}),
         }
 
@@ -151,7 +155,8 @@ class LayerPlan:
                 relative_error=form.relative_error,
                 output_error=form.output_error or None,
                 note=form.note,
-                execution=form.execution,
+                # Checked when the layer is made, which names it.
+                execution=cast("Execution", form.execution),
                 core_dtype=form.core_dtype,
             )
 

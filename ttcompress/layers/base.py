@@ -1,0 +1,299 @@
+"""What all TT layers share: cores and bias, how they come about, the dense weight, and the course of a call."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from math import prod
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ttcompress.errors import PlanError, ShapeError
+from ttcompress.layers.execution import ExecutionChoice
+from ttcompress.layers.kept import Call, Kept, call_key, in_type_of
+from ttcompress.layers.spec import layer_spec
+from ttcompress.records.layers import Execution, LayerSpec, checked_execution, executions
+from ttcompress.tt.arithmetic import norm
+from ttcompress.tt.contract import dense_weight
+from ttcompress.tt.cost import Calls, SweepPlan
+from ttcompress.tt.decompose import decompose_weight
+from ttcompress.tt.shapes import Tensorization, tensorize_shape
+
+CORE_DIM = 5
+"""Dimensions of a TT-core: TT-rank, out, in, window, TT-rank."""
+
+
+class TTLayer(nn.Module, ABC):
+    """A layer whose weight is given by TT-cores: its only parameters, with the bias."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        tensorization: Tensorization,
+        tt_ranks: int | Sequence[int],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        # in_features, stride, padding and the like, under the names of the layer that this one replaces.
+        vars(self).update({name: value for name, value in vars(spec).items() if name != "bias"})
+        self.tensorization = tensorization
+        self.tt_ranks = tensorization.expand_ranks(tt_ranks)
+
+        empty = partial(torch.empty, device=device, dtype=dtype)
+        shapes = tensorization.core_shapes(self.tt_ranks)
+        self.cores = nn.ParameterList([nn.Parameter(empty(shape)) for shape in shapes])
+        out_dim = spec.weight_shape[0]
+        self.register_parameter("bias", nn.Parameter(empty(out_dim)) if spec.bias else None)
+
+        self._execution = Execution.AUTO
+        self._choice = ExecutionChoice(spec, tensorization, self.tt_ranks)
+        self._kept = Kept()
+        self.reset_parameters()
+
+    @classmethod
+    def from_cores(cls, dense: nn.Module, tensorization: Tensorization, cores: Sequence[Tensor]) -> Self:
+        """The layer with these TT-cores, and everything else as in the dense layer that it replaces.
+
+        No storage is shared: cores and bias are copied. Mode and `requires_grad` are those of the dense layer.
+
+        Args:
+            dense: the nn.Linear or nn.Conv2d to be replaced; its weight is not read.
+            tensorization: how its weight (out, in) or (out, in, kh, kw) is viewed as a tensor.
+            cores: core k of shape (r_{k-1}, m_k, n_k, w_k, r_k), with r_0 = r_d = 1 (Oseledets 2011, equation 1.3).
+
+        Raises:
+            ShapeError: TT-ranks that do not fit the tensorization.
+
+        >>> import torch
+        >>> from ttcompress import TTLinear, tensorize_shape
+        >>> dense = torch.nn.Linear(12, 6)
+        >>> modes = tensorize_shape("matrix", (6, 12), out_modes=(2, 3), in_modes=(3, 4))
+        >>> cores = [torch.ones(1, 2, 3, 1, 5), torch.ones(5, 3, 4, 1, 1)]
+        >>> bool((TTLinear.from_cores(dense, modes, cores).weight == 5).all())
+        True
+        """
+        spec = layer_spec(dense)  # type: ignore[arg-type]
+        inner_ranks = [core.shape[-1] for core in cores[:-1]]
+        layer = cls(spec, tensorization, inner_ranks, device="meta")
+
+        train = bool(dense.weight.requires_grad)
+        copies = [core.detach().clone(memory_format=torch.contiguous_format) for core in cores]
+        layer.cores = nn.ParameterList([nn.Parameter(core, requires_grad=train) for core in copies])
+        if isinstance(dense.bias, Tensor):
+            layer.bias = nn.Parameter(dense.bias.detach().clone(), requires_grad=dense.bias.requires_grad)
+        return layer.train(dense.training)
+
+    @classmethod
+    def from_dense(
+        cls,
+        dense: nn.Module,
+        tensorization: Tensorization | str | None = None,
+        max_rank: int | Sequence[int] | None = None,
+        eps: float | None = None,
+    ) -> Self:
+        """Decompose a dense layer by TT-SVD (Oseledets 2011, algorithm 1).
+
+        The weight is (out, in) for TTLinear and (out, in, kh, kw) for TTConv2d. Without `max_rank` and `eps` the
+        decomposition is exact, up to round-off.
+
+        Args:
+            dense: an nn.Linear or an nn.Conv2d with groups=1; it stays as it is.
+            tensorization: the modes, or just the name of a format: by default `matrix` for an nn.Linear, `chain` for
+                an nn.Conv2d.
+            max_rank: the largest TT-rank, or one for each cut.
+            eps: relative accuracy, ||W - W~||_F <= eps ||W||_F.
+
+        Raises:
+            ShapeError: modes, ranks or eps that do not fit the weight (see `tt_svd`).
+            PlanError: another kind of layer, or a convolution with groups > 1.
+
+        >>> import torch
+        >>> from ttcompress import TTLinear
+        >>> layer = TTLinear.from_dense(torch.nn.Linear(256, 64), max_rank=4)
+        >>> layer.tt_ranks, sum(core.numel() for core in layer.cores)
+        ((1, 4, 4, 1), 512)
+        """
+        if not isinstance(dense, nn.Linear | nn.Conv2d) or getattr(dense, "groups", 1) != 1:
+            raise PlanError(f"only nn.Linear and nn.Conv2d with groups=1 take TT form, not {dense}")
+
+        weight = dense.weight.detach()
+        if not isinstance(tensorization, Tensorization):
+            default = "matrix" if weight.dim() == 2 else "chain"
+            tensorization = tensorize_shape(tensorization or default, tuple(weight.shape))
+        decomposed = decompose_weight(weight, tensorization, max_rank, eps)
+        return cls.from_cores(dense, tensorization, decomposed.cores)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Random cores whose dense weight has the standard deviation of torch's default, 1 / sqrt(3 fan_in)."""
+        fan_in = prod(self.spec.weight_shape[1:])
+        bound = fan_in**-0.5
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+        # An entry of the weight is the sum over all paths through the TT-ranks of a product of one entry of each core.
+        paths = prod(self.tt_ranks)
+        count = len(self.cores)
+        std = (bound / 3**0.5 / paths**0.5) ** (1 / count)
+        for core in self.cores:
+            nn.init.normal_(core, std=std)
+        if self.cores[0].is_meta:
+            return
+
+        # A few cores with few entries stray far from their expected norm together: set the realised one.
+        wanted = bound / 3**0.5 * prod(self.tensorization.sizes) ** 0.5
+        drawn = norm(list(self.cores))
+        for core in self.cores:
+            core.mul_((wanted / drawn) ** (1 / count))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight that the cores stand for, rebuilt at each access: (out, in) or (out, in, kh, kw).
+
+        Entry (i, j) is G_1[i_1, j_1] ... G_d[i_d, j_d] (Novikov et al. 2015, section 3.1). Gradients flow to the cores.
+
+        >>> import torch
+        >>> from ttcompress import TTConv2d
+        >>> dense = torch.nn.Conv2d(8, 16, 3)
+        >>> layer = TTConv2d.from_dense(dense)
+        >>> layer.weight.shape, torch.allclose(layer.weight, dense.weight, atol=1e-5)
+        (torch.Size([16, 8, 3, 3]), True)
+        """
+        return dense_weight(list(self.cores), self.spec.weight_shape)
+
+    @property
+    def executions(self) -> tuple[Execution, Execution, Execution]:
+        """The executions that this layer has: `auto`, the one by its TT-cores, `dense`."""
+        return executions(self.spec, self.tensorization)
+
+    @property
+    def execution(self) -> Execution:
+        """How the layer runs: `auto` chooses by cost for each call shape, the others are forced.
+
+        By its TT-cores a layer either contracts the input with them (`contract`; Novikov et al. 2015, section 4), or
+        runs them as convolutions one after the other (`chain`); `dense` rebuilds the weight. The result is the same.
+
+        Raises:
+            ShapeError: when set to an execution that the layer does not have.
+
+        >>> import torch
+        >>> from ttcompress import TTLinear
+        >>> layer = TTLinear.from_dense(torch.nn.Linear(64, 64), max_rank=2)
+        >>> layer.executions
+        ('auto', 'contract', 'dense')
+        >>> layer.execution = "dense"
+        """
+        return self._execution
+
+    @execution.setter
+    def execution(self, name: str) -> None:
+        self._execution = checked_execution(name, self.executions)
+        self._kept.call = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer: TTLinear to (..., in_features), TTConv2d to ([batch,] in_channels, height, width).
+
+        Raises:
+            ShapeError: input of another shape, or of whole numbers.
+        """
+        x = input  # The name is that of torch's own layers, for calls by keyword.
+        key = self._key(x)
+        # To choose takes as long as a small convolution. Read once: another thread may replace it meanwhile.
+        call = None if key is None else self._kept.call
+        if call is None or call.key != key:
+            call = self._prepared(x, key)
+        return self._run(call.execution, x, call.operands)
+
+    def _key(self, x: Tensor) -> Hashable | None:
+        """What the next call must have in common with this one to run as it does; None where it never does."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        return call_key(x, self._listed_cores())
+
+    def _prepared(self, x: Tensor, key: Hashable | None) -> Call:
+        """A call checked, its execution chosen, and what that takes made of the cores."""
+        calls = self._calls(x)
+        if not x.is_floating_point():
+            raise ShapeError(f"the layer takes floating-point input, not {x.dtype}")
+
+        cores = self._listed_cores()
+        trains = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
+        keeps = not trains and self._keeps(cores)
+        execution = self._chosen(calls, keeps, trains)
+
+        make = partial(self._operands, execution, x, self._choice.plan(trains), keeps)
+        operands = self._kept.operands(execution, x, cores, make) if keeps else make(in_type_of(x, cores))
+        call = Call(key, execution, operands)
+        self._kept.call = None if key is None else call
+        return call
+
+    def _chosen(self, calls: Calls, keeps: bool, trains: bool) -> Execution:
+        if self._execution is not Execution.AUTO:
+            return self._execution
+        # One graph for all call shapes, still factored.
+        if torch.compiler.is_exporting():
+            return self._choice.by_cores
+        return self._choice.cheaper(calls, keeps, trains)
+
+    def _keeps(self, cores: Sequence[Tensor]) -> bool:
+        """Whether what is made of cores without gradients serves the next call too."""
+        if self.training or torch.compiler.is_compiling():
+            return False
+        return not any(core.is_inference() for core in cores)
+
+    @abstractmethod
+    def _calls(self, x: Tensor) -> Calls:
+        """How much the layer has to do for an input, whose shape is checked."""
+
+    @abstractmethod
+    def _operands(
+        self, execution: Execution, x: Tensor, plan: SweepPlan | None, keeps: bool, cores: list[Tensor]
+    ) -> Any:
+        """What an execution takes besides an input like x; `keeps` where the calls that follow take it too."""
+
+    @abstractmethod
+    def _run(self, execution: Execution, x: Tensor, operands: Any) -> Tensor:
+        """The output of the layer."""
+
+    def _listed_cores(self) -> list[Tensor]:
+        # ParameterList looks every entry up by name, which takes longer than a small layer.
+        return list(self._modules["cores"]._parameters.values())  # type: ignore[union-attr, arg-type]
+
+    def _bias_as(self, x: Tensor) -> Tensor | None:
+        bias = self._parameters["bias"]
+        return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+
+    def kept_tensors(self) -> list[Tensor]:
+        """What is kept for evaluation, made of the cores."""
+        return self._kept.tensors()
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch; what was made of the cores for evaluation is dropped."""
+        self._kept = Kept()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # A core has as many dimensions as a batch of volumes, but no memory format of images.
+        def to_core(tensor: Tensor) -> Tensor:
+            return fn(tensor.flatten()).view(tensor.shape) if tensor.dim() == CORE_DIM else fn(tensor)
+
+        self._kept = Kept()
+        moved: Self = super()._apply(to_core, recurse)  # type: ignore[no-untyped-call]
+        return moved
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was made of the cores, so that copies do not hold it twice."""
+        return {**vars(self), "_kept": Kept()}
+
+    def extra_repr(self) -> str:
+        """Shape, format and TT-ranks."""
+        ranks = ", ".join(map(str, self.tt_ranks))
+        shape = " x ".join(map(str, self.spec.weight_shape))
+        return f"{shape}, {self.tensorization.format}, tt_ranks=({ranks}), bias={self.bias is not None}"

@@ -1,0 +1,31 @@
+"""What a TT layer takes over from the dense layer that it replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ttcompress.records.layers import ConvSpec, LayerSpec, LinearSpec
+
+
+def layer_spec(module: nn.Linear | nn.Conv2d) -> LayerSpec:
+    """Shape and geometry of a dense layer."""
+    bias = module.bias is not None
+    if isinstance(module, nn.Linear):
+        return LinearSpec(module.in_features, module.out_features, bias)
+
+    return ConvSpec(
+        in_channels=module.in_channels,
+        out_channels=module.out_channels,
+        kernel_size=_pair(module.kernel_size),
+        stride=_pair(module.stride),
+        padding=module.padding if isinstance(module.padding, str) else _pair(module.padding),
+        dilation=_pair(module.dilation),
+        padding_mode=module.padding_mode,
+        bias=bias,
+    )
+
+
+def _pair(value: Sequence[int]) -> tuple[int, int]:
+    return int(value[0]), int(value[1])
