@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import succeeded
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import weight_in_numpy
 from safetensors.torch import load_file, save_file
@@ -72,6 +72,7 @@ def test_what_was_quantized_is_quantized_to_the_same(shape: tuple[int, ...], see
     assert torch.equal(again[1], scales)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(*[st.integers(1, 4)] * 4), min_size=1, max_size=4), seeds)
 def test_balanced_cores_are_the_same_tensor(sizes: list[tuple[int, ...]], seed: int) -> None:
     ranks = [1, *(size[3] for size in sizes[:-1]), 1]
