@@ -40,7 +40,8 @@ def open_any(path: Path, arch: str | None = None, key: str = "") -> Network:
     with blaming(path):
         known = Report.from_json(read_metadata(path)).architecture
     needs_factory = known is None or known.kind == "factory"
-    model, report = open_compressed(path, models.load_factory(arch) if arch and needs_factory else None)
+    factory = models.load_factory(arch) if arch and needs_factory else None
+    model, report = open_compressed(path, factory)
     return Network(model, model.state_dict(), report.architecture, report.preprocessing, report.source)
 
 
@@ -118,7 +119,8 @@ def _dense_checkpoint(path: Path, key: str, exact: bool = False) -> Checkpoint:
 def _resolve(arch: str | None, checkpoint: Checkpoint | None) -> tuple[Architecture, Factory | None]:
     shapes = checkpoint.shapes if checkpoint else None
     architecture = models.resolve(arch, shapes) if arch else models.infer(shapes or {})
-    return architecture, models.load_factory(arch) if arch and architecture.kind == "factory" else None
+    factory = models.load_factory(arch) if arch and architecture.kind == "factory" else None
+    return architecture, factory
 
 
 def _filled(build: Callable[[str], nn.Module], state: Mapping[str, Tensor]) -> nn.Module:
@@ -134,10 +136,15 @@ def _filled(build: Callable[[str], nn.Module], state: Mapping[str, Tensor]) -> n
 
 def _assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     tied = tied_parameters(model)
-    state = {**{alias: state[name] for alias, name in tied.items() if name in state}, **state}
-    problem = models.mismatch({name: tuple(tensor.shape) for name, tensor in state.items()}, model)
+    aliases = {alias: state[name] for alias, name in tied.items() if name in state}
+    state = {**aliases, **state}
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    problem = models.mismatch(shapes, model)
     if problem:
         raise CheckpointError(f"the file does not fit its architecture: {problem}")
+
+    # What may be missing are counters of batch norms; assigned tensors are no longer tied.
     model.load_state_dict(state, strict=False, assign=True)
     for alias, name in tied.items():
         owner, _, own_name = alias.rpartition(".")
@@ -145,8 +152,10 @@ def _assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def _is_unfinished(model: nn.Module) -> bool:
-    values = [value for module in model.modules() for value in vars(module).values()]
-    held = [*model.parameters(), *model.buffers(), *(value for value in values if isinstance(value, Tensor))]
+    """Whether something is on the meta device still, plain attributes that are tensors among it."""
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    plain = [value for value in attributes if isinstance(value, Tensor)]
+    held = [*model.parameters(), *model.buffers(), *plain]
     return any(tensor.is_meta for tensor in held)
 
 
@@ -157,12 +166,26 @@ ALIGNMENT = 64
 def load(path: str | os.PathLike[str], factory: Factory | None = None, device: str = "cpu") -> nn.Module:
     """Load a compressed file into a module, in eval mode; no checkpoint is needed.
 
+    The module takes and returns tensors of the same shapes as the original network. In the places of its compressed
+    layers are TTLinear and TTConv2d; int8 cores become the float32 numbers that they stand for (docs/format.md).
+
     Args:
+        path: a file that `save` or the command line wrote, or the index of a sharded one.
         factory: builds the original network, for files whose architecture is neither in the zoo nor in torchvision.
+        device: where the module is put.
 
     Raises:
         CheckpointError: not a compressed file, damaged, or of another schema.
         ArchitectureError: a factory is needed, or the one given builds another network.
+
+    >>> import tempfile, torch, ttcompress
+    >>> build = lambda: torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 10))
+    >>> compressed, report = ttcompress.compress(build(), ranks=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     ttcompress.save(compressed, report, folder + "/net-tt.safetensors")
+    ...     loaded = ttcompress.load(folder + "/net-tt.safetensors", factory=build)
+    >>> torch.equal(loaded[0].weight, compressed[0].weight)
+    True
     """
     return open_compressed(Path(path), factory)[0].to(device)
 
@@ -183,12 +206,15 @@ def _aligned(tensor: Tensor) -> Tensor:
 def _rebuilt(report: Report, tensors: Mapping[str, Tensor], factory: Factory | None) -> nn.Module:
     if factory is None and report.architecture is None:
         raise ArchitectureError("records no architecture; pass factory= (or --arch net.py:build)")
+
     tensors = dict(tensors)
     for layer in report.plan.layers:
         tensors |= core_values(tensors, layer)
         for name in layer.scale_shapes:
             del tensors[name]
-    state = {**tensors, **{alias: tensors[name] for alias, name in report.tied.items()}}
+    aliases = {alias: tensors[name] for alias, name in report.tied.items()}
+    state = {**tensors, **aliases}
+
     architecture = report.architecture or Architecture("factory", "factory")
     if factory is not None:
         architecture = replace(architecture, kind="factory")

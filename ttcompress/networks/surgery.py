@@ -29,12 +29,15 @@ def check_plan(model: nn.Module, plan: CompressionPlan) -> None:
         PlanError: layers or parameters that it lacks, another shape, or parameters that the plan does not list.
     """
     check_layers(model, plan.layers)
+
     count = sum(parameter.numel() for parameter in model.parameters())
     if plan.params_before != count:
         lists = f"the plan lists {plan.params_before:,} parameters, the network has {count:,}"
         raise PlanError(f"the plan does not fit this network: {lists}")
+
     names = {name for name, _ in model.named_parameters()}
-    if unknown := [kept.name for kept in plan.kept if kept.name not in names]:
+    unknown = [kept.name for kept in plan.kept if kept.name not in names]
+    if unknown:
         raise PlanError(f"the plan does not fit this network, which lacks {shortlist(unknown)}")
 
 
@@ -44,11 +47,11 @@ def check_layers(model: nn.Module, layers: Sequence[LayerPlan]) -> None:
     Raises:
         PlanError: it lacks some, or they have another shape.
     """
-    dense = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    modules = dict(model.named_modules())
     wrong = []
     for layer in layers:
-        module = dense.get(layer.fqn)
-        if module is None:
+        module = modules.get(layer.fqn)
+        if not isinstance(module, nn.Linear | nn.Conv2d):
             wrong.append(f"{layer.fqn} is no Linear or Conv2d of this network")
         elif layer_spec(module) != layer.spec or getattr(module, "groups", 1) != 1:
             wrong.append(f"{layer.fqn} has another shape or geometry")
@@ -70,6 +73,7 @@ def apply_plan(
         device: where the decomposition runs; the cores come back to the device of the weight.
     """
     check_plan(model, plan)
+
     done, layers = [], []
     for index, layer in enumerate(plan.layers):
         if progress:
@@ -80,6 +84,7 @@ def apply_plan(
         cores = [core.to(weight.device) for core in result.cores]
         layers.append(layer_from(layer, dense, cores))
         done.append(replace(layer, relative_error=result.relative_error))
+
     for layer, compressed in zip(done, layers, strict=True):
         swap(model, layer.fqn, compressed)
     return plan.with_layers(done)
@@ -151,8 +156,9 @@ def dense_layer(layer: TTLinear | TTConv2d) -> nn.Linear | nn.Conv2d:
     if isinstance(spec, LinearSpec):
         dense = nn.Linear(spec.in_features, spec.out_features, spec.bias, device="meta")
     else:
-        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode", "bias")
-        dense = nn.Conv2d(**{name: getattr(spec, name) for name in names}, device="meta")
+        # The fields of a ConvSpec have the names of torch's arguments.
+        dense = nn.Conv2d(**vars(spec), device="meta")
+
     dense.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
     if layer.bias is not None:
         dense.bias = nn.Parameter(layer.bias.detach().clone())
