@@ -474,7 +474,7 @@ def test_in_memory_save_and_load_in_a_fresh_process(tmp_path: Path, name: str) -
     torch.save(images(name), tmp_path / "x")
     python(script, path, "x", "y", torch.get_num_threads(), cwd=tmp_path)
     assert torch.equal(torch.load(tmp_path / "y"), logits_of(compressed, images(name)))
-    with pytest.raises(CheckpointError, match="--force"):
+    with pytest.raises(CheckpointError, match="choose another name, or force"):
         ttcompress.save(compressed, report, path)
     ttcompress.save(compressed, report, path, force=True)
 
