@@ -37,8 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibrate": {"networks", "layers", "data", "tt"},
     "planning": {"measure", "networks", "layers", "files", "recipe", "tt"},
     "commands": {
-        "calibrate", "data", "files", "measure", "networks", "options", "planning", "processes", "recipe", "runtime",
-        "settings", "torchrun", "train", "tt",
+        "calibrate", "data", "files", "layers", "measure", "networks", "options", "planning", "processes", "recipe",
+        "runtime", "settings", "torchrun", "train", "tt",
     },
     "terminal": set(),
     "cli_options": {"options", "recipe"},

@@ -19,7 +19,7 @@ from ttcompress.files.shards import read_index, read_metadata, stem
 from ttcompress.files.tensors import tensor_bytes
 from ttcompress.files.writing import write_safetensors
 from ttcompress.networks.opening import Network, open_dense, open_empty
-from ttcompress.networks.stored import stored_tensors
+from ttcompress.networks.stored import stored_sha256, stored_tensors
 from ttcompress.planning.plan_file import is_made_by
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Progress
@@ -227,8 +227,9 @@ def compress_network(
 
         accuracy = metric.summary(dense, metric.measure(network.model)) if metric else None
 
-    after = tensor_bytes(stored_tensors(network.model, network.tensors, done.plan))
-    return report_of(network, done, settings, (before, after), accuracy)
+    stored = stored_tensors(network.model, network.tensors, done.plan)
+    report = report_of(network, done, settings, (before, tensor_bytes(stored)), accuracy)
+    return replace(report, tensors_sha256=stored_sha256(stored))
 
 
 def _is_search(recipe: Recipe, plan: CompressionPlan | None) -> bool:

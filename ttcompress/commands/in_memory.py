@@ -11,19 +11,17 @@ from difflib import get_close_matches
 from functools import partial
 from inspect import signature
 from math import isfinite
-from pathlib import Path
 from typing import Any, Never
 
 from torch import Tensor, nn
 
 from ttcompress.commands.compress import compress_network, plan_network
 from ttcompress.commands.inputs import Inputs, Metric, accuracy_of, score_by, tensor_calibration
-from ttcompress.errors import DataError, PlanError, TTCompressError
-from ttcompress.files.output import check_output
-from ttcompress.files.writing import write_safetensors
+from ttcompress.commands.save import save_module
+from ttcompress.errors import DataError, PlanError, TTCompressError, shortlist
+from ttcompress.layers.base import TTLayer
 from ttcompress.measure.accuracy import predict
 from ttcompress.networks.opening import Network
-from ttcompress.networks.stored import stored_tensors
 from ttcompress.options import OPTIONS, RUN_OPTIONS
 from ttcompress.recipe import LayerRule, Recipe
 from ttcompress.records.common import Json, Progress
@@ -114,6 +112,7 @@ def compress(
     """
     recipe = _recipe(locals(), compress)
     with speaking_python():
+        _check_dense(module)
         _check_measures(recipe, plan, data, metric, val)
         model = module if inplace else copy.deepcopy(module)
         settings = Settings.of(recipe)
@@ -169,6 +168,7 @@ def plan(
     """
     recipe = _recipe(locals(), plan)
     with speaking_python():
+        _check_dense(module)
         _check_measures(recipe, None, None, None, val)
         settings = Settings.of(recipe)
         inputs = _inputs(settings, calib, None, None, val, progress)
@@ -194,10 +194,14 @@ def evaluate(
 
 
 def save(module: nn.Module, report: Report, path: str | os.PathLike[str], force: bool = False) -> None:
-    """Write a module that `compress` made to a compressed file; `load(path, factory=...)` reads it back.
+    """Write a module that `compress` or `load` made to a compressed file; `load(path, factory=...)` reads it back.
+
+    The report of the file is of the module as it is: after a training in one's own loop it leaves out what was measured
+    before.
 
     Raises:
         CheckpointError: the file exists and `force` is not set, or its folder does not.
+        PlanError: the TT layers of the module are not those of the report.
 
     >>> import tempfile, torch, ttcompress
     >>> build = lambda: torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 10))
@@ -209,8 +213,7 @@ def save(module: nn.Module, report: Report, path: str | os.PathLike[str], force:
     True
     """
     with speaking_python():
-        check_output(Path(path), force)
-    write_safetensors(Path(path), stored_tensors(module, module.state_dict(), report.plan), report.metadata())
+        save_module(module, report, path, force)
 
 
 # ------------------------------------------------------------------------------------------------------------ keywords
@@ -245,6 +248,16 @@ def check_keywords(given: Mapping[str, Any], function: Callable[..., Any]) -> No
 
 def _listed(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else value
+
+
+def _check_dense(module: nn.Module) -> None:
+    """A second round would know nothing of the weights that the first one replaced."""
+    names = [name or "the module" for name, each in module.named_modules() if isinstance(each, TTLayer)]
+    if names:
+        raise PlanError(
+            f"{shortlist(names)}: in TT form already; compress the dense network instead, "
+            "which `ttcompress expand FILE -o dense.pt` gives back"
+        )
 
 
 def _check_measures(

@@ -11,7 +11,7 @@ from ttcompress.networks.opening import Network
 from ttcompress.networks.stored import tied_parameters
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Json
-from ttcompress.records.plan import CompressionPlan
+from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.records.report import Report
 from ttcompress.settings import Settings
 from ttcompress.version import __version__
@@ -54,14 +54,14 @@ def recorded(recipe: Recipe) -> Json:
 
 def promised_bytes(bytes_before: int, plan: CompressionPlan) -> int:
     """Bytes of all tensors once the plan is applied."""
-    after = bytes_before
+    return bytes_before - sum(map(saved_bytes, plan.layers))
 
-    for layer in plan.layers:
-        dense_type: torch.dtype = getattr(torch, layer.weight_dtype)
-        core_type: torch.dtype = getattr(torch, layer.stored_dtype)
-        num_scales = sum(map(prod, layer.scale_shapes.values()))
 
-        after -= layer.params_before * dense_type.itemsize
-        after += layer.params_after * core_type.itemsize
-        after += num_scales * torch.float32.itemsize
-    return after
+def saved_bytes(layer: LayerPlan) -> int:
+    """How much larger a dense weight is than what is stored of it."""
+    dense_type: torch.dtype = getattr(torch, layer.weight_dtype)
+    core_type: torch.dtype = getattr(torch, layer.stored_dtype)
+    num_scales = sum(map(prod, layer.scale_shapes.values()))
+
+    stored = layer.params_after * core_type.itemsize + num_scales * torch.float32.itemsize
+    return layer.params_before * dense_type.itemsize - stored

@@ -12,7 +12,7 @@ from ttcompress.commands.training import TrainingData
 from ttcompress.data.sets import Images
 from ttcompress.files.tensors import tensor_bytes
 from ttcompress.measure.accuracy import Predictions, compare
-from ttcompress.networks.stored import stored_tensors, tied_parameters
+from ttcompress.networks.stored import stored_sha256, stored_tensors, tied_parameters
 from ttcompress.records.common import Json, Progress
 from ttcompress.records.plan import CompressionPlan, KeptParameter, LayerPlan
 from ttcompress.records.report import Report
@@ -56,8 +56,11 @@ def trained_report(
         "history": state.history,
     }
     layers = [replace(layer, relative_error=_error(layer, start.original, model)) for layer in former.plan.layers]
+    stored = stored_tensors(model, start.network.tensors, former.plan)
     return replace(
         former,
+        tensors_sha256=stored_sha256(stored) if start.report else None,
+        bench=None,
         plan=former.plan.with_layers(layers),
         version=__version__,
         preprocessing=data.preprocessing,

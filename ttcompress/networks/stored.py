@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.errors import CheckpointError, shortlist
+from ttcompress.files.tensors import state_sha256
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.tt.quantize import dequantize, quantize
 
@@ -41,6 +42,14 @@ def stored_tensors(
         cores = [tensors[name] for name in layer.core_shapes]
         tensors |= stored_cores(cores, layer)
     return tensors
+
+
+def stored_sha256(stored: Mapping[str, Tensor]) -> str:
+    """The digest by which a report knows the network that it is of.
+
+    Counters of batches are left out: they decide nothing in eval mode, and come and go with versions of torch.
+    """
+    return state_sha256({name: each for name, each in stored.items() if not name.endswith("num_batches_tracked")})
 
 
 def stored_cores(cores: Sequence[Tensor], layer: LayerPlan) -> dict[str, Tensor]:

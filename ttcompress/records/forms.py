@@ -292,6 +292,7 @@ class ReportForm(Struct):
     search: list[PointForm] = []
     finetuning: FinetuningForm | None = None
     bench: BenchForm | None = None
+    tensors_sha256: str | None = None
     params_before: Count | None = None
     params_after: Count | None = None
     compression: Measured | None = None

@@ -99,7 +99,8 @@ class Comparison:
 class Report:
     """Everything that is known about a compressed network; printed, it is the table of `ttcompress report`.
 
-    `file` and `file_bytes` are the name and the size on disk of the file that it was read from or written to.
+    `tensors_sha256` tells whether a network is still the one that was measured (see `networks.stored`). `file` and
+    `file_bytes` are the name and the size on disk of the file that it was read from or written to.
     """
 
     plan: CompressionPlan
@@ -117,6 +118,7 @@ class Report:
     search: Sequence[Json] = ()
     finetuning: Json | None = None
     bench: Json | None = None
+    tensors_sha256: str | None = None
     file: str | None = None
     file_bytes: int | None = None
 
@@ -170,6 +172,7 @@ class Report:
             "search": list(self.search),
             "finetuning": self.finetuning,
             **({"bench": self.bench} if self.bench else {}),
+            **({"tensors_sha256": self.tensors_sha256} if self.tensors_sha256 else {}),
             **self.plan.to_json(),
         }
 
@@ -219,6 +222,7 @@ def _decoded(data: Json) -> Report:
         search=tuple(data.get("search", ())),
         finetuning=data.get("finetuning"),
         bench=data.get("bench"),
+        tensors_sha256=form.tensors_sha256,
         file=form.file,
         file_bytes=form.file_bytes,
     )
