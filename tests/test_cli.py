@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -770,3 +771,46 @@ def test_matrix_ranks_of_novikov(run: Run, network: str, rank: int, printed: str
     (layer,) = (layer for layer in data["layers"] if "kept" not in layer)
     assert layer["params_after"] == rank * (25088 + 4096)
     assert f"{layer['params_before'] / layer['params_after']:,.0f}x" == printed
+
+
+# -------------------------------------------------------------------------------------------------------------- outputs
+
+
+def _command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ttcompress", *map(str, arguments)], capture_output=True, text=True, **options
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["--help"], ["report", "TT"], ["report", "TT", "--json"]], ids=" ".join)
+def test_a_full_disk_under_standard_output_is_one_line(files: Path, arguments: list[str]) -> None:
+    tt = str(files / "mlp-tt.safetensors")
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "ttcompress", *(tt if each == "TT" else each for each in arguments)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "ttcompress: No space left on device\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(files: Path) -> None:
+    tt = files / "mlp-tt.safetensors"
+    line = f"{sys.executable} -m ttcompress report {tt} --json | head -c 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True)
+    assert (done.returncode in (0, 141), done.stdout, done.stderr) == (True, "{", "")
+
+
+@pytest.mark.parametrize("name", ["naïve", "层", "\N{PILE OF POO}"])
+def test_names_that_the_terminal_has_no_letters_for(tmp_path: Path, name: str) -> None:
+    done = _command("report", f"{name}.safetensors", cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "internal" not in done.stderr
+
+
+def test_an_interrupt_while_modules_are_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "cloup.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    done = _command("--version", cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "ttcompress: interrupted; nothing was written\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import cloup
 
 from ttcompress.cli_options import PATH, stated_recipe, takes
 from ttcompress.errors import TrainingStoppedError, TTCompressError
-from ttcompress.terminal import log_epoch, print_json, print_table, progress_bar
+from ttcompress.terminal import log_epoch, print_json, print_table, progress_bar, write_all_characters
 from ttcompress.torchrun import leads
 from ttcompress.version import __version__
 
@@ -261,7 +262,9 @@ def _show(report: Report, file: Path | None, as_json: bool) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 internal error, 2 usage or bad input, 130 interrupted."""
     try:
+        write_all_characters()
         commands.main(arguments, "ttcompress", standalone_mode=False)
+        sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(2)
@@ -274,6 +277,13 @@ def main(arguments: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt) as error:
         # click makes its own exception of the one that says what was kept.
         _fail(str(error.__cause__ or error) or "interrupted; nothing was written", 130)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; what is still held back must not be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}", 2)
     except Exception as error:
         if os.environ.get(DEBUG) == "1":
             raise

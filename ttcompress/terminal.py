@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
 
 WIDTH_OF_FILES = 200
 """Columns where output goes to a file or a pipe: wide enough that nothing is cut."""
+
+
+def write_all_characters() -> None:
+    """Write characters that an output has no code for, as one set to ASCII, as escapes instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_json(value: Any) -> None:
