@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from toys import as_torchrun
 
 import ttcompress
 from ttcompress.commands import compress as pipeline
@@ -348,7 +349,8 @@ def test_everything_in_one_go_goes_on_where_it_was_stopped(folder: Path, tmp_pat
 
 
 def test_compression_is_for_one_process(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in as_torchrun(0, 2, 29500).items():
+        monkeypatch.setenv(name, value)
     _, err = run("compress", folder / "digits.pt", "--ratio", 20, cwd=tmp_path, code=2)
     assert err == "ttcompress: compress in one process, then `torchrun ... -m ttcompress finetune`\n"
     assert not [*tmp_path.iterdir()]

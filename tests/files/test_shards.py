@@ -106,7 +106,7 @@ def test_bad_indexes(folder: Path, change: Callable[[dict[str, Any]], object], w
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100_000])
 def test_indexes_that_are_no_json(folder: Path, content: str) -> None:
     (folder / INDEX).write_text(content)
-    assert "not an index of shards" in refused(folder)
+    assert ("not an index of shards" if content else "is empty") in refused(folder)
 
 
 def test_a_truncated_shard_is_named(folder: Path) -> None:
@@ -131,7 +131,7 @@ def test_written_shards_are_read_back_by_others_and_by_us(folder: Path, tmp_path
 
 def test_a_failure_leaves_no_index_and_no_half_shard(folder: Path) -> None:
     """Of the old checkpoint in the same folder no index either."""
-    (folder / ".ttcompress-0123").write_text("left from a killed run")
+    (folder / ".ttcompress-0123").write_text("of another run")
 
     def make(name: str) -> Tensor:
         if name == "c":
@@ -140,7 +140,8 @@ def test_a_failure_leaves_no_index_and_no_half_shard(folder: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         write_shards(folder, Index(folder / INDEX, HOMES), LazyTensors(tensor_infos(TENSORS), make))
-    assert sorted(file.name for file in folder.iterdir()) == ["x-1.safetensors", "x-2.safetensors"]
+    left = sorted(file.name for file in folder.iterdir())
+    assert left == [".ttcompress-0123", "x-1.safetensors", "x-2.safetensors"]
     assert "several checkpoints" in refused(folder)
 
 
