@@ -12,7 +12,7 @@ from ttcompress.errors import CheckpointError
 from ttcompress.files.header import METADATA_KEY, canonical_json, encode_header
 from ttcompress.files.output import replacing
 from ttcompress.files.shards import Index, encode_index
-from ttcompress.files.tensors import LazyTensors, tensor_infos
+from ttcompress.files.tensors import LazyTensors, tensor_data, tensor_infos
 from ttcompress.records.common import Json
 
 
@@ -32,10 +32,7 @@ def write_safetensors(
     with replacing(path, mode) as temporary, temporary.open("wb") as file:
         file.write(start)
         for name in order:
-            tensor = tensors[name].detach().cpu().contiguous()
-            # A contiguous tensor of one entry or none may have any stride, which view() does not take.
-            flat = tensor.as_strided((tensor.numel(),), (1,))
-            file.write(flat.view(torch.uint8).numpy().data)
+            file.write(tensor_data(tensors[name]))
 
 
 def write_shards(
