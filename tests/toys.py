@@ -110,3 +110,13 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     assert one.keys() == other.keys()
     ours, theirs = (torch.cat([value.double().flatten() for value in each.values()]) for each in (one, other))
     return float((ours - theirs).norm() / theirs.norm())
+
+
+def as_torchrun(rank: int, size: int, port: int) -> dict[str, str]:
+    """The environment that torchrun gives a process on one machine."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    return {
+        **{name: str(value) for name, value in place.items()},
+        "MASTER_ADDR": "127.0.0.1",
+        "TORCHELASTIC_RUN_ID": "x",
+    }

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from ttcompress.errors import PlanError, TTCompressError
-from ttcompress.torchrun import expected_size
+from ttcompress.torchrun import Place, own_place
+
+REACHED_WITHIN = timedelta(minutes=1)
+"""How long a process tries to reach the address where the processes meet."""
+ALL_THERE_WITHIN = timedelta(minutes=10)
+"""How long the first of the processes wait there for the last, which may have read more slowly."""
 
 
 @dataclass(frozen=True)
@@ -77,26 +84,42 @@ def joined(device: torch.device, patience: timedelta | None = None) -> Iterator[
 
     Raises:
         PlanError: more processes on this machine than it has GPUs.
+        TTCompressError: the processes do not find each other.
     """
-    size = expected_size()
-    if size == 1:
+    place = own_place()
+    if place.size == 1:
         yield World(device)
         return
 
     if device.type == "cuda":
-        device = _own_gpu()
+        device = _own_gpu(place)
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, timeout=patience)
+    store = _meeting_point(place)
+    distributed.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=patience)
     try:
-        yield World(device, distributed.get_rank(), size)
+        yield World(device, place.rank, place.size)
     finally:
         distributed.destroy_process_group()
 
 
-def _own_gpu() -> torch.device:
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+def _meeting_point(place: Place) -> Any:
+    """The store through which the processes find each other, once all of them are there."""
+    try:
+        store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=REACHED_WITHIN))
+        arrivals = PrefixStore("arrivals", store)
+        arrivals.set(str(place.rank), "here")
+        arrivals.wait([str(rank) for rank in range(place.size)], ALL_THERE_WITHIN)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise TTCompressError(
+            f"the {place.size} processes do not meet at {place.address} (MASTER_ADDR, MASTER_PORT), "
+            f"this is number {place.rank}: start all of them with torchrun"
+        ) from error
+    return store
+
+
+def _own_gpu(place: Place) -> torch.device:
     count = torch.cuda.device_count()
-    if local_rank >= count:
-        raise PlanError(f"process {local_rank} of this machine has no GPU of its own, there are {count}")
-    return torch.device("cuda", local_rank)
+    if place.local_rank >= count:
+        raise PlanError(f"process {place.local_rank} of this machine has no GPU of its own, there are {count}")
+    return torch.device("cuda", place.local_rank)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from ttcompress.errors import PlanError
+from ttcompress.torchrun import own_place
 
 MOST_THREADS = 16
 
@@ -19,9 +20,9 @@ def fixed_threads() -> Iterator[None]:
 
     Processes that torchrun started on one machine share its processors.
     """
+    sharing = own_place().local_size
     _replaced.append(torch.get_num_threads())
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, min(MOST_THREADS, usable // sharing)))
     try:
         yield

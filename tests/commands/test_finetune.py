@@ -15,6 +15,7 @@ import pytest
 import torch
 from command_line import run_command, succeeded
 from safetensors.torch import load_file
+from toys import as_torchrun
 
 import ttcompress
 from ttcompress.commands import compress as pipeline
@@ -358,7 +359,8 @@ def test_everything_in_one_go_goes_on_where_it_was_stopped(folder: Path, tmp_pat
 
 
 def test_compression_is_for_one_process(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in as_torchrun(0, 2, 29500).items():
+        monkeypatch.setenv(name, value)
     err = refused("compress", folder / "digits.pt", "--ratio", 20, cwd=tmp_path)
     assert err == "ttcompress: compress in one process, then `torchrun ... -m ttcompress finetune`\n"
     assert not [*tmp_path.iterdir()]

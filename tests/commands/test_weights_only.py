@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sharded import INDEX, write
 from torch import Tensor, nn
-from toys import PRELOADED
+from toys import PRELOADED, as_torchrun
 
 import ttcompress
 from ttcompress import cli
@@ -283,10 +284,34 @@ def test_names_that_cores_would_take_are_refused(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["net.safetensors"]
 
 
+@pytest.mark.parametrize(
+    "name", ["other.safetensors.index.json", "pytorch_model.bin.index.json", "adapter.safetensors", "x-9.safetensors"]
+)
+def test_force_does_not_take_the_folder_of_another_checkpoint(shards: Path, tmp_path: Path, name: str) -> None:
+    compress_file(shards, tmp_path / "out", GOAL)
+    before = content(tmp_path / "out")
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(CheckpointError, match=f"holds what this command does not write: {name}"):
+        compress_file(shards, tmp_path / "out", GOAL.override(seed=5), force=True)
+    assert content(tmp_path / "out") == {**before, name: b"mine"}
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_force_does_not_take_another_kind_for_an_earlier_run(shards: Path, compressed: Path, tmp_path: Path) -> None:
+    """The names of shards are the same everywhere: a dense checkpoint is not what compressing has written."""
+    for source, force_over in ((shards, shards), (compressed, compressed)):
+        other = tmp_path / f"other-{source.name}"
+        shutil.copytree(force_over, other)
+        before = content(other)
+        act = compress_file if source == shards else expand_file
+        with pytest.raises(CheckpointError, match=r"does not write: x-1.safetensors, x-2.safetensors"):
+            act(source, other, *[GOAL] * (source == shards), force=True)
+        assert content(other) == before
+
+
 def test_an_output_folder_that_is_in_use_needs_force(shards: Path, compressed: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").touch()
-    (tmp_path / "out" / "old.safetensors.index.json").touch()
     with pytest.raises(CheckpointError, match="--force"):
         compress_file(shards, tmp_path / "out", GOAL)
     with pytest.raises(CheckpointError, match="--force"):
@@ -336,8 +361,7 @@ def die() -> None:
 def child(source: Path, output: Path, function: str, after: int, rank: int, size: int, port: int) -> None:
     torch.set_num_threads(1)
     if size > 1:
-        place = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in place.items()})
+        os.environ.update(as_torchrun(rank, size, port))
     if function and rank == size - 1:
         stop_in(pytest.MonkeyPatch(), function, after, die)
     compress_file(source, output, GOAL)
@@ -426,12 +450,49 @@ def test_what_another_run_has_left_is_not_taken(
     assert content(tmp_path / "out") == content(tmp_path / "fresh")
 
 
-def test_a_folder_of_someone_else_is_not_removed(shards: Path, tmp_path: Path) -> None:
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "thesis.tex").touch()
-    with pytest.raises(CheckpointError, match=r"no run\.json in it"):
+@pytest.mark.parametrize("name", ["thesis.tex", "cores-1.safetensors", "model.safetensors", "figures"])
+@pytest.mark.parametrize("with_key", [False, True])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_of_someone_else_is_not_removed(
+    shards: Path, tmp_path: Path, name: str, with_key: bool, force: bool
+) -> None:
+    """Whether a run has worked in it or not."""
+    interrupted(shards, tmp_path / "out", "decompose", 3)
+    other, folder = GOAL.override(seed=3), tmp_path / "out.partial"
+    if not with_key:
+        (folder / "run.json").unlink()
+    (folder / name).mkdir()
+    before = results(folder)
+    with pytest.raises(CheckpointError, match=f"is not what a stopped run has left: it holds {name}; move it away"):
+        compress_file(shards, tmp_path / "out", other, force=force)
+    assert (folder / name).exists()
+    assert results(folder) == before
+
+
+def test_a_folder_without_a_key_is_not_removed(shards: Path, tmp_path: Path) -> None:
+    interrupted(shards, tmp_path / "out", "decompose", 3)
+    (tmp_path / "out.partial" / "run.json").unlink()
+    before = results(tmp_path / "out.partial")
+    with pytest.raises(CheckpointError, match=r"it has no run.json of another run"):
+        compress_file(shards, tmp_path / "out", GOAL, force=True)
+    assert results(tmp_path / "out.partial") == before
+
+
+def test_what_is_put_into_the_folder_of_a_run_stays_there(shards: Path, tmp_path: Path) -> None:
+    interrupted(shards, tmp_path / "out", "decompose", 3)
+    (tmp_path / "out.partial" / "notes.txt").write_text("mine")
+    compress_file(shards, tmp_path / "out", GOAL)
+    assert [file.name for file in (tmp_path / "out.partial").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("text", ["", "5", "[]", "{", "[" * 5000])
+def test_damaged_keys_are_refused(shards: Path, tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "out.partial"
+    folder.mkdir()
+    (folder / "run.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"run.json: cannot be read"):
         compress_file(shards, tmp_path / "out", GOAL)
-    assert (tmp_path / "out.partial" / "thesis.tex").exists()
+    assert (folder / "run.json").read_text() == text
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
@@ -450,9 +511,19 @@ def test_two_processes_write_what_one_does(shards: Path, compressed: Path, tmp_p
 
 
 def test_processes_of_one_machine_share_its_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    for name, value in as_torchrun(3, 1000, 29500).items():
+        monkeypatch.setenv(name, value)
     with fixed_threads():
         assert torch.get_num_threads() == 1
+
+
+def test_variables_of_a_shell_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fixed_threads():
+        before = torch.get_num_threads()
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "RANK"):
+        monkeypatch.setenv(name, "1000")
+        with fixed_threads():
+            assert torch.get_num_threads() == before
 
 
 # --------------------------------------------------------------------------------------------------------------- memory

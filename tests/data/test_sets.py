@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import re
+import struct
 from itertools import chain
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 
+from ttcompress.data.augment import random_numbers
+from ttcompress.data.calibration_images import draw
 from ttcompress.data.opening import open_data
 from ttcompress.data.sets import Images
 from ttcompress.errors import DataError
@@ -310,3 +314,181 @@ def test_names_hold_no_path(tmp_path: Path) -> None:
     references = ("npz:{}/x.npz", "cifar10:{}", "imagefolder:{}", "images:{}/a")
     names = [open_data(reference.format(folder)).name for reference in references]
     assert not [name for name in names if re.search(r"[/\\]|secret", name)]
+
+
+# ----------------------------------------------------------------------------------------------- data that lies
+
+
+def idx(values: NDArray, kind: int = 8) -> bytes:
+    header = struct.pack(">I", kind * 256 + values.ndim) + b"".join(struct.pack(">I", size) for size in values.shape)
+    return header + values.tobytes()
+
+
+def save_mnist(root: Path, images: bytes, labels: bytes) -> str:
+    folder = root / "MNIST" / "raw"
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "t10k"):
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(images)
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(labels)
+    return f"mnist:{root}"
+
+
+DIGITS, CLASSES = random_images(20, 8, 8), (np.arange(20) % 10).astype(np.uint8)
+
+
+def test_small_mnist(tmp_path: Path) -> None:
+    images = open_data(save_mnist(tmp_path, idx(DIGITS), idx(CLASSES)))
+    pixels, labels = all_of(images, GREY)
+    np.testing.assert_allclose(pixels[:, 0].numpy(), (DIGITS / 255 - 0.5) / 0.25, atol=1e-6)
+    assert labels == CLASSES.tolist()
+
+
+@pytest.mark.parametrize("labels", [CLASSES[:9], CLASSES[:19], np.tile(CLASSES, 2), CLASSES[:1], CLASSES[:0]])
+def test_mnist_with_another_number_of_labels(tmp_path: Path, labels: NDArray) -> None:
+    refuses(r"labels are|no MNIST in", save_mnist(tmp_path, idx(DIGITS), idx(labels)))
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        b"", b"\xff" * 99, struct.pack(">I", 2048), struct.pack(">IIII", 2051, 2**31 - 1, 8, 8), idx(DIGITS)[:-9],
+        idx(DIGITS) + b"\0", idx(DIGITS, 0), idx(DIGITS, 13), idx(DIGITS.astype(">f4"), 13), idx(DIGITS[:0]),
+        b"PK\x03\x04", b"<!DOCTYPE html>",
+    ],
+)  # fmt: skip
+def test_broken_mnist(tmp_path: Path, images: bytes) -> None:
+    refuses(str(tmp_path), save_mnist(tmp_path, images, idx(CLASSES)))
+    refuses(str(tmp_path), save_mnist(tmp_path, idx(DIGITS), images))
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.arange(20) / 2, np.arange(20.0), np.arange(20) > 3, np.arange(20).astype(complex), np.arange(20).astype(str),
+        np.arange(20) - 1, np.arange(20) + 10**15, np.arange(20).astype(np.uint64) + np.uint64(2**63), np.arange(21),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["npz", "cifar10"])
+def test_labels_that_are_no_classes(tmp_path: Path, labels: NDArray, kind: str) -> None:
+    np.savez(tmp_path / "cifar10-test.npz", images=random_images(20, 32, 32, 3), labels=labels)
+    place = tmp_path / "cifar10-test.npz" if kind == "npz" else tmp_path
+    refuses(r"labels (are|count)", f"{kind}:{place}")
+
+
+def test_damaged_cifar10(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for content in (b"", b"\x80\x04N.", b"text"):
+        for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta"):
+            (folder / name).write_bytes(content)
+        refuses(r"no CIFAR-10 in", f"cifar10:{tmp_path}")
+
+
+# ------------------------------------------------------------------------------------- places that are no files
+
+
+@pytest.mark.parametrize("kind", ["npz", "cifar10", "mnist", "images", "imagefolder"])
+@pytest.mark.parametrize("name", ["x" * 300, "~nouser/x", "a\0b", "."])
+def test_paths_that_no_data_can_have(kind: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    refuses(r".", f"{kind}:{name}")
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    for name in ("a.npz", "cifar10-test.npz", "MNIST/raw/x", "set/class/x.png", "cifar/cifar-10-batches-py/test_batch"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(tmp_path / name)
+    refuses("no ordinary file", f"npz:{tmp_path / 'a.npz'}")
+    refuses("no ordinary file", f"cifar10:{tmp_path}")
+    refuses("no ordinary file", f"cifar10:{tmp_path / 'cifar'}")
+    refuses("no ordinary file", f"mnist:{tmp_path}")
+    for images in (open_data(f"imagefolder:{tmp_path / 'set'}"), open_data(f"images:{tmp_path / 'set' / 'class'}")):
+        with pytest.raises(DataError, match=r"x.png is not a readable image: it is no ordinary file"):
+            next(iter(images.batches(GREY, 4)))
+        images.digest()
+
+
+# ----------------------------------------------------------------------------------------------- image formats
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tiff"])
+@pytest.mark.parametrize(
+    "start", ["%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "%PDF-1.4\n", "GIF89a"]
+)
+def test_other_formats_are_refused_whatever_they_are_called(
+    tmp_path: Path, suffix: str, start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr("subprocess.Popen", started)
+    (tmp_path / f"a.{suffix}").write_text(start)
+    with pytest.raises(DataError, match="not a readable image: cannot identify"):
+        next(iter(open_data(f"images:{tmp_path}").batches(COLOUR, 4)))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp", "tif", "ppm"])
+def test_usual_formats_are_read(tmp_path: Path, suffix: str) -> None:
+    make_folder(tmp_path, {f"a.{suffix}": (8, 8)})
+    assert len(all_of(open_data(f"images:{tmp_path}"), COLOUR)[0]) == 1
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
+def test_sixteen_bits_are_the_same_grey_as_eight(tmp_path: Path, suffix: str) -> None:
+    pixels = random_images(9, 9)
+    for bits, values in ((8, pixels), (16, pixels.astype(np.uint16) * 257)):
+        (tmp_path / str(bits)).mkdir()
+        Image.fromarray(values).save(tmp_path / str(bits) / f"a.{suffix}")
+    for preprocessing in (GREY, COLOUR):
+        few, many = (all_of(open_data(f"images:{tmp_path / bits}"), preprocessing)[0] for bits in ("8", "16"))
+        assert torch.equal(few, many)
+
+
+def test_grey_without_a_range_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(DataError, match="convert it to 8 bits"):
+        next(iter(open_data(f"images:{tmp_path}").batches(GREY, 4)))
+
+
+# ------------------------------------------------------------------------------------------------------- others
+
+
+def test_digests_tell_images_of_the_same_name_apart(tmp_path: Path) -> None:
+    pixels, labels = random_images(30, 4, 4), [*range(30)]
+    digests = {open_data(f"npz:{save(tmp_path / 'a.npz', pixels, labels)}").digest() for _ in range(2)}
+    assert len(digests) == 1
+    for at in range(0, 30, 7):
+        other = pixels.copy()
+        other[at, 0, 0] ^= 1
+        digests.add(open_data(f"npz:{save(tmp_path / 'a.npz', other, labels)}").digest())
+    digests.add(open_data(f"npz:{save(tmp_path / 'a.npz', pixels, labels[::-1])}").digest())
+    digests.add(open_data(f"npz:{save(tmp_path / 'a.npz', pixels)}").digest())
+    digests.add(open_data(f"npz:{save(tmp_path / 'a.npz', pixels.reshape(30, 2, 8), labels)}").digest())
+    assert len(digests) == 9
+
+
+def test_digests_of_folders_are_of_names_and_sizes(tmp_path: Path) -> None:
+    digests = set()
+    for number, files in enumerate(
+        ({"a/0.png": (8, 8)}, {"a/1.png": (8, 8)}, {"b/0.png": (8, 8)}, {"a/0.png": (9, 9)}, {"a/0.png": (8, 8)})
+    ):
+        make_folder(tmp_path / str(number), files)
+        digests.add(open_data(f"imagefolder:{tmp_path / str(number)}").digest())
+    assert len(digests) == 4
+
+
+@pytest.mark.parametrize("batch_size", [10**9, 2**62, 10**30])
+def test_batches_larger_than_any_set(tmp_path: Path, batch_size: int) -> None:
+    make_folder(tmp_path, {"a/0.png": (8, 8), "a/1.png": (8, 8)})
+    file = save(tmp_path / "a.npz", random_images(5, 4, 4))
+    for reference, count in ((f"imagefolder:{tmp_path}", 2), (f"npz:{file}", 5)):
+        assert [len(batch) for batch, _ in open_data(reference).batches(GREY, batch_size)] == [count]
+
+
+@pytest.mark.parametrize("seed", [0, 2**31, 2**62, 2**63 - 1])
+def test_any_seed_draws(seed: int) -> None:
+    drawn = draw("x", 64, None, seed, lambda indices: [torch.tensor(indices)])
+    orders = [torch.cat(list(drawn.fitting(number))).tolist() for number in (0, 1, 10**6)]
+    assert len({tuple(order) for order in orders}) == 3
+    assert [*map(sorted, orders)] == [sorted(orders[0])] * 3
+    assert random_numbers(seed, 10**6, [0, 1]).shape == (2, 5)

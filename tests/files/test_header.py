@@ -314,7 +314,7 @@ def test_trailing_data_is_refused(tmp_path: Path, valid: bytes, extra: bytes) ->
 @pytest.mark.parametrize("missing", ["folder", "file"])
 def test_what_cannot_be_opened(tmp_path: Path, missing: str) -> None:
     path = tmp_path if missing == "folder" else tmp_path / "none.safetensors"
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"is a folder|no such file"):
         read_header(path)
 
 

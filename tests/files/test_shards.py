@@ -15,9 +15,9 @@ from sharded import INDEX, write
 from torch import Tensor
 
 from ttcompress.errors import CheckpointError
-from ttcompress.files.checkpoint import file_digest, load_checkpoint, load_compressed
+from ttcompress.files.checkpoint import file_digest, is_compressed, load_checkpoint, load_compressed
 from ttcompress.files.shards import Index, checkpoint_files, read_index, resolve, stem, stored_bytes
-from ttcompress.files.tensors import LazyTensors, tensor_infos
+from ttcompress.files.tensors import LazyTensors, state_sha256, tensor_infos
 from ttcompress.files.writing import write_shards
 
 TENSORS = {"a": torch.randn(3, 2), "b": torch.arange(4), "c": torch.randn(5).bfloat16()}
@@ -37,7 +37,8 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_folder_and_index_are_the_same_checkpoint(folder: Path, by: str) -> None:
     read = load_checkpoint(folder / by)
     assert equal(read.tensors, TENSORS)
-    assert read.source == {"file": "net-1.5b", "sha256": file_digest(folder)}
+    digests = {"sha256": file_digest(folder), "state_sha256": state_sha256(TENSORS)}
+    assert read.source == {"file": "net-1.5b", **digests}
     assert stem(folder / by) == "net-1.5b"
     assert [file.name for file in checkpoint_files(folder / by)] == ["x-1.safetensors", "x-2.safetensors"]
 
@@ -106,7 +107,7 @@ def test_bad_indexes(folder: Path, change: Callable[[dict[str, Any]], object], w
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 100_000])
 def test_indexes_that_are_no_json(folder: Path, content: str) -> None:
     (folder / INDEX).write_text(content)
-    assert "not an index of shards" in refused(folder)
+    assert ("not an index of shards" if content else "is empty") in refused(folder)
 
 
 def test_a_truncated_shard_is_named(folder: Path) -> None:
@@ -131,7 +132,7 @@ def test_written_shards_are_read_back_by_others_and_by_us(folder: Path, tmp_path
 
 def test_a_failure_leaves_no_index_and_no_half_shard(folder: Path) -> None:
     """Of the old checkpoint in the same folder no index either."""
-    (folder / ".ttcompress-0123").write_text("left from a killed run")
+    (folder / ".ttcompress-0123").write_text("of another run")
 
     def make(name: str) -> Tensor:
         if name == "c":
@@ -140,7 +141,8 @@ def test_a_failure_leaves_no_index_and_no_half_shard(folder: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         write_shards(folder, Index(folder / INDEX, HOMES), LazyTensors(tensor_infos(TENSORS), make))
-    assert sorted(file.name for file in folder.iterdir()) == ["x-1.safetensors", "x-2.safetensors"]
+    left = sorted(file.name for file in folder.iterdir())
+    assert left == [".ttcompress-0123", "x-1.safetensors", "x-2.safetensors"]
     assert "several checkpoints" in refused(folder)
 
 
@@ -148,3 +150,51 @@ def test_a_type_that_cannot_be_written_leaves_the_old_checkpoint(folder: Path) -
     with pytest.raises(CheckpointError, match="no type"):
         write_shards(folder, Index(folder / INDEX, HOMES), {**TENSORS, "a": torch.zeros(2, dtype=torch.complex128)})
     assert equal(load_checkpoint(folder).tensors, TENSORS)
+
+
+# ------------------------------------------------------------------------------------------- shards of torch.save
+
+
+def _pickled(folder: Path, homes: dict[str, str]) -> Path:
+    folder.mkdir()
+    for shard in set(homes.values()):
+        torch.save({name: TENSORS[name] for name, home in homes.items() if home == shard}, folder / shard)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": homes}))
+    return folder
+
+
+PICKLED_HOMES = {"a": "pytorch_model-2.bin", "b": "pytorch_model-1.bin", "c": "pytorch_model-2.bin"}
+
+
+@pytest.mark.parametrize("by", ["", "pytorch_model.bin.index.json"])
+def test_pickled_shards_are_read_as_one(tmp_path: Path, by: str) -> None:
+    path = _pickled(tmp_path / "net", PICKLED_HOMES) / by
+    read = load_checkpoint(path)
+    assert equal(read.tensors, TENSORS)
+    assert read.source["file"] == "net"
+    assert read.source["sha256"] == file_digest(path)
+    assert not is_compressed(path)
+    assert read_index(path) is None
+    assert stem(path) == "net"
+
+
+def test_one_bin_file_in_a_folder_is_its_checkpoint(tmp_path: Path) -> None:
+    torch.save(TENSORS, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text("{}")
+    assert equal(load_checkpoint(tmp_path).tensors, TENSORS)
+
+
+@pytest.mark.parametrize(
+    ("homes", "wanted"),
+    [
+        ({**PICKLED_HOMES, "a": "pytorch_model-1.bin"}, "a is named but not in pytorch_model-1.bin"),
+        ({**PICKLED_HOMES, "z": "pytorch_model-1.bin"}, "z is named but not in pytorch_model-1.bin"),
+        ({"b": "pytorch_model-1.bin", "a": "pytorch_model-2.bin"}, "c in pytorch_model-2.bin is not named"),
+        ({**PICKLED_HOMES, "a": "none.bin"}, "lacks 1 of 3 shards: none.bin"),
+        ({**PICKLED_HOMES, "a": "../net/pytorch_model-2.bin"}, "must be bin files beside the index"),
+    ],
+)
+def test_pickled_shards_that_do_not_fit_their_index(tmp_path: Path, homes: dict[str, str], wanted: str) -> None:
+    path = _pickled(tmp_path / "net", PICKLED_HOMES) / "pytorch_model.bin.index.json"
+    path.write_text(json.dumps({"weight_map": homes}))
+    assert wanted in refused(path)

@@ -23,6 +23,7 @@ from toys import (
     EVERYTHING,
     PRELOADED,
     apart,
+    as_torchrun,
     equal,
     finite,
     frozen_copy,
@@ -166,8 +167,8 @@ def test_what_a_batch_norm_does_besides_it_still_does(group: None) -> None:
 
 
 def test_one_process_is_a_world_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
     was = distributed.is_initialized()
     with joined(CPU) as world:
         assert (world, expected_rank()) == (World(CPU, 0, 1), 0)
@@ -276,7 +277,7 @@ def long_training(folder: Path, world: World, file: Path, dropout: float, line: 
 
 def run_child(line: Connection, rank: int, port: int, mode: str, folder: Path, file: Path, dropout: float) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(as_torchrun(rank, 2, port))
     with joined(CPU) as world:
         assert (world.rank, world.size, expected_rank()) == (rank, 2, rank)
         if mode != "everything":

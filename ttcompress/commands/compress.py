@@ -14,7 +14,7 @@ from ttcompress.commands.training import EpochLog
 from ttcompress.commands.weights_only import compress_weights, plan_weights
 from ttcompress.errors import CheckpointError, DataError, PlanError, differences
 from ttcompress.files.checkpoint import file_digest
-from ttcompress.files.output import check_output
+from ttcompress.files.output import alone, check_output
 from ttcompress.files.shards import read_index, read_metadata, stem
 from ttcompress.files.tensors import tensor_bytes
 from ttcompress.files.writing import write_safetensors
@@ -92,6 +92,7 @@ def default_output(checkpoint: Path, recipe: Recipe) -> Path:
     return Path(f"{stem(checkpoint)}-tt{'' if in_shards else '.safetensors'}")
 
 
+@alone
 def compress_file(
     source: Path,
     output: Path,

@@ -11,7 +11,7 @@ from torch import Tensor
 from ttcompress.errors import CheckpointError, shortlist
 from ttcompress.files.checkpoint import load_compressed
 from ttcompress.files.header import TensorInfo, blaming
-from ttcompress.files.output import check_output
+from ttcompress.files.output import alone, check_output
 from ttcompress.files.shards import Index, read_index, read_metadata
 from ttcompress.files.tensors import DTYPE_NAMES, LazyTensors, tensor_infos
 from ttcompress.files.writing import write_dense, write_shards
@@ -21,6 +21,7 @@ from ttcompress.records.report import Report
 from ttcompress.tt.contract import dense_weight
 
 
+@alone
 def expand_file(source: Path, output: Path, force: bool = False) -> Report:
     """Turn a compressed file back into an ordinary dense checkpoint, with the original keys and types.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ttcompress.errors import ExportError, shortlist
 from ttcompress.files.header import canonical_json
-from ttcompress.files.output import check_output, replacing
+from ttcompress.files.output import alone, check_output, replacing
 from ttcompress.files.tensors import tensor_bytes
 from ttcompress.networks.opening import input_shape, open_any
 from ttcompress.networks.running import forward, input_dtype
@@ -53,6 +53,7 @@ class Exported:
         return {**vars(self), "input_shape": list(self.input_shape), "operators": dict(self.operators)}
 
 
+@alone
 def export_file(
     source: Path,
     output: Path,

@@ -15,7 +15,7 @@ from ttcompress.commands.training_report import trained_report
 from ttcompress.data.opening import open_data
 from ttcompress.data.training_batches import Stream
 from ttcompress.errors import CheckpointError, DataError
-from ttcompress.files.output import check_output
+from ttcompress.files.output import alone, check_output
 from ttcompress.files.shards import stem
 from ttcompress.files.writing import write_dense, write_safetensors
 from ttcompress.networks.opening import open_any
@@ -62,6 +62,7 @@ def state_file(output: Path) -> Path:
     return output.with_name(f"{output.name}.training")
 
 
+@alone
 def finetune_file(
     source: Path | None,
     output: Path,

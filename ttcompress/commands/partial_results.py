@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from ttcompress.errors import CheckpointError, PlanError, ShapeError, differences
+from ttcompress.errors import CheckpointError, PlanError, ShapeError, differences, shortlist
 from ttcompress.files.checkpoint import load_compressed
 from ttcompress.files.header import canonical_json
-from ttcompress.files.output import replacing
+from ttcompress.files.output import is_temporary, replacing
 from ttcompress.files.writing import write_safetensors
 from ttcompress.planning.plan_file import read_plan, write_plan
 from ttcompress.processes import World
@@ -23,6 +23,8 @@ from ttcompress.records.plan import CompressionPlan
 
 KEY = "run.json"
 PLAN = "plan.json"
+RESULT = re.compile(r"[a-z]+-\d{6}\.safetensors")
+"""Names of the files with results."""
 
 
 def work_folder(output: Path) -> Path:
@@ -70,10 +72,10 @@ def work_on(output: Path, key: Json, force: bool, world: World) -> Iterator[Work
 
     Args:
         key: all that the results depend on; what another run has left is not taken.
-        force: do away with what another run has left.
+        force: do away with what another run has left; never with anything else.
 
     Raises:
-        CheckpointError: another run has left something.
+        CheckpointError: another run has left something, or the folder is not one of a run.
     """
     folder = work_folder(output)
     if world.leads:
@@ -86,38 +88,61 @@ def work_on(output: Path, key: Json, force: bool, world: World) -> Iterator[Work
     except (PlanError, ShapeError):
         # The same command would fail again, and another one shall not find anything.
         if world.leads:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         raise
     world.wait()
     if world.leads:
-        shutil.rmtree(folder)
+        _remove(folder)
 
 
 def _prepare(folder: Path, key: Json, force: bool) -> None:
-    before = _key(folder / KEY)
-    if before == key:
-        return
-    if folder.exists() and not force:
-        differ = differences(before, key) if before else f"no {KEY} in it"
-        raise CheckpointError(
-            f"{folder}: is left from another command ({differ}); "
-            "repeat that one to go on with it, or --force to start anew"
-        )
     try:
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir()
+        found = [file.name for file in folder.iterdir()] if folder.exists() else []
+        before = _key(folder / KEY) if KEY in found else None
+        if before == key:
+            return
+        _check_replaceable(folder, found, differences(before, key) if before else "", force)
+        _remove(folder)
+        folder.mkdir(exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}") from error
     with replacing(folder / KEY) as temporary:
         temporary.write_text(canonical_json(key))
 
 
-def _key(file: Path) -> Json | None:
+def _check_replaceable(folder: Path, found: Sequence[str], differ: str, force: bool) -> None:
+    """See that a folder holds nothing but what another run has left, and with `force` alone that."""
+    others = sorted(name for name in found if not _is_ours(name))
+    if others or (found and not differ and not all(map(is_temporary, found))):
+        what = f"holds {shortlist(others)}" if others else f"has no {KEY} of another run"
+        raise CheckpointError(f"{folder}: is not what a stopped run has left: it {what}; move it away")
+    if differ and not force:
+        raise CheckpointError(
+            f"{folder}: is left from another command ({differ}); "
+            "repeat that one to go on with it, or --force to start anew"
+        )
+
+
+def _is_ours(name: str) -> bool:
+    return name in (KEY, PLAN) or is_temporary(name) or RESULT.fullmatch(name) is not None
+
+
+def _remove(folder: Path) -> None:
+    """Remove the files of a run, its key last so that a kill leaves what is known as one, and the folder, if empty."""
+    if not folder.is_dir():
+        return
+    own = [file for file in folder.iterdir() if _is_ours(file.name)]
+    for file in sorted(own, key=lambda file: file.name == KEY):
+        file.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _key(file: Path) -> Json:
     try:
-        key: Json = json.loads(file.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
+        key = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(key, dict):
+        raise CheckpointError(f"{file}: cannot be read: not an object")
     return key

@@ -19,7 +19,7 @@ from ttcompress.commands.reports import promised_bytes, recorded, report_of
 from ttcompress.errors import PlanError, shortlist
 from ttcompress.files.checkpoint import load_compressed
 from ttcompress.files.header import TensorInfo, canonical_json
-from ttcompress.files.output import check_output
+from ttcompress.files.output import alone, check_output
 from ttcompress.files.shards import INDEX_SUFFIX, Index, read_index
 from ttcompress.files.tensors import DTYPE_NAMES, LazyTensors, tensor_bytes, tensor_infos
 from ttcompress.files.writing import write_safetensors, write_shards
@@ -53,6 +53,7 @@ NEEDS_A_NETWORK = (
 )
 
 
+@alone
 def compress_weights(
     source: Path,
     output: Path,

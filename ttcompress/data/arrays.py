@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -14,6 +15,8 @@ from ttcompress.data.sets import Images, Pixels, SampledBatch
 from ttcompress.errors import DataError
 from ttcompress.records.report import Preprocessing
 
+SAMPLED_IMAGES = 4096
+"""So many images tell by their pixels whether a set is the same."""
 Labels = NDArray[np.int64]
 Arrays = tuple[Pixels, Labels | None]
 
@@ -39,6 +42,14 @@ class ArrayImages(Images):
         part._labels = None if self._labels is None else self._labels[at]
         part._train = self._train or (lambda: (self._images, self._labels))
         return part
+
+    def digest(self) -> str:
+        """Of all labels, and of the pixels of some images."""
+        content = hashlib.sha256(str(self._images.shape).encode())
+        if self._labels is not None:
+            content.update(np.ascontiguousarray(self._labels).data)
+        content.update(np.ascontiguousarray(self._images[:: max(1, len(self) // SAMPLED_IMAGES)]).data)
+        return content.hexdigest()
 
     def statistics(self) -> Preprocessing:
         """Mean and standard deviation of each channel over the training split.

@@ -12,6 +12,8 @@ from ttcompress.errors import DataError
 
 DEFAULT_IMAGES = 1024
 LEAST_IMAGES = 16
+SEEDS = 2**64
+"""How many seeds torch takes."""
 HELD_OUT = 8
 """One image in so many decides instead of being learned from."""
 
@@ -69,7 +71,7 @@ def draw(
 
     def shuffled(number: int) -> Iterable[Tensor]:
         # A factor so large that other seeds never meet the same numbers.
-        order = _permutation(len(fitting), seed * 1_000_003 + number)
+        order = _permutation(len(fitting), (seed * 1_000_003 + number) % SEEDS)
         return batches(fitting[order].tolist())
 
     return Calibration(name, len(fitting), len(held_out), shuffled, lambda: batches(held_out.tolist()))

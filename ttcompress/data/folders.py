@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +28,10 @@ Sample = tuple[str, int | None]
 ReadImage = tuple[Pixels | str, int | None]
 """Pixels (H, W, C) of an image file, or why it cannot be read, and its label."""
 _COLOUR_MODES = {1: "L", 3: "RGB"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
+"""What is read, whatever a file is called: others, such as PostScript, start a program."""
+SAMPLED_SIZES = 4096
+"""So many files tell by their sizes whether images are the same."""
 
 
 class FolderImages(Images):
@@ -48,6 +54,15 @@ class FolderImages(Images):
         part._samples = [self._samples[index] for index in indices]
         return part
 
+    def digest(self) -> str:
+        """Of names and labels of all files, and the sizes of some."""
+        content = hashlib.sha256()
+        for path, label in self._samples:
+            content.update(f"{Path(path).parent.name}/{Path(path).name} {label}\n".encode(errors="surrogateescape"))
+        for path, _ in self._samples[:: max(1, len(self._samples) // SAMPLED_SIZES)]:
+            content.update(f"{_size_of(path)}\n".encode())
+        return content.hexdigest()
+
     def statistics(self) -> Preprocessing:
         """Refuse: a folder is not read as a whole.
 
@@ -66,7 +81,9 @@ class FolderImages(Images):
         files = _EvaluationFiles(self._samples[:count], preprocessing)
         # Without a generator of its own the loader would draw from, and so shift, the seeded global one.
         generator = torch.Generator()
-        for items in DataLoader(files, batch_size, num_workers=workers, collate_fn=list, generator=generator):
+        # The loader makes room for a batch, however large it may be.
+        size = min(batch_size, max(1, count))
+        for items in DataLoader(files, size, num_workers=workers, collate_fn=list, generator=generator):
             yield self._collated(items)
 
     crops_randomly = True
@@ -92,6 +109,12 @@ class FolderImages(Images):
         pixels = _stack([item for item, _ in items], self.name)
         labels = torch.tensor([label for _, label in items]) if self.labelled else None
         return pixels, labels
+
+
+def _size_of(path: str) -> int:
+    file = Path(path)
+    # What cannot be read is said when it is read.
+    return file.stat().st_size if file.is_file() else -1
 
 
 def _ignore_interrupts(worker: int) -> None:
@@ -122,12 +145,28 @@ class _EvaluationFiles(Dataset[ReadImage]):
         path, label = self._samples[index]
         mode = _COLOUR_MODES[len(self._preprocessing.mean)]
         try:
-            with Image.open(path) as image:
-                pixels = np.asarray(crop(image.convert(mode)))
+            if not Path(path).is_file():
+                raise ValueError("it is no ordinary file")
+            with Image.open(path, formats=FORMATS) as image:
+                pixels = np.asarray(crop(_eight_bits(image).convert(mode)))
         except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
             return f"{path} is not a readable image: {error}", label
         # Grey images have no axis of channels.
         return pixels.reshape(*pixels.shape[:2], -1), label
+
+
+def _eight_bits(image: Image) -> Image:
+    """Grey images of 16 bits a pixel by their upper eight, as PIL reads coloured ones; it would clip them to white."""
+    is_wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if not is_wide:
+        if image.mode in ("I", "F"):
+            raise ValueError(
+                f"its pixels, of PIL's mode {image.mode}, have no range that is known: convert it to 8 bits"
+            )
+        return image
+    from PIL.Image import fromarray
+
+    return fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
 
 
 class _TrainingFiles(_EvaluationFiles):

@@ -17,6 +17,7 @@ from ttcompress.errors import DataError, shortlist
 
 _KINDS = "npz:FILE, cifar10:ROOT, mnist:ROOT, imagefolder:ROOT, images:DIR, digits"
 _SPLITS = ("train", "test")
+MOST_CLASSES = 10_000_000
 
 
 def open_data(reference: str, split: str = "test") -> Images:
@@ -36,7 +37,12 @@ def open_data(reference: str, split: str = "test") -> Images:
         raise DataError(f"{reference!r} names no place: write {kind}:PATH")
     if split not in _SPLITS:
         raise DataError(f"unknown split {split!r}: it is one of {shortlist(_SPLITS)}")
-    return _OPENERS[kind](path, split)
+    try:
+        return _OPENERS[kind](path, split)
+    except (OSError, RuntimeError, ValueError) as error:
+        # Names that no file can have, homes of nobody, folders that may not be entered.
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{reference}: cannot be read: {reason}") from error
 
 
 def _split_off(path: str, default: str) -> tuple[str, str]:
@@ -73,11 +79,13 @@ def _open_npz(path: str, default: str) -> Images:
 
 
 def _load_npz(file: Path) -> Arrays:
+    if not file.exists():
+        raise DataError(f"no file {file}")
+    if not file.is_file():
+        raise DataError(f"{file} is not a readable npz file: it is no ordinary file")
     try:
         with np.load(file, allow_pickle=False) as archive:
             content = {key: archive[key] for key in ("images", "labels") if key in archive}
-    except FileNotFoundError:
-        raise DataError(f"no file {file}") from None
     except Exception as error:
         # What a damaged archive raises depends on where the damage is: zipfile, zlib and NumPy differ.
         kind = type(error).__name__
@@ -85,7 +93,16 @@ def _load_npz(file: Path) -> Arrays:
 
     if "images" not in content:
         raise DataError(f"{file} has no array 'images': write it with numpy.savez(file, images=..., labels=...)")
-    return _check_images(content["images"], str(file)), _check_labels(content, str(file))
+    return _checked(content["images"], content.get("labels"), str(file))
+
+
+def _checked(images: NDArray[Any], labels: NDArray[Any] | None, where: str) -> Arrays:
+    """Images and labels as they have to be: one whole number an image.
+
+    Raises:
+        DataError: they are not.
+    """
+    return _check_images(images, where), None if labels is None else _check_labels(labels, len(images), where)
 
 
 def _check_images(images: NDArray[Any], where: str) -> Pixels:
@@ -99,11 +116,7 @@ def _check_images(images: NDArray[Any], where: str) -> Pixels:
     return images.reshape(*images.shape[:3], -1)
 
 
-def _check_labels(content: dict[str, NDArray[Any]], where: str) -> Labels | None:
-    if "labels" not in content:
-        return None
-    labels = content["labels"]
-    count = len(content["images"])
+def _check_labels(labels: NDArray[Any], count: int, where: str) -> Labels:
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(
             f"{where}: labels are {labels.dtype} of shape {labels.shape}, for {count} images they have to be "
@@ -111,33 +124,51 @@ def _check_labels(content: dict[str, NDArray[Any]], where: str) -> Labels | None
         )
     if labels.min() < 0:
         raise DataError(f"{where}: labels count from 0, the smallest is {labels.min()}")
+    if labels.max() >= MOST_CLASSES:
+        raise DataError(f"{where}: labels count from 0, the largest is {labels.max()}, more than any network has")
     return labels.astype(np.int64)
+
+
+def _check_ordinary(folder: Path) -> None:
+    """See that a folder, if it is there, holds no pipes, at which reading would wait for ever."""
+    odd = [file.name for file in sorted(folder.glob("*")) if file.exists() and not (file.is_file() or file.is_dir())]
+    if odd:
+        raise DataError(f"{folder} holds what is no ordinary file: {shortlist(odd)}")
 
 
 def _load_cifar10(root: str, split: str) -> Arrays:
     folder = Path(root).expanduser()
     file = folder / f"cifar10-{split}.npz"
-    if file.is_file():
+    if file.exists():
         return _load_npz(file)
 
     from torchvision.datasets import CIFAR10
 
+    _check_ordinary(folder / CIFAR10.base_folder)
     try:
         dataset = CIFAR10(str(folder), train=split == "train", download=False)
-    except RuntimeError as error:
+        labels = np.asarray(dataset.targets)
+    except Exception as error:
+        # Damage may show anywhere in the reading.
         raise DataError(f"no CIFAR-10 in {folder}: neither {file.name} nor an intact cifar-10-batches-py") from error
-    return dataset.data, np.asarray(dataset.targets, dtype=np.int64)
+    return _checked(dataset.data, labels, str(folder))
 
 
 def _load_mnist(root: str, split: str) -> Arrays:
     from torchvision.datasets import MNIST
 
     folder = Path(root).expanduser()
+    for inner in ("raw", "processed"):
+        _check_ordinary(folder / "MNIST" / inner)
     try:
         dataset = MNIST(str(folder), train=split == "train", download=False)
-    except (RuntimeError, OSError, ValueError, TypeError) as error:
-        raise DataError(f"no MNIST in {folder}: it has to hold MNIST/raw with the four idx files") from error
-    return dataset.data.numpy()[..., None], dataset.targets.numpy()
+        images, labels = dataset.data.numpy(), dataset.targets.numpy()
+    except Exception as error:
+        kind = type(error).__name__
+        raise DataError(
+            f"no MNIST in {folder}: it has to hold MNIST/raw with the four idx files, undamaged ({kind})"
+        ) from error
+    return _checked(images, labels, f"{folder}, {split} images of MNIST")
 
 
 def _load_digits(root: str, split: str) -> Arrays:
@@ -162,7 +193,7 @@ def _open_imagefolder(path: str, default: str) -> Images:
 
     try:
         dataset = ImageFolder(str(folder))
-    except OSError as error:
+    except FileNotFoundError as error:
         raise DataError(f"{folder} is not a folder of classes with images in each: {error}") from error
     name = f"imagefolder@{subfolder}" if subfolder else "imagefolder"
     return FolderImages(name, dataset.samples, len(dataset.classes))

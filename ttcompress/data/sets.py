@@ -102,6 +102,10 @@ class Images(ABC):
         """The images at these places, in this order."""
 
     @abstractmethod
+    def digest(self) -> str:
+        """A sha256 that tells these images from others of the same name and number, without reading all of them."""
+
+    @abstractmethod
     def statistics(self) -> Preprocessing:
         """Normalisation by mean and standard deviation of each channel over the training split, if any.
 

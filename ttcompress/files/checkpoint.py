@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,53 +14,135 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ttcompress.errors import CheckpointError, shortlist
-from ttcompress.files.header import METADATA_KEY, read_header
-from ttcompress.files.shards import checkpoint_files, read_index, resolve
-from ttcompress.files.state_dict import read_state_dict
+from ttcompress.files.header import METADATA_KEY, check_readable, read_header
+from ttcompress.files.shards import check_homes, checkpoint_files, pickled_index, read_index, resolve
+from ttcompress.files.state_dict import StateDict, read_state_dict
+from ttcompress.files.tensors import state_sha256, tensor_infos
 from ttcompress.records.common import Json
+from ttcompress.torchrun import leads
 
 PREFIXES = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile put before the names of a network."""
+AVERAGED = "n_averaged"
+"""What AveragedModel counts in, beside the network under `module.`."""
 COMPARED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a dense checkpoint by key, prefixes removed, and base name and sha256 of its file."""
+    """The tensors of a dense checkpoint by key, prefixes removed, and where they are from.
+
+    `source` has base name and sha256 of the file; `state_sha256` of the tensors, unless it was read with exact
+    names; and `key`, the entry that they are from, where the file holds others or one was named. `notes` are for
+    whoever uses the tensors.
+    """
 
     tensors: dict[str, Tensor]
     source: Json
+    notes: tuple[str, ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor by its key."""
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
+    def without_prefix(self) -> Checkpoint | None:
+        """The same without the first part of its names where all share one, as trainers that wrap a network write."""
+        prefixes = {first + dot for first, dot, _ in (name.partition(".") for name in self.tensors)}
+        prefix = prefixes.pop()
+        if prefixes or not prefix.endswith("."):
+            return None
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items()}
+        note = f"read without the prefix {prefix!r} that all names have"
+        return Checkpoint(tensors, {**self.source, "state_sha256": state_sha256(tensors)}, (*self.notes, note))
+
+    def say_notes(self) -> None:
+        """Log each note, once."""
+        if leads():
+            for note in self.notes:
+                _say(f"{self.source['file']}: {note}")
+
+
+@cache
+def _say(note: str) -> None:
+    logging.getLogger("ttcompress").warning("ttcompress: %s", note)
+
 
 def load_checkpoint(path: Path, key: str = "", exact: bool = False) -> Checkpoint:
     """Read a dense checkpoint, memory-mapped where its format allows.
 
     Args:
-        path: `.pt`, `.pth`, `.th` or `.safetensors`, the index of several safetensors files, or the folder of
-            either.
-        key: which entry of a wrapping dict holds the state dict; needed only where there are several.
+        path: `.pt`, `.pth`, `.th`, `.bin` or `.safetensors`, the index of several safetensors or bin files, or the
+            folder of any.
+        key: which entry of a wrapping dict holds the state dict, with dots for entries in entries; needed only where
+            there are several.
         exact: keep prefixes that all names share.
 
     Raises:
-        CheckpointError: missing, empty, damaged or unsafe file, no state dict in it, NaN or Inf in a tensor.
+        CheckpointError: missing, empty, damaged or unsafe file, no state dict in it, NaN or Inf in a weight, a
+            tensor that no safetensors file can hold.
     """
-    index = read_index(path)
+    index = read_index(path) or pickled_index(path)
     path = resolve(path)
-    _check_readable(path)
-    as_safetensors = index is not None or is_safetensors(path)
-    tensors = _read_tensors(path) if as_safetensors else read_state_dict(path, key)
-    if not exact:
-        tensors = _strip_prefixes(tensors)
+    check_readable(path)
+    state = _read_state(path, key)
+    tensors = state.tensors if exact else _strip_prefixes(state.tensors)
+    _check_storable(path, tensors)
 
+    notes = _notes_on(state, key)
     if bad := [name for name, tensor in tensors.items() if not _is_finite(tensor)]:
-        raise CheckpointError(f"{path}: NaN or Inf in {shortlist(bad)}")
-    file = index.name if index else path.name
-    return Checkpoint(tensors, {"file": file, "sha256": file_digest(path)})
+        weights = [name for name in bad if _is_weight(name, tensors[name])]
+        if weights:
+            raise CheckpointError(f"{path}: NaN or Inf in {shortlist(weights)}")
+        notes.append(f"NaN or Inf in {shortlist(bad)}, which stay as they are")
+
+    source: Json = {"file": index.name if index else path.name, "sha256": file_digest(path)}
+    if key or state.others:
+        source["key"] = state.key
+    if not exact:
+        source["state_sha256"] = state_sha256(tensors)
+    return Checkpoint(tensors, source, tuple(notes))
+
+
+def _read_state(path: Path, key: str) -> StateDict:
+    if shards := pickled_index(path):
+        parts = [(file, read_state_dict(file, key)) for file in shards.files]
+        check_homes(shards, {(name, file.name) for file, part in parts for name in part.tensors})
+        return StateDict({name: tensor for _, part in parts for name, tensor in part.tensors.items()})
+    if is_safetensors(path) or read_index(path):
+        return StateDict(_read_tensors(path))
+    return read_state_dict(path, key)
+
+
+def _notes_on(state: StateDict, key: str) -> list[str]:
+    notes = []
+    if state.others and not key:
+        taken = f"the state dict {state.key!r}" if state.key else "the tensors outside of its entries"
+        notes.append(f"takes {taken}; it also holds {shortlist(state.others)}, to be chosen with --key")
+    if state.dropped:
+        notes.append(f"without {shortlist(state.dropped)}, which are no tensors")
+    return notes
+
+
+def _check_storable(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """See, before any work, that a safetensors file can hold all tensors under their names.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    if bad := [name for name in tensors if not _is_storable_name(name)]:
+        raise CheckpointError(f"{path}: holds tensors whose names no file can have: {shortlist(map(ascii, bad))}")
+    try:
+        tensor_infos(tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _is_storable_name(name: str) -> bool:
+    # The header has its metadata in the place of a tensor; parts of names are those of modules.
+    if name == "__metadata__" or not all(name.split(".")):
+        return False
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def file_digest(path: Path) -> str:
@@ -92,7 +176,7 @@ def is_compressed(path: Path) -> bool:
         CheckpointError: missing or empty, or a damaged safetensors file.
     """
     first = checkpoint_files(path)[0]
-    _check_readable(first)
+    check_readable(first)
     return is_safetensors(first) and METADATA_KEY in read_header(first)[1]
 
 
@@ -101,19 +185,10 @@ def load_compressed(path: Path) -> dict[str, Tensor]:
     return _read_tensors(path)
 
 
-def _check_readable(path: Path) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"{path}: is empty")
-    if not os.access(path, os.R_OK):
-        raise CheckpointError(f"{path}: no permission to read it")
-
-
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in checkpoint_files(path):
-        _check_readable(file)
+        check_readable(file)
         # Ours says more precisely what is wrong with a file.
         read_header(file)
         try:
@@ -124,11 +199,19 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = tensors.keys() - {AVERAGED}
+    if AVERAGED in tensors and names and all(name.startswith(PREFIXES[0]) for name in names):
+        tensors = {name: tensor for name, tensor in tensors.items() if name != AVERAGED}
     # Twice, for they may be nested in either order.
     for prefix in PREFIXES * 2:
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
+
+
+def _is_weight(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor may be a layer's weight that is decomposed, not a bias, a statistic or a mask."""
+    return tensor.dim() > 1 and name.rpartition(".")[2] == "weight"
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -7,6 +7,7 @@ bytes of the tensors.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +42,30 @@ class TensorInfo:
     def num_bytes(self) -> int:
         """Size of its data."""
         return self.params * ITEM_SIZE[self.dtype]
+
+
+def check_readable(path: Path) -> None:
+    """See that a path is an ordinary file that may be read; opening a pipe would wait for ever.
+
+    Raises:
+        CheckpointError: missing, no ordinary file, empty, or not to be read.
+    """
+    try:
+        problem = _problem_of(path)
+    except (OSError, ValueError) as error:
+        problem = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    if problem:
+        raise CheckpointError(f"{path}: {problem}")
+
+
+def _problem_of(path: Path) -> str:
+    if not path.exists():
+        return "no such file"
+    if not path.is_file():
+        return "is a folder" if path.is_dir() else "is not an ordinary file"
+    if path.stat().st_size == 0:
+        return "is empty"
+    return "" if os.access(path, os.R_OK) else "no permission to read it"
 
 
 def canonical_json(value: Any) -> str:
@@ -92,6 +117,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 def _read_text(path: Path) -> tuple[bytes, int]:
     """The text of a header, empty where the file is too short for it, and how many bytes follow it."""
+    check_readable(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

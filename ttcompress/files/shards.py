@@ -12,6 +12,10 @@ from ttcompress.errors import CheckpointError, shortlist
 from ttcompress.files import header
 
 INDEX_SUFFIX = ".index.json"
+PICKLED_INDEX_SUFFIX = f".bin{INDEX_SUFFIX}"
+"""That of shards which torch.save wrote; they are read as one checkpoint, not written as shards again."""
+PATTERNS = (f"*.safetensors{INDEX_SUFFIX}", "*.safetensors", f"*{PICKLED_INDEX_SUFFIX}", "*.bin")
+"""What the files of a checkpoint in a folder are called; the first pattern that anything matches counts."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +41,22 @@ class Index:
 
 
 def resolve(path: Path) -> Path:
-    """The file that a path stands for: itself, or in a folder the index or else the only safetensors file.
+    """The file that a path stands for: itself, or in a folder the index or else the only checkpoint.
 
     Raises:
-        CheckpointError: a folder with neither, or with several.
+        CheckpointError: a folder with neither, or with several, or a path that cannot be looked at.
     """
-    if not path.is_dir():
-        return path
-    found = sorted(path.glob(f"*.safetensors{INDEX_SUFFIX}")) or sorted(path.glob("*.safetensors"))
+    try:
+        if not path.is_dir():
+            return path
+        matches = (sorted(path.glob(pattern)) for pattern in PATTERNS)
+        found = next(filter(None, matches), [])
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if len(found) == 1:
         return found[0]
     if not found:
-        raise CheckpointError(f"{path}: is a folder without *.safetensors{INDEX_SUFFIX} or a safetensors file")
+        raise CheckpointError(f"{path}: is a folder without *.safetensors{INDEX_SUFFIX}, a safetensors file or *.bin")
     names = shortlist(file.name for file in found)
     raise CheckpointError(f"{path}: is a folder with several checkpoints, name one: {names}")
 
@@ -61,30 +69,55 @@ def read_index(path: Path) -> Index | None:
             shards, or shards that hold other tensors than it says.
     """
     path = resolve(path)
-    if not path.name.endswith(INDEX_SUFFIX):
+    if not path.name.endswith(INDEX_SUFFIX) or path.name.endswith(PICKLED_INDEX_SUFFIX):
         return None
+    index = _index(path, ".safetensors")
+    held = {(name, file.name) for file in index.files for name in header.read_header(file)[0]}
+    check_homes(index, held)
+    return index
+
+
+def pickled_index(path: Path) -> Index | None:
+    """The index of shards that torch.save wrote, if a path stands for one; not checked against their tensors.
+
+    Raises:
+        CheckpointError: see `read_index`.
+    """
+    path = resolve(path)
+    return _index(path, ".bin") if path.name.endswith(PICKLED_INDEX_SUFFIX) else None
+
+
+def _index(path: Path, suffix: str) -> Index:
     index = Index(path, _weight_map(path))
     names = sorted(set(index.homes.values()))
-    if elsewhere := [name for name in names if not _is_beside(name)]:
-        raise CheckpointError(f"{path}: shards must be safetensors files beside the index, not {shortlist(elsewhere)}")
+    if elsewhere := [name for name in names if not _is_beside(name, suffix)]:
+        kind = suffix.removeprefix(".")
+        raise CheckpointError(f"{path}: shards must be {kind} files beside the index, not {shortlist(elsewhere)}")
     if missing := [file.name for file in index.files if not file.is_file()]:
         raise CheckpointError(f"{path}: lacks {len(missing)} of {len(names)} shards: {shortlist(missing)}")
+    return index
 
-    held = {(name, file.name) for file in index.files for name in header.read_header(file)[0]}
+
+def check_homes(index: Index, held: set[tuple[str, str]]) -> None:
+    """See that shards hold the tensors that an index says, given as pairs of tensor and file.
+
+    Raises:
+        CheckpointError: they do not, naming which.
+    """
     named = set(index.homes.items())
     if held != named:
         wrong = [f"{name} is named but not in {file}" for name, file in sorted(named - held)]
         wrong += [f"{name} in {file} is not named" for name, file in sorted(held - named)]
-        raise CheckpointError(f"{path}: does not fit its shards: {shortlist(wrong)}")
-    return index
+        raise CheckpointError(f"{index.path}: does not fit its shards: {shortlist(wrong)}")
 
 
-def _is_beside(name: str) -> bool:
+def _is_beside(name: str, suffix: str) -> bool:
     # A path in an index from elsewhere could name any file of this machine.
-    return Path(name).name == name and name.endswith(".safetensors")
+    return Path(name).name == name and name.endswith(suffix)
 
 
 def _weight_map(path: Path) -> dict[str, str]:
+    header.check_readable(path)
     try:
         homes = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if not homes or not all(isinstance(name, str) for name in homes.values()):
@@ -98,7 +131,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 def checkpoint_files(path: Path) -> list[Path]:
     """The files with the tensors of a checkpoint: its shards, or itself."""
-    index = read_index(path)
+    index = read_index(path) or pickled_index(path)
     return index.files if index else [resolve(path)]
 
 

@@ -10,27 +10,29 @@ from torch import Tensor
 
 from ttcompress.errors import CheckpointError
 from ttcompress.files.header import METADATA_KEY, canonical_json, encode_header
-from ttcompress.files.output import TEMPORARY, replacing
-from ttcompress.files.shards import INDEX_SUFFIX, Index, encode_index
-from ttcompress.files.tensors import LazyTensors, tensor_infos
+from ttcompress.files.output import replacing
+from ttcompress.files.shards import Index, encode_index
+from ttcompress.files.tensors import LazyTensors, tensor_data, tensor_infos
 from ttcompress.records.common import Json
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Json | None = None) -> None:
-    """Write one safetensors file (docs/format.md), byte for byte the same for the same content."""
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Json | None = None, mode: int | None = None
+) -> None:
+    """Write one safetensors file (docs/format.md), byte for byte the same for the same content.
+
+    Its permissions are those of a new file, or `mode`.
+    """
     # Other readers insist on the format.
     texts = {"format": "pt"}
     if metadata:
         texts[METADATA_KEY] = canonical_json(metadata)
     start, order = encode_header(tensor_infos(tensors), texts)
 
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path, mode) as temporary, temporary.open("wb") as file:
         file.write(start)
         for name in order:
-            tensor = tensors[name].detach().cpu().contiguous()
-            # A contiguous tensor of one entry or none may have any stride, which view() does not take.
-            flat = tensor.as_strided((tensor.numel(),), (1,))
-            file.write(flat.view(torch.uint8).numpy().data)
+            file.write(tensor_data(tensors[name]))
 
 
 def write_shards(
@@ -47,9 +49,8 @@ def write_shards(
     infos = tensor_infos(tensors)
     try:
         folder.mkdir(exist_ok=True)
-        # Without an index there is no checkpoint, whatever shards there are; nor old temporary files.
-        for old in (*folder.glob(f"*{INDEX_SUFFIX}"), *folder.glob(f"{TEMPORARY}*")):
-            old.unlink()
+        # Without its index there is no checkpoint, whatever shards there are.
+        (folder / index.path.name).unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}") from error
 

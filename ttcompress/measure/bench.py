@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import stat
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ttcompress.errors import PlanError
 from ttcompress.files.checkpoint import load_compressed
 from ttcompress.files.header import read_metadata
+from ttcompress.files.output import writing_alone
 from ttcompress.files.writing import write_safetensors
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
@@ -74,9 +76,12 @@ def bench_file(
 
 
 def save_bench(source: Path, result: Json) -> None:
-    """Write the figures into the report of the file that was measured."""
-    metadata = read_metadata(source)
-    write_safetensors(source, load_compressed(source), {**metadata, "bench": result})
+    """Write the figures into the report of the file that was measured, where a link leads to, for whom it was."""
+    file = source.resolve()
+    with writing_alone(file):
+        metadata = read_metadata(file)
+        mode = stat.S_IMODE(file.stat().st_mode)
+        write_safetensors(file, load_compressed(file), {**metadata, "bench": result}, mode)
 
 
 def is_slower(result: Json) -> bool:

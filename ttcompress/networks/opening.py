@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from ttcompress.errors import ArchitectureError, CheckpointError, PlanError
+from ttcompress.errors import ArchitectureError, CheckpointError, PlanError, shortlist
 from ttcompress.files.checkpoint import Checkpoint, is_compressed, load_checkpoint, load_compressed
 from ttcompress.files.header import blaming
 from ttcompress.files.shards import read_metadata
@@ -95,9 +96,24 @@ def open_dense(path: Path, arch: str | None = None, key: str = "") -> Network:
         ArchitectureError: none fits, or several.
     """
     checkpoint = _dense_checkpoint(path, key)
-    architecture, factory = _resolve(arch, checkpoint)
-    model = _filled(lambda device: models.build(architecture, factory, device), checkpoint.tensors)
-    return Network(model, checkpoint.tensors, architecture, models.preprocessing(architecture), checkpoint.source)
+    checkpoint, network = _opened(checkpoint, arch)
+    checkpoint.say_notes()
+    return network
+
+
+def _opened(checkpoint: Checkpoint, arch: str | None) -> tuple[Checkpoint, Network]:
+    """A checkpoint in its architecture, under its names or else without a prefix of all of them."""
+    try:
+        architecture, factory = _resolve(arch, checkpoint)
+        model = _filled(lambda device: models.build(architecture, factory, device), checkpoint.tensors)
+    except (ArchitectureError, CheckpointError):
+        shorter = checkpoint.without_prefix()
+        if shorter is not None:
+            with suppress(ArchitectureError, CheckpointError):
+                return _opened(shorter, arch)
+        raise
+    preprocessing = models.preprocessing(architecture)
+    return checkpoint, Network(model, checkpoint.tensors, architecture, preprocessing, checkpoint.source)
 
 
 def open_weights(path: Path, key: str = "") -> Network:
@@ -107,6 +123,7 @@ def open_weights(path: Path, key: str = "") -> Network:
         CheckpointError: see `load_checkpoint`.
     """
     checkpoint = _dense_checkpoint(path, key, exact=True)
+    checkpoint.say_notes()
     return Network(Weights(checkpoint.tensors), checkpoint.tensors, source=checkpoint.source)
 
 
@@ -143,12 +160,35 @@ def _assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     problem = models.mismatch(shapes, model)
     if problem:
         raise CheckpointError(f"the file does not fit its architecture: {problem}")
+    _check_types(model, state)
 
     # What may be missing are counters of batch norms; assigned tensors are no longer tied.
     model.load_state_dict(state, strict=False, assign=True)
     for alias, name in tied.items():
         owner, _, own_name = alias.rpartition(".")
         setattr(model.get_submodule(owner), own_name, model.get_parameter(name))
+
+
+def _check_types(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """See that parameters get numbers of the kind that they are made for: no codes, flags or complex numbers."""
+
+    def fits(parameter: Tensor, value: Tensor) -> bool:
+        is_same_kind = (parameter.is_floating_point(), parameter.is_complex()) == (
+            value.is_floating_point(),
+            value.is_complex(),
+        )
+        # Networks cannot compute in the types of one byte, float8 as little as codes.
+        return parameter.dtype == value.dtype or (is_same_kind and value.element_size() > 1)
+
+    wrong = {
+        name: state[name] for name, each in model.named_parameters() if name in state and not fits(each, state[name])
+    }
+    if wrong:
+        types = sorted({str(value.dtype).removeprefix("torch.") for value in wrong.values()})
+        raise CheckpointError(
+            f"the file holds {shortlist(types)} where the network computes in floating point: {shortlist(wrong)}; "
+            "convert them (dequantize, or .float()) first"
+        )
 
 
 def _is_unfinished(model: nn.Module) -> bool:

@@ -42,7 +42,7 @@ def train(model: nn.Module, options: TrainingOptions, setup: TrainingSetup, resu
 
     Raises:
         TrainingError: the loss is not finite; the last good state is in the checkpoint.
-        TrainingStoppedError: asked to stop by SIGINT or SIGTERM, with the state saved.
+        TrainingStoppedError: asked to stop by SIGINT, SIGTERM or SIGHUP, with the state saved.
         CheckpointError: nothing fitting to resume.
     """
     state = _initial_state(model, options, setup)
