@@ -159,13 +159,13 @@ def test_the_seed_draws_the_images() -> None:
     ("calib", "options", "message"),
     [
         (pictures(8, 1), {}, "calibration needs at least 16 images, not 8"),
-        (pictures(32, 1), {"calib_images": 33}, "has 32 images, --calib-images asks for 33"),
+        (pictures(32, 1), {"calib_images": 33}, "has 32 images, calib_images asks for 33"),
         (pictures(32, 1) * float("nan"), {}, "NaN or Inf"),
         (pictures(32, 1)[..., 1:], {}, "does not take images of shape"),
         (pictures(32, 1)[:, 1:], {}, "does not take images of shape"),
         ([], {}, "holds no inputs"),
-        (None, {"effort": "max"}, "--effort needs --calib"),
-        (None, {"calib_images": 64}, "--calib-images needs --calib"),
+        (None, {"effort": "max"}, "effort needs calib"),
+        (None, {"calib_images": 64}, "calib_images needs calib"),
     ],
     ids=["few", "more than there are", "NaN", "size", "channels", "none", "effort alone", "number alone"],
 )
@@ -181,7 +181,7 @@ def test_a_layer_that_does_not_run_is_named() -> None:
             return self[3](functional.relu(self[0](x.flatten(1))))  # type: ignore[no-any-return]
 
     model = Idle(nn.Linear(768, 32), nn.Linear(32, 48), nn.Linear(48, 32), nn.Linear(32, 10))
-    with pytest.raises(DataError, match="does not run 1, 2 on the calibration data: --exclude"):
+    with pytest.raises(DataError, match="does not run 1, 2 on the calibration data: exclude it"):
         ttcompress.compress(model, ratio=1.2, calib=pictures(32, 1))
     _, report = ttcompress.compress(model, ratio=1.2, calib=pictures(32, 1), exclude=["1", "2"], effort="fast")
     assert [layer.fqn for layer in report.plan.layers] == ["0"]
@@ -265,12 +265,40 @@ def test_spectra_and_statistics_are_computed_once(
 
 
 def test_a_search_needs_images_and_a_network_that_can_lose(digits: nn.Module, batches: Any) -> None:
-    with pytest.raises(PlanError, match="--val"):
+    with pytest.raises(PlanError, match="name them with val"):
         ttcompress.compress(digits, max_drop=1.0)
-    with pytest.raises(DataError, match="--val is what --max-drop"):
+    with pytest.raises(DataError, match="val is what max_drop"):
         ttcompress.compress(digits, ratio=2, val=batches["test"])
     state = deepcopy(digits.state_dict())
     answers = [(images, digits(images).argmax(1)) for images, _ in batches["test"]]
     with pytest.raises(PlanError, match=r"keeps the drop within 0 points; the mildest tried: .*x loses .* points"):
         ttcompress.compress(digits, max_drop=0, val=answers, include=["fc1"], format="matrix")
     assert all(torch.equal(value, state[key]) for key, value in digits.state_dict().items())
+
+
+def test_a_search_goes_by_any_metric_in_its_own_unit(digits: nn.Module, batches: Any) -> None:
+    images = batches["test"][0][0]
+
+    def agreement(model: nn.Module) -> float:
+        return -float((model.eval()(images) - digits(images)).square().mean())
+
+    small, report = ttcompress.compress(digits, max_drop=3.0, metric=agreement, include=["fc*"])
+    assert report.accuracy is not None
+    assert report.accuracy["metric"] == "agreement"
+    assert -3.0 <= agreement(small) == report.accuracy["compressed"] < 0
+    assert any(point["drop"] > 3.0 for point in report.search)
+    assert "lost" in str(report)
+    # By val where both are given.
+    _, by_val = ttcompress.compress(digits, max_drop=3.0, metric=agreement, val=batches["test"], include=["fc*"])
+    assert by_val.search[0]["accuracy"] > 0 > report.search[0]["accuracy"]
+
+
+@pytest.mark.parametrize("error", [KeyError("logits"), RuntimeError("no such batch"), OSError("gone")])
+def test_an_error_of_a_metric_is_one_line_with_its_cause(error: Exception) -> None:
+    def quality(model: nn.Module) -> float:
+        raise error
+
+    for target in ({"ratio": 2}, {"max_drop": 1.0}):
+        with pytest.raises(DataError, match=r"^quality failed: ") as caught:
+            ttcompress.compress(make("linear"), metric=quality, **target)  # type: ignore[arg-type]
+        assert caught.value.__cause__ is error
