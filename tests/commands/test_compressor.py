@@ -265,7 +265,7 @@ def test_spectra_and_statistics_are_computed_once(
 
 
 def test_a_search_needs_images_and_a_network_that_can_lose(digits: nn.Module, batches: Any) -> None:
-    with pytest.raises(PlanError, match=r"with val$"):
+    with pytest.raises(PlanError, match="name them with val"):
         ttcompress.compress(digits, max_drop=1.0)
     with pytest.raises(DataError, match="val is what max_drop"):
         ttcompress.compress(digits, ratio=2, val=batches["test"])
@@ -274,3 +274,31 @@ def test_a_search_needs_images_and_a_network_that_can_lose(digits: nn.Module, ba
     with pytest.raises(PlanError, match=r"keeps the drop within 0 points; the mildest tried: .*x loses .* points"):
         ttcompress.compress(digits, max_drop=0, val=answers, include=["fc1"], format="matrix")
     assert all(torch.equal(value, state[key]) for key, value in digits.state_dict().items())
+
+
+def test_a_search_goes_by_any_metric_in_its_own_unit(digits: nn.Module, batches: Any) -> None:
+    images = batches["test"][0][0]
+
+    def agreement(model: nn.Module) -> float:
+        return -float((model.eval()(images) - digits(images)).square().mean())
+
+    small, report = ttcompress.compress(digits, max_drop=3.0, metric=agreement, include=["fc*"])
+    assert report.accuracy is not None
+    assert report.accuracy["metric"] == "agreement"
+    assert -3.0 <= agreement(small) == report.accuracy["compressed"] < 0
+    assert any(point["drop"] > 3.0 for point in report.search)
+    assert "lost" in str(report)
+    # By val where both are given.
+    _, by_val = ttcompress.compress(digits, max_drop=3.0, metric=agreement, val=batches["test"], include=["fc*"])
+    assert by_val.search[0]["accuracy"] > 0 > report.search[0]["accuracy"]
+
+
+@pytest.mark.parametrize("error", [KeyError("logits"), RuntimeError("no such batch"), OSError("gone")])
+def test_an_error_of_a_metric_is_one_line_with_its_cause(error: Exception) -> None:
+    def quality(model: nn.Module) -> float:
+        raise error
+
+    for target in ({"ratio": 2}, {"max_drop": 1.0}):
+        with pytest.raises(DataError, match=r"^quality failed: ") as caught:
+            ttcompress.compress(make("linear"), metric=quality, **target)  # type: ignore[arg-type]
+        assert caught.value.__cause__ is error

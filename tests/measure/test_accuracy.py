@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import sqrt
+from typing import Any
 
 import numpy as np
 import pytest
@@ -212,12 +213,63 @@ def test_no_images_and_no_labels() -> None:
     assert "needs labels" in message(Given(), [(torch.randn(2, 3), None)])
 
 
-def test_running_out_of_memory_is_not_blamed_on_the_data() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+)
+def test_running_out_of_memory_names_the_batch_size(error: Exception) -> None:
     def exhaust(x: Tensor) -> Tensor:
-        raise torch.OutOfMemoryError("out of memory")
+        raise error
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(DataError, match=r"out of memory; a smaller --batch-size") as caught:
         predict(Function(exhaust), batches(*made_up(2, 3)))
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (KeyError("pixel_values"), "KeyError: 'pixel_values'"),
+        (AttributeError("no attribute shape"), "AttributeError: no attribute shape"),
+        (ZeroDivisionError(), "ZeroDivisionError"),
+        (NotImplementedError("no such mode\nsecond line"), "no such mode"),
+        (StopIteration("spent"), "StopIteration: spent"),
+    ],
+)
+def test_whatever_the_network_raises_is_one_line_with_its_cause(error: Exception, line: str) -> None:
+    def fail(x: Tensor) -> Tensor:
+        raise error
+
+    with pytest.raises(DataError) as caught:
+        predict(Function(fail), batches(*made_up(2, 3)))
+    assert str(caught.value) == f"the network does not take images of shape (3,): {line}"
+    assert caught.value.__cause__ is error
+
+
+def test_an_interrupt_is_no_error_of_the_network() -> None:
+    def interrupt(x: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(Function(interrupt), batches(*made_up(2, 3)))
+
+
+def test_what_a_loader_raises_and_what_is_no_batch() -> None:
+    def broken() -> Iterator[Any]:
+        yield torch.randn(2, 3), torch.zeros(2, dtype=torch.long)
+        raise OSError("picture.png is truncated")
+
+    assert message(Given(), broken()) == "the data cannot be read: OSError: picture.png is truncated"
+    x, labels = torch.randn(2, 3), torch.zeros(2, dtype=torch.long)
+    assert "not a tuple of 3" in message(Given(), [(x, labels, labels)])  # type: ignore[list-item]
+    assert "not a dict of 1" in message(Given(), [{"x": x}])  # type: ignore[list-item]
+    assert "not a Tensor" in message(Given(), [x])  # type: ignore[list-item]
+    assert "not a list" in message(Given(), [(x, [0, 1])])  # type: ignore[list-item]
+    assert "cannot be read" in message(Given(), 7)  # type: ignore[arg-type]
 
 
 @settings(max_examples=50, deadline=None)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ttcompress.data.calibration_images import Calibration
-from ttcompress.networks.running import device_of
+from ttcompress.networks.running import batch_size, call, device_of, placed
 
 
 def recalibrate_batch_norm(model: nn.Module, calibration: Calibration) -> bool:
@@ -25,8 +25,8 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Calibration) -> bool:
     with torch.no_grad():
         for batch in calibration.fitting(0):
             # In training mode batch norm refuses a single vector, which has no variance.
-            if len(batch) > 1:
-                model(batch.to(device_of(model)))
+            if batch_size(batch) > 1:
+                call(model, placed(batch, device_of(model)))
 
     for norm, momentum in zip(norms, before, strict=True):
         norm.momentum = momentum

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ttcompress.calibrate.observe import hooked
 from ttcompress.data.calibration_images import Calibration
-from ttcompress.networks.running import centred, device_of, forward
+from ttcompress.networks.running import call, centred, device_of, forward, placed
 from ttcompress.records.plan import CompressionPlan
 
 
@@ -22,8 +22,8 @@ def network_error(dense: nn.Module, compressed: nn.Module, calibration: Calibrat
     """
     missed = power = 0.0
     for batch in calibration.held_out():
-        images = batch.to(device_of(dense))
-        ours, theirs = forward(compressed, images).double(), forward(dense, images).double()
+        inputs = placed(batch, device_of(dense))
+        ours, theirs = forward(compressed, inputs).double(), forward(dense, inputs).double()
         missed += float(centred(ours - theirs).square().sum())
         power += float(centred(theirs).square().sum())
     return _relative(missed, power)
@@ -49,9 +49,9 @@ def output_errors(
 
     with hooked(dense, names, remember, after=True), hooked(compressed, names, compare, after=True):
         for batch in calibration.held_out():
-            images = batch.to(device_of(dense))
-            dense(images)
-            compressed(images)
+            inputs = placed(batch, device_of(dense))
+            call(dense, inputs)
+            call(compressed, inputs)
     return {name: _relative(missed[name], power[name]) for name in names}
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ttcompress.calibrate.statistics import Statistics
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
-from ttcompress.networks.running import centred
+from ttcompress.networks.running import NetworkInput, batch_size, call, centred
 from ttcompress.tt.whiten import DAMPING, ModeMetric
 
 RENEWED_EVERY = 10
@@ -64,13 +64,13 @@ class NaturalGradient:
         pairs = zip(self._layers, self._metrics, strict=True)
         self._frames = [_inverse_frames(list(layer.cores), metrics) for layer, metrics in pairs]
 
-    def best_step(self, model: nn.Module, images: Tensor, target: Tensor) -> float:
+    def best_step(self, model: nn.Module, inputs: NetworkInput, target: Tensor) -> float:
         """The step along the natural gradient that would minimise the squared error, were the network linear.
 
         Along a direction d the error is then a parabola: the step is its slope <gradient, d> over its
         curvature ||J d||^2, and J d, the change of the outputs, is measured by a small step.
         """
-        output = model(images)
+        output = call(model, inputs)
         half_squared_error(output, target).backward()  # type: ignore[no-untyped-call]
         plain = [_gradient(core) for core in self.cores]
         self.apply()
@@ -80,9 +80,9 @@ class NaturalGradient:
         small = PROBE * _length(self.cores) / (_length(direction) or 1.0)
         with torch.no_grad():
             self._move(direction, -small)
-            change = (model(images) - output) / small
+            change = (call(model, inputs) - output) / small
             self._move(direction, small)
-        curvature = float(centred(change).square().sum()) / len(images)
+        curvature = float(centred(change).square().sum()) / batch_size(inputs)
         return slope / curvature if curvature > 0 else 0.0
 
     def _move(self, direction: Sequence[Tensor], by: float) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 from math import cos, pi
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from ttcompress.data.augment import CROP, flipped, shifted
 from ttcompress.data.calibration_images import Calibration
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
-from ttcompress.networks.running import device_of
+from ttcompress.networks.running import NetworkInput, batch_size, call, device_of, map_tensors, placed, tensors_of
 from ttcompress.records.common import Progress
 
 STEP = 0.4
@@ -82,7 +83,7 @@ def refine(
 def _descend(
     model: nn.Module,
     natural: NaturalGradient,
-    answered: Iterator[tuple[Tensor, Tensor]],
+    answered: Iterator[tuple[NetworkInput, Tensor]],
     schedule: Schedule,
     progress: Progress | None,
 ) -> bool:
@@ -91,8 +92,8 @@ def _descend(
     decays = [torch.optim.lr_scheduler.LambdaLR(each, schedule.share) for each in optimizers]
 
     errors = list[float]()
-    for step, (images, target) in enumerate(islice(answered, schedule.steps)):
-        loss = half_squared_error(model(images), target)
+    for step, (inputs, target) in enumerate(islice(answered, schedule.steps)):
+        loss = half_squared_error(call(model, inputs), target)
         errors.append(float(loss.detach()))
         # Also where it is NaN, which compares as false.
         if not errors[-1] <= DIVERGED * errors[0]:
@@ -123,38 +124,44 @@ def _optimizers(model: nn.Module, natural: NaturalGradient, schedule: Schedule) 
     return [by_natural_gradient, torch.optim.Adam(others, lr=schedule.adam_rate)]
 
 
-def _answered(reference: Reference, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented images, without end, and what the dense network says to them."""
-    for images in _augmented(reference.calibration, seed, device_of(reference.dense)):
+def _answered(reference: Reference, seed: int) -> Iterator[tuple[NetworkInput, Tensor]]:
+    """Augmented inputs, without end, and what the dense network says to them."""
+    for inputs in _augmented(reference.calibration, seed, device_of(reference.dense)):
         with torch.no_grad():
-            answer = reference.dense(images)
-        yield images, answer
+            answer: Tensor = call(reference.dense, inputs)
+        yield inputs, answer
 
 
-def _augmented(calibration: Calibration, seed: int, device: torch.device) -> Iterator[Tensor]:
+def _augmented(calibration: Calibration, seed: int, device: torch.device) -> Iterator[NetworkInput]:
     generator = torch.Generator().manual_seed(seed)
     for number in count(1):
         for batch in calibration.fitting(number):
-            if len(batch) > 1:
-                yield augment(batch, generator).to(device)
+            if batch_size(batch) > 1:
+                yield placed(augment(batch, generator), device)
 
 
-def augment(batch: Tensor, generator: torch.Generator) -> Tensor:
+def augment(inputs: NetworkInput, generator: torch.Generator) -> Any:
     """Mixtures a u_i + (1 - a) u_j of the inputs u, a uniform.
 
-    Images (N, C, H, W) are flipped and moved first; whole numbers, such as tokens, stay as they are.
+    Images (N, C, H, W) are flipped and moved first, unless they come with others. Whole numbers, such as
+    tokens, stay as they are, and with them what belongs to them.
     """
-    if not batch.is_floating_point():
-        return batch
+    if not all(tensor.is_floating_point() for tensor in tensors_of(inputs)):
+        return inputs
 
-    size = len(batch)
-    if batch.dim() == 4:
-        batch = flipped(batch, torch.rand(size, generator=generator) < 0.5)
-        batch = moved(batch, generator)
+    size = batch_size(inputs)
+    if isinstance(inputs, Tensor) and inputs.dim() == 4:
+        inputs = flipped(inputs, torch.rand(size, generator=generator) < 0.5)
+        inputs = moved(inputs, generator)
 
-    a = torch.rand(size, generator=generator).reshape(-1, *[1] * (batch.dim() - 1)).to(batch)
-    partners = batch[torch.randperm(size, generator=generator)]
-    return a * batch + (1 - a) * partners
+    shares = torch.rand(size, generator=generator)
+    order = torch.randperm(size, generator=generator)
+
+    def mixed(tensor: Tensor) -> Tensor:
+        a = shares.reshape(-1, *[1] * (tensor.dim() - 1)).to(tensor)
+        return a * tensor + (1 - a) * tensor[order]
+
+    return map_tensors(mixed, inputs)
 
 
 def moved(batch: Tensor, generator: torch.Generator) -> Tensor:

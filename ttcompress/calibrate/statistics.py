@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ttcompress.calibrate.observe import hooked, layer_inputs, layer_outputs, weight_size
 from ttcompress.data.calibration_images import Calibration
 from ttcompress.errors import DataError
-from ttcompress.networks.running import centred, device_of, forward
+from ttcompress.networks.running import batch_size, blaming, centred, device_of, forward, placed
 from ttcompress.records.common import Progress
 from ttcompress.tt.shapes import Tensorization
 from ttcompress.tt.whiten import ModeMetric, Moments, mode_metrics
@@ -90,8 +90,8 @@ def measure(
 def _execution_order(model: nn.Module, names: Sequence[str], calibration: Calibration) -> list[str]:
     seen: dict[str, None] = {}
     with hooked(model, names, lambda name, module, x: seen.setdefault(name)):
-        images = next(iter(calibration.held_out()))
-        forward(model, images.to(device_of(model)))
+        batch = next(iter(calibration.held_out()))
+        forward(model, placed(batch, device_of(model)))
     return [*seen]
 
 
@@ -125,22 +125,23 @@ def _fill(
     names = list(group)
     offset = 0
 
-    for images in calibration.fitting(0):
-        batch = _Batch(group, len(images), offset)
+    for inputs in calibration.fitting(0):
+        batch = _Batch(group, batch_size(inputs), offset)
         with hooked(model, names, batch.observe, after=True):
-            output = forward(model, images.to(device))
+            output = forward(model, placed(inputs, device))
             projection = torch.randn(output.shape, generator=generator).to(output)
-            (output * centred(projection)).sum().backward()  # type: ignore[no-untyped-call]
+            with blaming("the network has no gradients"):
+                (output * centred(projection)).sum().backward()  # type: ignore[no-untyped-call]
         offset += 1
         if progress:
-            done = min(offset * len(images), calibration.num_images)
+            done = min(offset * batch.num_images, calibration.num_images)
             progress("statistics", done, calibration.num_images)
 
     with torch.no_grad():
-        for images in calibration.held_out():
-            batch = _Batch(group, len(images), offset)
+        for inputs in calibration.held_out():
+            batch = _Batch(group, batch_size(inputs), offset)
             with hooked(model, names, batch.observe_held_out):
-                forward(model, images.to(device))
+                forward(model, placed(inputs, device))
             offset += 1
 
 

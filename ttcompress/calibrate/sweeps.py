@@ -13,7 +13,7 @@ from ttcompress.calibrate.decompose import weight_only
 from ttcompress.calibrate.observe import hooked, layer_inputs, weight_size
 from ttcompress.calibrate.reference import Reference
 from ttcompress.data.calibration_images import Calibration
-from ttcompress.networks.running import device_of
+from ttcompress.networks.running import NetworkInput, batch_size, call, device_of, placed
 from ttcompress.records.common import Progress
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.tt.decompose import spread_norm
@@ -87,8 +87,11 @@ def fit_layer(
     return fit_cores(better, unweighted, sweeps)[0]
 
 
-class _ReachedError(Exception):
-    """The layer whose input is wanted has been reached; what follows it need not run."""
+class _Reached(BaseException):
+    """The layer whose input is wanted has been reached; what follows it need not run.
+
+    It is no error, so that a network that catches errors does not catch it.
+    """
 
 
 def input_pairs(dense: nn.Module, compressed: nn.Module, name: str, calibration: Calibration) -> Moments:
@@ -101,25 +104,26 @@ def input_pairs(dense: nn.Module, compressed: nn.Module, name: str, calibration:
     for offset, batch in enumerate(calibration.fitting(0)):
         if seen >= SWEEP_IMAGES:
             break
-        seen += len(batch)
-        images = batch.to(device)
-        ours, theirs = _inputs_of(compressed, name, images), _inputs_of(dense, name, images)
+        size = batch_size(batch)
+        seen += size
+        inputs = placed(batch, device)
+        ours, theirs = _inputs_of(compressed, name, inputs), _inputs_of(dense, name, inputs)
         # A layer that runs several times for a batch is fitted at its first call.
         for x, t in zip(ours, theirs, strict=True):
             columns, partners = layer_inputs(module, x, offset)[0], layer_inputs(module, t, offset)[0]
-            pairs.add(columns, partners, len(batch))
+            pairs.add(columns, partners, size)
     return pairs
 
 
 @torch.no_grad()
-def _inputs_of(model: nn.Module, name: str, images: Tensor) -> list[Tensor]:
+def _inputs_of(model: nn.Module, name: str, inputs: NetworkInput) -> list[Tensor]:
     """The inputs of the first call of a layer; the rest of the network does not run."""
     caught: list[Tensor] = []
 
     def catch(_: str, module: nn.Module, x: Tensor) -> None:
         caught.append(x.detach())
-        raise _ReachedError
+        raise _Reached
 
-    with hooked(model, [name], catch), suppress(_ReachedError):
-        model(images)
+    with hooked(model, [name], catch), suppress(_Reached):
+        call(model, inputs)
     return caught

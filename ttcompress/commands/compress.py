@@ -264,4 +264,5 @@ def _compressor(
         inputs.calibration,
         progress,
         input_shape=settings.input_size or known or (),
+        example=inputs.example,
     )

@@ -19,7 +19,7 @@ from ttcompress.data.calibration_images import Calibration
 from ttcompress.errors import DataError, PlanError, shortlist
 from ttcompress.measure.latency import Bed, within_latency
 from ttcompress.measure.multiply_adds import Usage, usage_of
-from ttcompress.networks.running import input_dtype
+from ttcompress.networks.running import Example, NetworkInput, input_dtype, placed
 from ttcompress.networks.surgery import apply_plan
 from ttcompress.planning.budgets import Budget
 from ttcompress.planning.plan_file import adopt_plan
@@ -51,7 +51,8 @@ class Compressed:
 class Compressor:
     """How one network is compressed; what does not depend on the target is computed once.
 
-    `results` may compute spectra elsewhere. Multiply-adds and latency depend on `input_shape`, that of one input.
+    `results` may compute spectra elsewhere. Multiply-adds and latency depend on the first input of `example`, else
+    on `input_shape`, that of one input, else on the first input to calibrate on.
     """
 
     model: nn.Module
@@ -61,6 +62,7 @@ class Compressor:
     progress: Progress | None = None
     results: Results | None = None
     input_shape: tuple[int, ...] = ()
+    example: NetworkInput | None = None
 
     def plan(self, recipe: Recipe, given: CompressionPlan | None = None) -> CompressionPlan:
         """The plan for a recipe, or the one given, checked against the network.
@@ -98,17 +100,24 @@ class Compressor:
 
     @cached_property
     def _usage(self) -> Usage:
-        return usage_of(self.model, self._shape)
+        return usage_of(self.model, self._example)
 
     @cached_property
     def _bed(self) -> Bed:
-        return Bed(self.model, self._shape, self.device)
+        return Bed(self.model, self._example, self.device)
 
     @property
-    def _shape(self) -> tuple[int, ...]:
-        if not self.input_shape:
-            raise PlanError("the size of an input is not known; give it with --input-size, such as 3,224,224")
-        return self.input_shape
+    def _example(self) -> Example:
+        if self.example is not None:
+            return Example(inputs=self.example)
+        if self.input_shape:
+            return Example(self.input_shape)
+        if self.calibration is not None:
+            return Example(inputs=next(iter(self.calibration.held_out())))
+        raise PlanError(
+            "the size of an input is not known; give it with --input-size, such as 3,224,224, "
+            "or an example of inputs with --calib"
+        )
 
     def apply(self, plan: CompressionPlan, inplace: bool = False) -> Compressed:
         """The network, or a copy of it, compressed."""
@@ -144,7 +153,10 @@ class Compressor:
             PlanError: nothing to measure accuracy on, no weights, or no compression that was tried keeps the drop.
         """
         if score is None:
-            raise PlanError("--max-drop alone searches on labelled images of their own: name them with --val")
+            raise PlanError(
+                "--max-drop alone searches on labelled images of their own: name them with --val "
+                "(in Python a metric will do)"
+            )
         if any(parameter.is_meta for parameter in self.model.parameters()):
             raise PlanError("--max-drop needs the weights: give a checkpoint")
 
@@ -201,7 +213,9 @@ class Compressor:
 
     @cached_property
     def _images(self) -> Calibration | None:
-        return self.calibration and self.calibration.cast(input_dtype(self._dense))
+        return self.calibration and self.calibration.mapped(
+            partial(placed, device="cpu", dtype=input_dtype(self._dense))
+        )
 
     @cached_property
     def _dense(self) -> nn.Module:

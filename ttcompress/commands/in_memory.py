@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from inspect import signature
@@ -22,6 +23,7 @@ from ttcompress.errors import DataError, PlanError, TTCompressError, shortlist
 from ttcompress.layers.base import TTLayer
 from ttcompress.measure.accuracy import predict
 from ttcompress.networks.opening import Network
+from ttcompress.networks.running import NetworkInput, blaming
 from ttcompress.options import OPTIONS, RUN_OPTIONS
 from ttcompress.recipe import LayerRule, Recipe
 from ttcompress.records.common import Json, Progress
@@ -30,7 +32,7 @@ from ttcompress.records.report import Accuracy, Report
 from ttcompress.runtime import chosen_device
 from ttcompress.settings import Settings
 
-LabelledBatches = Iterable[tuple[Tensor, Tensor]]
+LabelledBatches = Iterable[tuple[NetworkInput, Tensor]]
 FLAG = re.compile(r"--([a-z][a-z0-9-]*)")
 
 
@@ -71,6 +73,7 @@ def compress(
     exec: str | None = None,
     tune: bool | None = None,
     input_size: Sequence[int] = (),
+    example: NetworkInput | None = None,
     calib: Tensor | Iterable[Any] | None = None,
     calib_images: int | None = None,
     effort: str | None = None,
@@ -91,11 +94,14 @@ def compress(
 
     Args:
         module: any network; its Linear and Conv2d layers are candidates.
+        example: a batch to count and time with, instead of an `input_size`; without it one of `calib` is taken.
         calib: inputs (N, ...) without labels, as one tensor or as batches (inputs, or tuples that begin with them);
             output error then counts instead of weight error.
         data: labelled batches (inputs, labels) to measure accuracy on, such as a DataLoader; read twice, in the same
-            order if `agreement` is to be known.
-        metric: instead of `data`, any function of the module; its values before and after go into the report.
+            order if `agreement` is to be known. Several inputs of a network are a tuple, or a dict by name, in the
+            place of one, here and in `calib`: ((ids, mask), labels), ({"ids": ids, "mask": mask}, labels).
+        metric: instead of `data`, any function of the module; its values before and after go into the report. With
+            `max_drop` and no `val` the search goes by it: higher is better, `max_drop` is in its own unit.
         val: labelled batches to search by, with `max_drop` and no other target; read once a point.
         layers: rules for single layers, each with a pattern: `LayerRule("features.*", format="chain")`.
         inplace: change `module` itself instead of a copy.
@@ -116,7 +122,7 @@ def compress(
         _check_measures(recipe, plan, data, metric, val)
         model = module if inplace else copy.deepcopy(module)
         settings = Settings.of(recipe)
-        inputs = _inputs(settings, calib, data, metric, val, progress)
+        inputs = replace(_inputs(settings, calib, data, metric, val, progress), example=example)
         return model, compress_network(Network(model, model.state_dict()), settings, plan, inputs, progress)
 
 
@@ -141,6 +147,7 @@ def plan(
     exec: str | None = None,
     tune: bool | None = None,
     input_size: Sequence[int] = (),
+    example: NetworkInput | None = None,
     calib: Tensor | Iterable[Any] | None = None,
     calib_images: int | None = None,
     effort: str | None = None,
@@ -171,7 +178,7 @@ def plan(
         _check_dense(module)
         _check_measures(recipe, None, None, None, val)
         settings = Settings.of(recipe)
-        inputs = _inputs(settings, calib, None, None, val, progress)
+        inputs = replace(_inputs(settings, calib, None, None, val, progress), example=example)
         return plan_network(Network(module, module.state_dict()), settings, None, inputs, progress).plan
 
 
@@ -285,23 +292,28 @@ def _inputs(
     progress: Progress | None,
 ) -> Inputs:
     device = chosen_device(settings.device)
-    measured = None
+    measured = score = None
 
+    if val is not None:
+        score = score_by(accuracy_of(lambda: val, "val", device, progress))
     if data is not None:
         measured = accuracy_of(lambda: data, "data", device, progress)
     elif metric is not None:
         name = getattr(metric, "__name__", "metric")
         measured = Metric(partial(_finite, metric, name), partial(_metric_json, name))
+        if score is None and settings.recipe.target == "max_drop":
+            score = measured.measure
 
     return Inputs(
         metric=measured,
-        score=None if val is None else score_by(accuracy_of(lambda: val, "val", device, progress)),
+        score=score,
         calibration=None if calib is None else tensor_calibration(calib, settings),
     )
 
 
 def _finite(metric: Callable[[nn.Module], float], name: str, module: nn.Module) -> float:
-    value = float(metric(module))
+    with blaming(f"{name} failed"):
+        value = float(metric(module))
     if not isfinite(value):
         raise DataError(f"{name} returned {value}, which no report can hold")
     return value

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ttcompress.data.sets import Images
 from ttcompress.errors import DataError
 from ttcompress.measure.accuracy import Batches, Predictions, compare, predict
 from ttcompress.networks.opening import Network
+from ttcompress.networks.running import NetworkInput, batch_size, blaming, map_tensors, tensors_of
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Json, Progress
 from ttcompress.records.report import Preprocessing
@@ -36,11 +38,15 @@ class Metric:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a compression is measured by (`metric`), searches by (`score`) and is fitted to (`calibration`)."""
+    """What a compression is measured by (`metric`), searches by (`score`) and is fitted to (`calibration`).
+
+    `example` is a batch to count and time with.
+    """
 
     metric: Metric | None = None
     score: Score | None = None
     calibration: Calibration | None = None
+    example: NetworkInput | None = None
 
 
 def open_inputs(network: Network, settings: Settings, progress: Progress | None) -> tuple[Network, Inputs]:
@@ -140,24 +146,65 @@ def preprocessing_for(settings: Settings, known: Preprocessing | None, images: I
     return known or (images.statistics() if images else None)
 
 
-def tensor_calibration(calib: Tensor | Iterable[Any], settings: Settings) -> Calibration:
-    """Calibration on inputs in memory: one tensor, or batches of inputs or of tuples that begin with them.
+def tensor_calibration(calib: Tensor | Mapping[str, Any] | Iterable[Any], settings: Settings) -> Calibration:
+    """Calibration on inputs in memory: one tensor or one mapping, or batches.
+
+    A batch is inputs by themselves (a tensor, or a mapping of them by name) or a tuple that begins with them;
+    what the tuple begins with may be a tuple of several inputs.
 
     Raises:
-        DataError: none, too few, or NaN.
+        DataError: none, too few, NaN, or batches that do not fit together.
     """
-    given = [calib] if isinstance(calib, Tensor) else list(calib)
-    batches = [each if isinstance(each, Tensor) else each[0] for each in given]
-    if not batches:
+    with blaming("calib cannot be read"):
+        given = [calib] if isinstance(calib, Tensor | Mapping) else list(calib)
+    if not given:
         raise DataError("calib holds no inputs")
 
-    inputs = torch.cat(batches).detach().cpu()
-    if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
-        raise DataError("calib holds NaN or Inf")
+    batches = [_inputs_in(batch) for batch in given]
+    with blaming("the batches of calib do not fit together"):
+        inputs = _joined(batches)
+    _check_rows(inputs)
 
-    def parts(indices: Sequence[int]) -> Iterator[Tensor]:
+    def parts(indices: Sequence[int]) -> Iterator[Any]:
         size = settings.batch_size
         for start in range(0, len(indices), size):
-            yield inputs[torch.tensor(indices[start : start + size])]
+            chosen = torch.tensor(indices[start : start + size])
+            yield map_tensors(itemgetter(chosen), inputs)
 
-    return draw("calib", len(inputs), settings.recipe.calib_images, settings.seed, parts)
+    return draw("calib", batch_size(inputs), settings.recipe.calib_images, settings.seed, parts)
+
+
+def _inputs_in(batch: Any) -> NetworkInput:
+    """The inputs of a batch, without what follows them."""
+    inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(inputs, Tensor | Mapping | tuple | list) or not tensors_of(inputs):
+        kind = type(inputs).__name__
+        raise DataError(f"a batch of calib is inputs, or a tuple that begins with them; this one has a {kind}")
+    return inputs
+
+
+def _joined(batches: Sequence[Any]) -> Any:
+    """All batches as one, on the CPU."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(batches)).detach().cpu()
+    if isinstance(first, Mapping):
+        return {name: _joined([batch[name] for batch in batches]) for name in first}
+    if isinstance(first, tuple | list):
+        return tuple(_joined(column) for column in zip(*batches, strict=True))
+    return first
+
+
+def _check_rows(inputs: NetworkInput) -> None:
+    """See that every tensor has a row an input, and that none is NaN.
+
+    Raises:
+        DataError: another number of rows, or NaN.
+    """
+    count = batch_size(inputs)
+    for tensor in tensors_of(inputs):
+        if tensor.dim() == 0 or len(tensor) != count:
+            shape = tuple(tensor.shape)
+            raise DataError(f"calib holds {count:,} inputs, but also a tensor {shape}: all need a row an input")
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise DataError("calib holds NaN or Inf")

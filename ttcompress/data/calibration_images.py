@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ HELD_OUT = 8
 
 @dataclass(frozen=True)
 class Calibration:
-    """Unlabelled images as batches of network input, on the CPU.
+    """Unlabelled images as batches of network input, on the CPU; any inputs count as images here.
 
     `fitting(number)` gives the `num_images` to learn from, in another order for every number; `held_out()`
     those that decide.
@@ -29,19 +30,15 @@ class Calibration:
     name: str
     num_images: int
     num_held_out: int
-    fitting: Callable[[int], Iterable[Tensor]]
-    held_out: Callable[[], Iterable[Tensor]]
+    fitting: Callable[[int], Iterable[Any]]
+    held_out: Callable[[], Iterable[Any]]
 
-    def cast(self, dtype: torch.dtype) -> Calibration:
-        """The same images in another type; whole numbers, such as tokens, stay as they are."""
-
-        def cast_all(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-            return (batch.to(dtype) if batch.is_floating_point() else batch for batch in batches)
-
+    def mapped(self, change: Callable[[Any], Any]) -> Calibration:
+        """The same images with every batch changed when it is read."""
         return replace(
             self,
-            fitting=lambda number: cast_all(self.fitting(number)),
-            held_out=lambda: cast_all(self.held_out()),
+            fitting=lambda number: map(change, self.fitting(number)),
+            held_out=lambda: map(change, self.held_out()),
         )
 
 
@@ -50,7 +47,7 @@ def draw(
     available: int,
     asked: int | None,
     seed: int,
-    batches: Callable[[Sequence[int]], Iterable[Tensor]],
+    batches: Callable[[Sequence[int]], Iterable[Any]],
 ) -> Calibration:
     """Calibration on `asked` of the available images, drawn by the seed.
 
@@ -69,7 +66,7 @@ def draw(
     num_held_out = wanted // HELD_OUT
     held_out, fitting = drawn[:num_held_out], drawn[num_held_out:]
 
-    def shuffled(number: int) -> Iterable[Tensor]:
+    def shuffled(number: int) -> Iterable[Any]:
         # A factor so large that other seeds never meet the same numbers.
         order = _permutation(len(fitting), (seed * 1_000_003 + number) % SEEDS)
         return batches(fitting[order].tolist())

@@ -54,25 +54,6 @@ def _info(name: str, tensor: Tensor) -> TensorInfo:
     return TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
 
 
-def state_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """The sha256 of a state dict: of names, types, shapes and values, whatever file they are in and in which order."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        described = canonical_json([name, str(tensor.dtype), list(tensor.shape)])
-        digest.update(f"{described}\n".encode())
-        digest.update(tensor_data(tensor))
-    return digest.hexdigest()
-
-
-def tensor_data(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, row by row, as files hold them."""
-    tensor = tensor.detach().cpu().contiguous()
-    # A contiguous tensor of one entry or none may have any stride, which view() does not take.
-    flat = tensor.as_strided((tensor.numel(),), (1,))
-    return flat.view(torch.uint8).numpy().data
-
-
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of all tensors together."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ttcompress.errors import DataError
-from ttcompress.networks.running import forward, input_dtype
+from ttcompress.networks.running import NetworkInput, blaming, forward, input_dtype, placed
 from ttcompress.records.common import Progress
 from ttcompress.records.report import Accuracy, Comparison
 
-Batches = Iterable[tuple[Tensor, Tensor | None]]
+Batches = Iterable[tuple[NetworkInput, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def wilson_interval(right: int, n: int, z: float = 1.959963984540054) -> tuple[f
 def predict(
     model: nn.Module, batches: Batches, device: torch.device | str = "cpu", progress: Progress | None = None
 ) -> Predictions:
-    """Run a classifier over labelled batches of (images, labels), in eval mode; its own mode is put back after.
+    """Run a classifier over labelled batches of (inputs, labels), in eval mode; its own mode is put back after.
 
     Raises:
         DataError: no image, no labels, labels that are no classes, images the network does not take, NaN logits.
@@ -54,10 +55,8 @@ def predict(
     classes: list[Tensor] = []
     labels: list[Tensor] = []
     try:
-        for images, target in batches:
-            if target is None:
-                raise DataError("accuracy needs labels; this data has none")
-            logits = _logits(model, images.to(device, dtype if images.is_floating_point() else images.dtype))
+        for inputs, target in labelled(batches):
+            logits = _logits(model, placed(inputs, device, dtype))
             _check_labels(target, logits)
             classes.append(logits.topk(min(5, logits.shape[1])).indices.cpu())
             labels.append(target.cpu())
@@ -70,6 +69,34 @@ def predict(
     return Predictions(torch.cat(classes), torch.cat(labels))
 
 
+def labelled(batches: Batches) -> Iterator[tuple[NetworkInput, Tensor]]:
+    """The batches of a loader, which may be a user's own.
+
+    Raises:
+        DataError: an error of the loader, or a batch that is no (inputs, labels).
+    """
+    with blaming("the data cannot be read"):
+        loader = iter(batches)
+    while True:
+        with blaming("the data cannot be read"):
+            batch = next(loader, None)
+        if batch is None:
+            return
+        yield _inputs_and_labels(batch)
+
+
+def _inputs_and_labels(batch: Any) -> tuple[NetworkInput, Tensor]:
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        holds = f" of {len(batch)}" if isinstance(batch, tuple | list | Mapping) else ""
+        raise DataError(f"a batch of labelled data is (inputs, labels), not a {type(batch).__name__}{holds}")
+    inputs, labels = batch
+    if labels is None:
+        raise DataError("accuracy needs labels; this data has none")
+    if not isinstance(labels, Tensor):
+        raise DataError(f"the labels of a batch are a tensor of class numbers, not a {type(labels).__name__}")
+    return inputs, labels
+
+
 def _check_labels(labels: Tensor, logits: Tensor) -> None:
     if labels.shape != logits.shape[:1]:
         raise DataError(f"labels {tuple(labels.shape)} for logits {tuple(logits.shape)}: one class number an image")
@@ -79,8 +106,8 @@ def _check_labels(labels: Tensor, logits: Tensor) -> None:
 
 
 @torch.inference_mode()
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    logits = forward(model, images)
+def _logits(model: nn.Module, inputs: NetworkInput) -> Tensor:
+    logits = forward(model, inputs)
     if logits.dim() != 2:
         raise DataError(f"accuracy needs logits (images, classes); the network returns {tuple(logits.shape)}")
     return logits

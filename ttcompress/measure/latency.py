@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import sqrt
 from statistics import median
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ttcompress.errors import PlanError
 from ttcompress.measure.timing import NOISE, at_its_best, by_turns, device_name, input_of, runner
-from ttcompress.networks.running import forward, input_dtype
+from ttcompress.networks.running import Example, NetworkInput, call, input_dtype
 from ttcompress.networks.surgery import fresh_layer, swap
 from ttcompress.records.common import Json, Progress, format_compression
 from ttcompress.records.layers import Execution
@@ -32,20 +33,19 @@ SHARE = 0.3
 class Bed:
     """A dense network on a device, and inputs of it, to try plans on."""
 
-    def __init__(self, model: nn.Module, input_shape: Sequence[int], device: torch.device) -> None:
+    def __init__(self, model: nn.Module, example: Example, device: torch.device) -> None:
         """Copy the network; the copy of one on the meta device has arbitrary values.
 
         Raises:
             DataError: an input that the network does not take.
         """
         self._dense = _filled(copy.deepcopy(model), device).requires_grad_(False).eval()
-        self._shape, self._device = input_shape, device
+        self._example, self._device = example.suited(self._dense), device
         with torch.no_grad():
-            forward(self._dense, self._inputs(1))
+            call(self._dense, self._inputs(1))
 
-    def _inputs(self, batch: int) -> Tensor:
-        drawn = torch.randn(batch, *self._shape, generator=torch.Generator().manual_seed(0))
-        return drawn.to(self._device, input_dtype(self._dense))
+    def _inputs(self, size: int) -> Any:
+        return self._example.batch(self._dense, size)
 
     def _compressed(self, layers: Sequence[LayerPlan]) -> nn.Module:
         model = copy.deepcopy(self._dense)
@@ -75,7 +75,7 @@ class Bed:
         chosen = {fqn: found.pop() if len(found) == 1 else Execution.AUTO for fqn, found in winners.items()}
         return plan.with_layers([replace(layer, execution=chosen[layer.fqn]) for layer in plan.layers])
 
-    def _faster_execution(self, model: nn.Module, layer: LayerPlan, images: Tensor) -> Execution:
+    def _faster_execution(self, model: nn.Module, layer: LayerPlan, images: NetworkInput) -> Execution:
         _, by_cores, dense = layer.executions
         module = model.get_submodule(layer.fqn)
         x = input_of(model, module, images)

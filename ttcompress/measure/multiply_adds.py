@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ttcompress.networks.running import forward, input_dtype
+from ttcompress.networks.running import Example, call
 from ttcompress.tt.cost import Calls
 
 
@@ -24,29 +24,31 @@ class Usage:
     calls: Mapping[str, Calls]
 
 
-def usage_of(model: nn.Module, input_shape: Sequence[int]) -> Usage:
-    """What the network does with one input of this shape; on the meta device nothing is computed.
+def usage_of(model: nn.Module, example: Example) -> Usage:
+    """What the network does with one input; on the meta device nothing is computed.
 
     Raises:
         DataError: an input that the network does not take.
     """
-    x = torch.zeros(1, *input_shape, device=next(model.parameters()).device, dtype=input_dtype(model))
     calls: dict[str, Calls] = {}
 
-    def count(name: str, module: nn.Module, given: Any, output: Tensor) -> None:
+    def count(name: str, module: nn.Module, given: Any, named: Any, output: Tensor) -> None:
+        x = given[0] if given else named["input"]
         before = calls.get(name, Calls(0, 0))
-        pixels, out_pixels = _positions(module, given[0]), _positions(module, output)
+        pixels, out_pixels = _positions(module, x), _positions(module, output)
         calls[name] = Calls(before.pixels + pixels, before.out_pixels + out_pixels)
 
     was_training = model.training
     with ExitStack() as stack:
         stack.callback(model.train, was_training)
+        one = example.suited(model.eval()).zeros(model)
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                stack.enter_context(module.register_forward_hook(partial(count, name)))
+                hook = module.register_forward_hook(partial(count, name), with_kwargs=True)
+                stack.enter_context(hook)
         counter = stack.enter_context(FlopCounterMode(display=False))
         stack.enter_context(torch.no_grad())
-        forward(model.eval(), x)
+        call(model, one)
     return Usage(int(counter.get_total_flops()) // 2, calls)
 
 

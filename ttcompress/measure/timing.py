@@ -6,9 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ttcompress.networks.running import NetworkInput, run
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 NOISE = 1.05
@@ -32,50 +35,54 @@ class Timings:
         return median(ours / theirs for ours, theirs in zip(self.compressed, self.dense, strict=True))
 
 
-def input_of(model: nn.Module, layer: nn.Module, images: Tensor) -> Tensor:
+def input_of(model: nn.Module, layer: nn.Module, images: NetworkInput) -> Any:
     """What a layer receives in the network."""
     received: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, given: received.append(given[0].detach().clone()))
-    with handle, torch.no_grad():
-        model(images)
+
+    def remember(_: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        x = given[0] if given else named["input"]
+        received.append(x.detach().clone())
+
+    with layer.register_forward_pre_hook(remember, with_kwargs=True), torch.no_grad():
+        run(model, images)
     if not received:
         return images
     return received[0]
 
 
-def runner(module: nn.Module, x: Tensor, training: bool) -> Run:
+def runner(module: nn.Module, x: NetworkInput, training: bool) -> Run:
     """A forward pass, or one with its backward pass."""
 
     @torch.inference_mode()
     def infer() -> None:
-        module(x)
+        run(module, x)
 
     def step() -> None:
         module.zero_grad()
-        y = module(x)
+        y = run(module, x)
         y.backward(torch.ones_like(y))
 
     return step if training else infer
 
 
-def at_its_best(model: nn.Module, images: Tensor, training: bool = False) -> tuple[Tensor, str]:
+def at_its_best(model: nn.Module, images: NetworkInput, training: bool = False) -> tuple[Any, str]:
     """Bring a network into the memory format that is faster for it; the images in that format, and its name."""
     name = _faster_format(model, images, training)
     _set_format(model, name)
     return _formatted(images, name), name
 
 
-def _faster_format(model: nn.Module, images: Tensor, training: bool) -> str:
+def _faster_format(model: nn.Module, images: NetworkInput, training: bool) -> str:
     """By turns, so that a slow moment of the machine does not decide."""
-    if images.dim() != 4:
+    if not isinstance(images, Tensor) or images.dim() != 4:
         return "contiguous"
     seconds: dict[str, list[float]] = {name: [] for name in FORMATS}
     for _ in range(3):
         for name in FORMATS:
             _set_format(model, name)
-            run = runner(model, _formatted(images, name), training)
-            run()
-            seconds[name].append(_seconds_of(run, images.device))
+            once = runner(model, _formatted(images, name), training)
+            once()
+            seconds[name].append(_seconds_of(once, images.device))
     return min(seconds, key=lambda name: min(seconds[name]))
 
 
@@ -85,14 +92,16 @@ def _set_format(model: nn.Module, name: str) -> None:
             parameter.data = parameter.data.contiguous(memory_format=FORMATS[name])
 
 
-def _formatted(images: Tensor, name: str) -> Tensor:
-    return images.contiguous(memory_format=FORMATS[name]) if images.dim() == 4 else images
+def _formatted(images: NetworkInput, name: str) -> NetworkInput:
+    if not isinstance(images, Tensor) or images.dim() != 4:
+        return images
+    return images.contiguous(memory_format=FORMATS[name])
 
 
 def by_turns(dense: Run, compressed: Run, device: torch.device, share: float = 1.0) -> Timings:
     """As many rounds as fit into this share of SECONDS, after one that does not count."""
-    for run in (dense, compressed):
-        run()
+    for once in (dense, compressed):
+        once()
     first = _seconds_of(dense, device) + _seconds_of(compressed, device)
     least, most = ROUNDS
     rounds = max(least, min(most, int(share * SECONDS / max(first, 1e-6))))

@@ -338,8 +338,11 @@ def _bench_lines(bench: Json | None) -> list[str]:
 
 def _search_lines(report: Report) -> list[str]:
     lines = []
+    is_metric = "metric" in (report.accuracy or {})
     for point in report.search:
         found = f"{point['accuracy']:.2f} %, {point['drop']:+.2f} points lost"
+        if is_metric:
+            found = f"{point['accuracy']:.4g}, {point['drop']:+.4g} lost"
         lines.append(f"searched          {point['compression']:.2f}x: {found}")
     return lines
 
