@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from ttcompress.commands.compressor import Compressor
-from ttcompress.errors import PlanError
+from ttcompress.errors import CheckpointError, PlanError
 from ttcompress.files.checkpoint import file_digest, is_compressed
 from ttcompress.files.shards import read_metadata
 from ttcompress.files.tensors import tensor_bytes
@@ -55,10 +55,30 @@ def open_start(
         return StartingPoint(network, None, copy.deepcopy(network.model), file_digest(source))
 
     report = Report.from_json(read_metadata(source))
-    origin = origin or source.with_name(str(report.source.get("file") or source.name))
-    is_origin = origin.is_file() and file_digest(origin) == report.source.get("sha256")
-    original = open_dense(origin, recipe.arch, settings.key).model if is_origin else None
+    original = _original(source, report, settings, origin)
     return StartingPoint(network, report, original, file_digest(source))
+
+
+def _original(source: Path, report: Report, settings: Settings, origin: Path | None) -> nn.Module | None:
+    """The dense network that a file was made from, where its checkpoint is at hand.
+
+    A checkpoint may hold several networks, such as raw and averaged weights: the tensors decide, not the file.
+    """
+    known = report.source
+    origin = origin or source.with_name(str(known.get("file") or source.name))
+    if not origin.is_file() or file_digest(origin) != known.get("sha256"):
+        return None
+
+    key = settings.key or known.get("key", "")
+    dense = open_dense(origin, settings.recipe.arch, key)
+    found = dense.source or {}
+    if "state_sha256" not in known:
+        # Written by a version that did not record which of several it was.
+        return dense.model if settings.key or "key" not in found else None
+    if found.get("state_sha256") != known["state_sha256"]:
+        was = f" {known['key']!r}" if known.get("key") else " another one"
+        raise CheckpointError(f"--key {key} of {origin.name} is not what {source} was compressed from, which is{was}")
+    return dense.model
 
 
 def _check_as_it_is(source: Path, recipe: Recipe, plan: CompressionPlan | None, origin: Path | None) -> None:
