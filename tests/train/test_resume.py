@@ -42,6 +42,7 @@ from ttcompress.train import loop as training
 from ttcompress.train.loop import train
 from ttcompress.train.setup import TrainingOptions
 from ttcompress.train.state import State
+from ttcompress.train.stopping import stop_requests
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RATES = {"sgd": 0.05, "adamw": 0.005}
@@ -91,7 +92,7 @@ def test_stopped_again_and_again_it_ends_as_if_it_never_was(
 ) -> None:
     for name, value in EAGER.items() if eager else ():
         monkeypatch.setattr(training, name, value)
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     stops = [
         (("batch", 3), signal.SIGTERM, (0, 4 if eager else 10)),
         (("batch", 11), signal.SIGINT, (0, 12)),
@@ -104,7 +105,7 @@ def test_stopped_again_and_again_it_ends_as_if_it_never_was(
         with pytest.raises(TrainingStoppedError, match=r"^stopped in epoch \d; .* is in .*x\.training$"):
             go_on(folder, file, {place: raising(number)}, optimizer)
         assert position(file) == expected
-        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
     state = go_on(folder, file, {}, optimizer)
     assert is_whole(file, folder, optimizer)
     whole = saved(folder / optimizer)
@@ -202,7 +203,9 @@ def half_save(save: Callable[..., None], first: range) -> Callable[..., None]:
     return write
 
 
-@pytest.mark.parametrize(("number", "optimizer"), [(signal.SIGTERM, "adamw"), (signal.SIGINT, "sgd")])
+@pytest.mark.parametrize(
+    ("number", "optimizer"), [(signal.SIGTERM, "adamw"), (signal.SIGINT, "sgd"), (signal.SIGHUP, "sgd")]
+)
 def test_a_process_that_is_asked_to_stop_saves_and_ends(
     number: int, optimizer: str, folder: Path, tmp_path: Path
 ) -> None:
@@ -217,6 +220,20 @@ def test_a_process_that_is_asked_to_stop_saves_and_ends(
     assert position(file) == (1, 10)
     go_on(folder, file, {}, optimizer)
     assert is_whole(file, folder, optimizer)
+
+
+def test_a_closed_terminal_is_ignored_where_nohup_says_so() -> None:
+    """And only that."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests() as stop_requested:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop_requested()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop_requested()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
 
 
 def test_killed_at_any_moment_it_goes_on(folder: Path, tmp_path: Path) -> None:
@@ -284,6 +301,113 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(kind: str, folder: Path, t
         assert equal(frozen_copy(model.state_dict()), before)
 
 
+NAN = float("nan")
+
+
+def put(*keys: Any, value: Any) -> Callable[[Any], object]:
+    """Replaces what is under some keys."""
+
+    def change(content: Any) -> None:
+        for key in keys[:-1]:
+            content = content[key]
+        content[keys[-1]] = value
+
+    return change
+
+
+def spoil(*keys: Any) -> Callable[[Any], object]:
+    """Puts a NaN into the tensor that is under some keys."""
+
+    def change(content: Any) -> None:
+        for key in keys:
+            content = content[key]
+        content.flatten()[0] = NAN
+
+    return change
+
+
+DAMAGE: dict[str, Callable[[Any], object]] = {
+    **{
+        f"no {name}": lambda content, name=name: content.pop(name)
+        for name in ("model", "optimizer", "progress", "best")
+    },
+    **{
+        f"{name} a list": put(name, value=[1])
+        for name in ("model", "optimizer", "scaler", "progress", "best", "average")
+    },
+    "fingerprint a number": put("fingerprint", value=5),
+    "fingerprint of tensors": put("fingerprint", value={"lr": torch.ones(3)}),
+    "no average": put("average", value=None),
+    "a tensor less": lambda content: content["model"].pop(next(iter(content["model"]))),
+    "a tensor more": put("best", "x", value=torch.ones(1)),
+    "another shape": lambda content: content["model"].update(
+        {name: each[None] for name, each in content["model"].items()}
+    ),
+    "another type": lambda content: content["best"].update(
+        {name: each.double() for name, each in content["best"].items()}
+    ),
+    "no tensors": lambda content: content["model"].update(dict.fromkeys(content["model"], 1.0)),
+    "a sparse tensor": lambda content: content["best"].update(
+        {name: each.to_sparse() for name, each in content["best"].items() if each.dim() == 2}
+    ),
+    "NaN in the network": lambda content: spoil("model", next(name for name in content["model"]))(content),
+    "NaN in the best": lambda content: spoil("best", next(name for name in content["best"]))(content),
+    "NaN in the average": lambda content: spoil("average", "values", next(iter(content["best"])))(content),
+    "average of other names": put("average", "values", value={}),
+    "updates a text": put("average", "updates", value="x"),
+    "epoch a text": put("progress", "epoch", value="1"),
+    "epoch below 0": put("progress", "epoch", value=-1),
+    "epoch true": put("progress", "epoch", value=True),
+    "epoch too large": put("progress", "epoch", value=10**9),
+    "step a tensor": put("progress", "step", value=torch.ones(2)),
+    "step too large": put("progress", "step", value=10**9),
+    "sums short": put("progress", "sums", value=[1.0]),
+    "sums NaN": put("progress", "sums", value=[1.0, NAN, 1.0]),
+    "no images seen": put("progress", "step", value=1),
+    "history of numbers": lambda content: put("progress", "history", value=[1] * len(content["progress"]["history"]))(
+        content
+    ),
+    "history NaN": put("progress", "history", 0, "val", value=NAN),
+    "history a text": put("progress", "history", 1, "loss", value="x"),
+    "history empty": put("progress", "history", value=[]),
+    "history another epoch": put("progress", "history", 1, "epoch", value=7),
+    "groups a number": put("optimizer", "param_groups", value=5),
+    "no groups": put("optimizer", "param_groups", value=[]),
+    "a group a number": put("optimizer", "param_groups", 0, value=5),
+    "rate a text": put("optimizer", "param_groups", 0, "lr", value="x"),
+    "rate NaN": put("optimizer", "param_groups", 0, "lr", value=NAN),
+    "other parameters": put("optimizer", "param_groups", 0, "params", value=[7, 8]),
+    "kept a list": put("optimizer", "state", value=[]),
+    "kept of a text": put("optimizer", "state", value={"x": {}}),
+    "kept of no parameter": lambda content: put("optimizer", "state", 10**6, value=content["optimizer"]["state"][0])(
+        content
+    ),
+    "nothing kept of a parameter": put("optimizer", "state", 0, value={}),
+    "kept of another shape": lambda content: content["optimizer"]["state"][0].update(
+        {name: torch.ones(7, 7) for name in content["optimizer"]["state"][0]}
+    ),
+    "kept NaN": lambda content: content["optimizer"]["state"][0].update(
+        {name: each * NAN for name, each in content["optimizer"]["state"][0].items()}
+    ),
+}
+
+
+@pytest.mark.parametrize("optimizer", RATES)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_state_is_refused_in_one_line(damage: str, optimizer: str, folder: Path, tmp_path: Path) -> None:
+    """And the network stays as it is."""
+    content = saved(folder / optimizer)
+    DAMAGE[damage](content)
+    file = tmp_path / "x.training"
+    torch.save(content, file)
+    model = network(7)
+    before = frozen_copy(model.state_dict())
+    options = replace(EVERYTHING, optimizer=optimizer, lr=RATES[optimizer])
+    with pytest.raises(CheckpointError, match=r"^[^\n]*x\.training: [^\n]*$"):
+        train(model, options, training_setup(folder, file, teacher=teacher()), resume=True)
+    assert damage.endswith("too large") or equal(frozen_copy(model.state_dict()), before)
+
+
 def test_other_options_are_refused_by_name(folder: Path) -> None:
     content, model = (folder / "sgd").read_bytes(), network()
     before = frozen_copy(model.state_dict())
@@ -313,6 +437,33 @@ def nan_from(batch: int) -> nn.Module:
     spoil = model.register_forward_hook
     spoil(lambda module, _, found: found * float("nan") if module.training and next(count) >= batch else None)
     return model
+
+
+class Masked(nn.Module):
+    """A network with a mask of infinities that it does not compute with, and a bias of NaN that it never uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network(0)
+        self.register_buffer("mask", torch.full((3, 3), -float("inf")).triu(1))
+        self.unused = nn.Parameter(torch.tensor([NAN]))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.net(images)
+        return found
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_what_is_infinite_from_the_start_stays_and_does_not_stop_the_training(
+    ema: float, folder: Path, tmp_path: Path
+) -> None:
+    file, model = tmp_path / "x.training", Masked()
+    mask = model.get_buffer("mask").clone()
+    options = TrainingOptions(epochs=2, lr=0.05, ema=ema)
+    whole = train(model, options, training_setup(folder, file))
+    assert torch.equal(whole.best["mask"], mask)
+    assert finite({name: value for name, value in whole.best.items() if name.startswith("net")})
+    assert equal(train(Masked(), options, training_setup(folder, file), resume=True).best["mask"], mask)
 
 
 def test_a_network_that_turns_nan_ends_in_one_line(folder: Path, tmp_path: Path) -> None:

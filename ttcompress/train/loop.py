@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ttcompress.errors import TrainingError, TrainingStoppedError
+from ttcompress.errors import CheckpointError, TrainingError, TrainingStoppedError
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
 from ttcompress.processes import World
 from ttcompress.records.common import Json
 from ttcompress.train.batch_norm import parallel
-from ttcompress.train.optimize import Average, make_optimizer, rate_at, tt_layers, update
+from ttcompress.train.optimize import Average, make_optimizer, not_finite, rate_at, tt_layers, update
 from ttcompress.train.setup import TrainingOptions, TrainingSetup
 from ttcompress.train.state import State
 from ttcompress.train.step import backward
@@ -48,6 +48,8 @@ def train(model: nn.Module, options: TrainingOptions, setup: TrainingSetup, resu
     state = _initial_state(model, options, setup)
     if resume and setup.checkpoint:
         state.load(setup.checkpoint, setup.fingerprint, setup.world.device)
+        if state.epoch > options.epochs or state.step > setup.stream.steps:
+            raise CheckpointError(f"{setup.checkpoint}: damaged: it is further than the training goes")
 
     forward = parallel(model, setup.world)
     if options.compile:
@@ -90,6 +92,7 @@ def _initial_state(model: nn.Module, options: TrainingOptions, setup: TrainingSe
         make_optimizer(model, options.optimizer, options.lr, options.weight_decay),
         torch.amp.GradScaler(device_type, enabled=needs_scaling),
         Average(model, options.ema) if options.ema else None,
+        unbounded=frozenset(not_finite(model)),
     )
 
 
@@ -224,8 +227,13 @@ def _stop_if(stop_requested: Callable[[], bool], state: State, setup: TrainingSe
 
 def _check_finite(state: State, setup: TrainingSetup) -> None:
     """See that nothing that is saved, scored or trained further has become NaN or infinite."""
-    tensors = [*state.values.values(), *state.model.state_dict().values()]
-    are_finite = torch.stack([each.isfinite().all() for each in tensors if each.is_floating_point()])
+    tensors = [
+        value
+        for values in (state.values, state.model.state_dict())
+        for name, value in values.items()
+        if value.is_floating_point() and name not in state.unbounded
+    ]
+    are_finite = torch.stack([each.isfinite().all() for each in tensors])
     # The summed loss is the same number in all processes, the tensors may differ.
     if not isfinite(state.sums[1]) or setup.world.any(not bool(are_finite.all())):
         place = f"in epoch {state.epoch + 1}, batch {state.step}"

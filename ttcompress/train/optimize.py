@@ -115,6 +115,12 @@ def shrink_products(layers: Sequence[TTLinear | TTConv2d], share: float) -> None
             core.mul_(left ** (1 / len(trained)))
 
 
+def not_finite(model: nn.Module) -> set[str]:
+    """Names of what has NaN or Inf in a state dict, such as the mask of an attention."""
+    state = model.state_dict()
+    return {name for name, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())}
+
+
 class Average:
     """Exponential moving average of a network's parameters and running statistics."""
 
@@ -122,6 +128,8 @@ class Average:
         self.decay = decay
         self.updates = 0
         self.values = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        # Between infinities there is nothing to average.
+        self._copied = not_finite(model)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -129,7 +137,7 @@ class Average:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, value in model.state_dict().items():
-            if value.is_floating_point():
+            if value.is_floating_point() and name not in self._copied:
                 self.values[name].lerp_(value, 1 - decay)
             else:
                 self.values[name].copy_(value)

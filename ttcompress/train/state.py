@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.errors import CheckpointError, differences
+from ttcompress.files.header import brief, canonical_json
 from ttcompress.files.output import replacing
 from ttcompress.records.common import Json
 from ttcompress.train.optimize import Average
@@ -19,7 +21,8 @@ from ttcompress.train.optimize import Average
 class State:
     """A training at some step: `step` batches of epoch `epoch` are done.
 
-    `sums` are over those: the number of images, their summed loss and how many were classified right.
+    `sums` are over those: the number of images, their summed loss and how many were classified right. `unbounded`
+    are tensors that had NaN or Inf from the start, as masks do.
     """
 
     model: nn.Module
@@ -31,6 +34,7 @@ class State:
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     history: list[Json] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
+    unbounded: frozenset[str] = frozenset()
 
     @property
     def values(self) -> dict[str, Tensor]:
@@ -65,11 +69,14 @@ class State:
         if differing:
             raise CheckpointError(f"{path}: was trained otherwise: {differing}; repeat the command as it was")
 
+        if problem := problem_of(content, self):
+            raise CheckpointError(f"{path}: is of another network, or damaged: {problem}; start again without --resume")
         try:
             self._restore(content)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            kind = type(error).__name__
-            raise CheckpointError(f"{path}: is of another network, or damaged: {kind}") from error
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path}: is of another network, or damaged: {brief(error)}; start again without --resume"
+            ) from error
 
     def _restore(self, content: dict[str, Any]) -> None:
         self.model.load_state_dict(content["model"])
@@ -79,8 +86,8 @@ class State:
             self.average.values = content["average"]["values"]
             self.average.updates = content["average"]["updates"]
 
-        for name, value in content["progress"].items():
-            setattr(self, name, value)
+        for name in PROGRESS:
+            setattr(self, name, content["progress"][name])
         self.best = content["best"]
 
 
@@ -93,6 +100,122 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
         kind = type(error).__name__
         raise CheckpointError(f"{path}: not a readable training checkpoint: {kind}") from error
 
-    if not isinstance(content, dict) or "fingerprint" not in content:
+    if not isinstance(content, dict) or not isinstance(content.get("fingerprint"), dict):
         raise CheckpointError(f"{path}: not a training checkpoint")
+    try:
+        canonical_json(content["fingerprint"])
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a training checkpoint: {brief(error)}") from error
     return content
+
+
+# ------------------------------------------------------------------------------------------- what a state has to be
+
+PROGRESS = ("epoch", "step", "sums", "history")
+KEPT_BY = {torch.optim.SGD: {"momentum_buffer"}, torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}
+"""What an optimizer keeps of a parameter, once it has taken a step."""
+
+
+def problem_of(content: dict[str, Any], state: State) -> str:
+    """What is wrong with a saved state for going on with it, in a few words; empty where nothing is."""
+    for name in ("model", "optimizer", "scaler", "progress", "best"):
+        if not isinstance(content.get(name), dict):
+            return f"it lacks {name}"
+
+    average = content.get("average")
+    if (average is None) != (state.average is None):
+        return "an average of the weights is there or is not, against the options"
+    values = [("model", content["model"]), ("best", content["best"])]
+    if state.average:
+        if not isinstance(average, dict) or not _is_count(average.get("updates")):
+            return "its average of the weights"
+        values.append(("average", average.get("values")))
+
+    problems = (_problem_of_tensors(name, held, state) for name, held in values)
+    return (
+        next(filter(None, problems), "")
+        or _problem_of_progress(content["progress"])
+        or _problem_of_optimizer(content["optimizer"], state.optimizer)
+        or ("" if all(map(_is_number, content["scaler"].values())) else "its scale of the loss")
+    )
+
+
+def _problem_of_tensors(what: str, held: Any, state: State) -> str:
+    now = state.model.state_dict()
+    if not isinstance(held, dict) or held.keys() != now.keys():
+        return f"other names in {what}"
+    for name, value in held.items():
+        expected = now[name]
+        if not _is_like(value, expected) or value.dtype != expected.dtype:
+            return f"{name} in {what} has another shape or type"
+        if name not in state.unbounded and not _is_finite(value):
+            return f"{name} in {what} is not finite"
+    return ""
+
+
+def _problem_of_progress(progress: dict[str, Any]) -> str:
+    epoch: Any
+    epoch, step, sums, history = (progress.get(name) for name in PROGRESS)
+    if not _is_count(epoch) or not _is_count(step):
+        return "its place in the training"
+    if not isinstance(sums, list) or len(sums) != 3 or not all(map(_is_number, sums)) or (step and not sums[0] > 0):
+        return "its sums over an epoch"
+    # The network as it was is epoch 0.
+    if not isinstance(history, list) or len(history) != epoch + 1:
+        return "its history"
+    for number, record in enumerate(history):
+        figures = ("val",) if number == 0 else ("val", "loss", "train")
+        if not isinstance(record, dict) or record.get("epoch") != number:
+            return "its history"
+        if not all(_is_number(record.get(figure)) for figure in figures):
+            return "its history"
+    return ""
+
+
+def _problem_of_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> str:
+    now = optimizer.state_dict()
+    groups, kept = saved.get("param_groups"), saved.get("state")
+    if not isinstance(groups, list) or not isinstance(kept, dict) or len(groups) != len(now["param_groups"]):
+        return "its optimizer"
+    for group, expected in zip(groups, now["param_groups"], strict=True):
+        if not isinstance(group, dict) or not all(_is_alike(group.get(name), expected[name]) for name in expected):
+            return "the options of its optimizer"
+
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, held in kept.items():
+        if not _is_count(index) or index >= len(parameters) or not isinstance(held, dict):
+            return "its optimizer"
+        names = KEPT_BY.get(type(optimizer), set())
+        if not names <= held.keys() or not all(_is_kept(value, parameters[index]) for value in held.values()):
+            return f"what its optimizer keeps of parameter {index}"
+    return ""
+
+
+def _is_alike(value: Any, expected: Any) -> bool:
+    if isinstance(expected, float):
+        return _is_number(value)
+    return type(value) is type(expected) and (not isinstance(expected, list) or value == expected)
+
+
+def _is_kept(value: Any, parameter: Tensor) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, Tensor):
+        return _is_number(value)
+    return (value.dim() == 0 or _is_like(value, parameter)) and value.is_floating_point() and _is_finite(value)
+
+
+def _is_like(value: Any, expected: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == expected.shape and value.layout == torch.strided
+
+
+def _is_finite(value: Tensor) -> bool:
+    return not value.is_floating_point() or bool(value.isfinite().all())
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
