@@ -7,7 +7,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,11 +14,11 @@ from ttcompress.errors import CheckpointError, shortlist
 from ttcompress.files.header import METADATA_KEY, read_header
 from ttcompress.files.shards import checkpoint_files, read_index, resolve
 from ttcompress.files.state_dict import read_state_dict
+from ttcompress.files.tensors import is_finite
 from ttcompress.records.common import Json
 
 PREFIXES = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile put before the names of a network."""
-COMPARED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def load_checkpoint(path: Path, key: str = "", exact: bool = False) -> Checkpoin
     if not exact:
         tensors = _strip_prefixes(tensors)
 
-    if bad := [name for name, tensor in tensors.items() if not _is_finite(tensor)]:
+    if bad := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
         raise CheckpointError(f"{path}: NaN or Inf in {shortlist(bad)}")
     file = index.name if index else path.name
     return Checkpoint(tensors, {"file": file, "sha256": file_digest(path)})
@@ -129,14 +128,6 @@ def _strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether all entries are finite; taken for granted where torch cannot compare them, as in float8."""
-    if tensor.numel() == 0 or tensor.dtype not in COMPARED_DTYPES:
-        return True
-    # Without a mask as large as the tensor: a NaN is both the least and the most.
-    return all(bool(bound.isfinite()) for bound in torch.aminmax(tensor))
 
 
 def _first_line(error: Exception) -> str:

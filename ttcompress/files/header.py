@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ttcompress.errors import CheckpointError, TTCompressError
+from ttcompress.records.reading import check_regular, parse_json
 
 ITEM_SIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -77,7 +78,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """
     text, data_bytes = _read_text(path)
     try:
-        header = json.loads(text)
+        header = parse_json(text)
         metadata = header.pop("__metadata__", None) or {}
         spans = {name: _entry(entry) for name, entry in header.items()}
         if not all(isinstance(value, str) for value in metadata.values()):
@@ -92,6 +93,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 def _read_text(path: Path) -> tuple[bytes, int]:
     """The text of a header, empty where the file is too short for it, and how many bytes follow it."""
+    check_regular(path, CheckpointError)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -116,7 +118,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: a safetensors file, but not one that ttcompress wrote")
 
     try:
-        value = json.loads(metadata[METADATA_KEY])
+        value = parse_json(metadata[METADATA_KEY])
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged ttcompress metadata ({brief(error)})") from error
     if not isinstance(value, dict):

@@ -298,3 +298,10 @@ class ReportForm(Struct):
     compression: Measured | None = None
     file: str | None = None
     file_bytes: Count | None = None
+
+
+class StoredForm(Struct):
+    """What a file says of its tensors; older ones say nothing, and hold nothing that is not finite."""
+
+    layout: Annotated[str, Meta(pattern=r"\A([0-9a-f]{64})?\Z")] = ""
+    non_finite: list[str] = []
