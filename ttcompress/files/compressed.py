@@ -20,6 +20,8 @@ from ttcompress.records.report import Report
 TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64", "int8": "I8"}
 """Types of weights and cores as safetensors spells them."""
 CORE_NAME = re.compile(r"\.(cores|core_scales)\.[0-9]+$")
+USUAL_ARGUMENT = 1000
+"""Arguments of networks up to here, such as a size of images, need not be a dimension of a tensor."""
 SMALL = 2**30
 """Bytes of dense weights that any file may stand for."""
 MOST_TIMES = 10_000
@@ -61,6 +63,7 @@ def open_stored(path: Path) -> Stored:
         with refusing_as(CheckpointError):
             form = decode(metadata, StoredForm)
         check_stored(report, infos)
+        _check_architecture(report, infos)
         _check_layout(report, infos, form.layout)
     return Stored(report, infos, tuple(form.non_finite))
 
@@ -83,7 +86,7 @@ def check_stored(report: Report, infos: Mapping[str, TensorInfo]) -> None:
     for kept in report.kept:
         if infos[kept.name].params != kept.params:
             wrong.append(f"{kept.name} has {infos[kept.name].params:,} entries, not {kept.params:,}")
-    wrong += [f"{name} is stored in another way" for name in _stored_otherwise(report) if name in infos]
+    wrong += [f"{name} is not to be there" for name in _stored_otherwise(report) if name in infos]
     if wrong:
         raise CheckpointError(f"holds other tensors than its metadata say: {shortlist(sorted(wrong))}")
 
@@ -91,6 +94,17 @@ def check_stored(report: Report, infos: Mapping[str, TensorInfo]) -> None:
 def _stored_otherwise(report: Report) -> list[str]:
     """Names of the dense checkpoint whose values come from other tensors."""
     return [*report.tied, *(f"{layer.fqn}.weight" for layer in report.layers)]
+
+
+def _check_architecture(report: Report, infos: Mapping[str, TensorInfo]) -> None:
+    """See that no width of the network is beyond all of its tensors: building it would fill the memory."""
+    if report.architecture is None:
+        return
+    shapes = [info.shape for info in dense_infos(report, infos).values()]
+    largest = max([USUAL_ARGUMENT, *(size for shape in shapes for size in shape)])
+    for name, value in report.architecture.arguments.items():
+        if value > largest:
+            raise CheckpointError(f"architecture.arguments.{name} is {value:,}, its tensors have at most {largest:,}")
 
 
 def _check_layout(report: Report, infos: Mapping[str, TensorInfo], stated: str) -> None:

@@ -24,6 +24,8 @@ ITEM_SIZE = {
 }  # fmt: skip
 MOST_HEADER_BYTES = 100_000_000
 METADATA_KEY = "ttcompress"
+RESERVED = "__metadata__"
+"""The one name in a header that is none of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,13 @@ def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     """The bytes before the data, and the order in which the data follows: by name.
 
     safetensors' own writer orders metadata at random, which would make equal files differ.
+
+    Raises:
+        CheckpointError: a name that no tensor of the format can have.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    if RESERVED in tensors:
+        raise CheckpointError(f"a tensor called {RESERVED} cannot be stored in safetensors: rename it")
+    header: dict[str, Any] = {RESERVED: dict(metadata)}
     order = sorted(tensors)
     start = 0
     for name in order:
@@ -79,7 +86,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     text, data_bytes = _read_text(path)
     try:
         header = parse_json(text)
-        metadata = header.pop("__metadata__", None) or {}
+        metadata = header.pop(RESERVED, None) or {}
         spans = {name: _entry(entry) for name, entry in header.items()}
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata values must be strings")
