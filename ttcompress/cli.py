@@ -14,7 +14,15 @@ import cloup
 
 from ttcompress.cli_options import PATH, stated_recipe, takes
 from ttcompress.errors import TrainingStoppedError, TTCompressError
-from ttcompress.terminal import log_epoch, print_json, print_table, progress_bar, write_all_characters
+from ttcompress.records.common import printable
+from ttcompress.terminal import (
+    log_epoch,
+    print_json,
+    print_lines,
+    print_table,
+    progress_bar,
+    write_all_characters,
+)
 from ttcompress.torchrun import leads
 from ttcompress.version import __version__
 
@@ -142,7 +150,7 @@ def evaluate(model: Path, json: bool, **given: Any) -> None:
     if json:
         print_json(accuracy_json(accuracy, data))
     else:
-        click.echo("\n".join(accuracy_lines(accuracy, data)))
+        print_lines(accuracy_lines(accuracy, data))
 
 
 @commands.command(
@@ -170,7 +178,7 @@ def expand(file: Path, output: Path, force: bool) -> None:
     from ttcompress.commands.expand import expand_file
 
     done = expand_file(file, output, force)
-    click.echo(f"{output}: {len(done.plan.layers)} weights rebuilt, {done.plan.params_before:,} parameters")
+    print_lines([f"{output}: {len(done.plan.layers)} weights rebuilt, {done.plan.params_before:,} parameters"])
 
 
 @commands.command(
@@ -187,7 +195,7 @@ def export_command(file: Path, onnx: Path, json: bool, **given: Any) -> None:
     if json:
         print_json(done.to_json())
     else:
-        click.echo("\n".join(export_lines(done.to_json(), onnx)))
+        print_lines(export_lines(done.to_json(), onnx))
 
 
 @commands.command(
@@ -297,5 +305,5 @@ def _fail(message: str, code: int) -> None:
         import traceback
 
         traceback.print_exc()
-    click.echo(f"ttcompress: {' '.join(message.split())}", err=True)
+    click.echo(f"ttcompress: {printable(' '.join(message.split()))}", err=True)
     sys.exit(code)

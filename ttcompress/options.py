@@ -40,6 +40,9 @@ LEARNING_RATES = {"sgd": 0.01, "adamw": 1e-3}
 LONGEST_WARM_UP = 1 / 3
 """Share of the training in which the learning rate rises, at most, where one epoch is not less."""
 
+LARGEST = 2**63
+"""No whole number reaches it: files and other programs hold them in 64 bits."""
+
 # -------------------------------------------------------------------------------------------------- what a value can be
 
 
@@ -47,12 +50,12 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    return _is_int(value) or (isinstance(value, float) and isfinite(value))
+def _is_number(value: Any) -> bool:
+    return (_is_int(value) and abs(value) < LARGEST) or (isinstance(value, float) and isfinite(value))
 
 
 def _is_count(value: Any) -> bool:
-    return _is_int(value) and 0 < value < 2**63
+    return _is_int(value) and 0 < value < LARGEST
 
 
 def _is_text(value: object) -> bool:
@@ -92,8 +95,8 @@ PATH = Kind("a path", _is_text, "path")
 PATTERNS = Kind("a list of patterns", _each(_is_text), "texts")
 COUNT = Kind("a whole number above 0", _is_count, "int")
 COUNTS = Kind("a list of whole numbers above 0", _each(_is_count), "ints")
-FROM_ZERO = Kind("a whole number, 0 or above", lambda value: _is_int(value) and value >= 0, "int")
-SEED = Kind("a whole number from 0 to below 2**63", lambda value: _is_int(value) and 0 <= value < 2**63, "int")
+FROM_ZERO = Kind("a whole number, 0 or above", lambda value: _is_int(value) and 0 <= value < LARGEST, "int")
+SEED = Kind("a whole number from 0 to below 2**63", lambda value: _is_int(value) and 0 <= value < LARGEST, "int")
 RANKS = Kind(
     "a whole number above 0 or a list of them", lambda value: _is_count(value) or _each(_is_count)(value), "ranks"
 )

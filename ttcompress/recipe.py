@@ -11,12 +11,14 @@ from typing import Any
 
 from ttcompress.errors import PlanError
 from ttcompress.options import RULE_KINDS, RUN_OPTIONS, Kind, flag
+from ttcompress.records.reading import read_text
 
 Ranks = int | tuple[int, ...]
 TARGETS = (("ranks", "conv_ranks"), ("eps",), ("ratio",), ("params",), ("macs_ratio",), ("latency_ratio",))
 """What a run can aim at; the options of one group go together."""
 FORM = ("format", "in_modes", "out_modes", "include", "exclude")
 """Options that say which layers get which form."""
+LONGEST_SHOWN = 60
 _RUN_KINDS = {name: option.kind for name, option in RUN_OPTIONS.items()}
 
 
@@ -176,18 +178,17 @@ class Recipe:
 
 
 def _read_toml(path: str | Path) -> dict[str, Any]:
+    text = read_text(Path(path), PlanError)
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlanError(f"{path}: cannot read the recipe: {error.strerror}") from error
-    except ValueError as error:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not a TOML file: {error}") from error
 
 
 def _layer_rules(tables: object) -> tuple[list[dict[str, Any]], list[str]]:
     """The arguments of the layer rules, and every problem with them."""
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        return [], [f"layers must be tables that begin with [[layers]], not {tables!r}"]
+        return [], [f"layers must be tables that begin with [[layers]], not {_shown(tables)}"]
     rules, problems = [], []
     for number, table in enumerate(tables, 1):
         rule, wrong = _known(table, RULE_KINDS)
@@ -204,7 +205,7 @@ def _known(table: Mapping[str, Any], names: Iterable[str]) -> tuple[dict[str, An
         name = key.replace("-", "_")
         if name not in names:
             nearest = get_close_matches(name, names, n=1, cutoff=0.0)[0]
-            problems.append(f"unknown key {key!r}, the nearest is {nearest!r}")
+            problems.append(f"unknown key {_shown(key)}, the nearest is {nearest!r}")
         elif name in known:
             problems.append(f"{name!r} is given twice")
         known[name] = value
@@ -215,10 +216,20 @@ def _problems(values: Mapping[str, Any], kinds: Mapping[str, Kind], label: Calla
     """What is wrong with the values that are stated, a line each."""
     stated = {name: value for name, value in values.items() if name in kinds and value not in (None, ())}
     return [
-        f"{label(name)} must be {kinds[name].wanted}, not {value!r}"
+        f"{label(name)} must be {kinds[name].wanted}, not {_shown(value)}"
         for name, value in stated.items()
         if not kinds[name].holds(value)
     ]
+
+
+def _shown(value: object) -> str:
+    """A value in a one-line message, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python writes no whole number of thousands of digits.
+        return "a huge number"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 4]} ..."
 
 
 def _raise_all(problems: Sequence[str], where: str = "") -> None:

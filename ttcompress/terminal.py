@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from ttcompress.records.common import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -29,7 +31,13 @@ def write_all_characters() -> None:
 
 def print_json(value: Any) -> None:
     """Print one JSON object, which holds no NaN."""
-    click.echo(json.dumps(value, indent=2, allow_nan=False))
+    # All else that could order a terminal about is written as its code.
+    click.echo(json.dumps(value, indent=2, allow_nan=False).replace("\x7f", "\\u007f"))
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines of text, names from outside among them."""
+    click.echo("\n".join(map(printable, lines)))
 
 
 def print_table(renderable: RenderableType) -> None:
@@ -73,4 +81,8 @@ def progress_bar(shown: bool = True) -> Iterator[Progress | None]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task("reading", total=None)
-        yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total or None)
+
+        def show(what: str, done: int, total: int) -> None:
+            bars.update(task, description=printable(what), completed=done, total=total or None)
+
+        yield show

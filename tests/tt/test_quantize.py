@@ -293,6 +293,6 @@ def test_damaged_files_are_refused(folder: Path, tmp_path: Path, damage: Any) ->
     metadata = {"format": "pt", "ttcompress": json.dumps(read_metadata(path))}
     save_file(tensors, tmp_path / "bad.safetensors", metadata)
     for use in (ttcompress.load, lambda file: expand_file(file, tmp_path / "dense.pt")):
-        with pytest.raises(CheckpointError, match=r"bad\.safetensors.*lacks .*cores?"):
+        with pytest.raises(CheckpointError, match=r"bad\.safetensors: (lacks|holds other tensors) .*cores?"):
             use(tmp_path / "bad.safetensors")
     assert not (tmp_path / "dense.pt").exists()

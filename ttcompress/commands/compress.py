@@ -14,12 +14,13 @@ from ttcompress.commands.training import EpochLog
 from ttcompress.commands.weights_only import compress_weights, plan_weights
 from ttcompress.errors import CheckpointError, DataError, PlanError, differences
 from ttcompress.files.checkpoint import file_digest
+from ttcompress.files.compressed import stored_report
 from ttcompress.files.output import alone, check_output
-from ttcompress.files.shards import read_index, read_metadata, stem
+from ttcompress.files.shards import read_index, stem
 from ttcompress.files.tensors import tensor_bytes
 from ttcompress.files.writing import write_safetensors
 from ttcompress.networks.opening import Network, open_dense, open_empty
-from ttcompress.networks.stored import stored_sha256, stored_tensors
+from ttcompress.networks.stored import file_metadata, stored_sha256, stored_tensors
 from ttcompress.planning.plan_file import is_made_by
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Progress
@@ -121,7 +122,8 @@ def compress_file(
     network = open_dense(source, recipe.arch, settings.key)
     network, inputs = open_inputs(network, settings, progress)
     report = compress_network(network, settings, plan, inputs, progress)
-    write_safetensors(output, stored_tensors(network.model, network.tensors, report.plan), report.metadata())
+    tensors = stored_tensors(network.model, network.tensors, report.plan)
+    write_safetensors(output, tensors, file_metadata(report, tensors))
     return report
 
 
@@ -158,7 +160,7 @@ def check_repeats(checkpoint: Path, output: Path, recipe: Recipe, plan: Compress
         CheckpointError: it is not, naming the difference.
     """
     settings = Settings.of(recipe)
-    report = Report.from_json(read_metadata(output))
+    report = stored_report(output)
 
     before = {**report.recipe, "seed": report.seed, "sha256": report.source.get("sha256")}
     before["calib"] = (report.calibration or {}).get("data")

@@ -8,14 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ttcompress.errors import CheckpointError, shortlist
-from ttcompress.files.checkpoint import load_compressed
-from ttcompress.files.header import TensorInfo, blaming
+from ttcompress.files.compressed import dense_infos
+from ttcompress.files.header import blaming
 from ttcompress.files.output import alone, check_output
-from ttcompress.files.shards import Index, read_index, read_metadata
-from ttcompress.files.tensors import DTYPE_NAMES, LazyTensors, tensor_infos
+from ttcompress.files.shards import Index, read_index
+from ttcompress.files.tensors import LazyTensors, tensor_infos
 from ttcompress.files.writing import write_dense, write_shards
-from ttcompress.networks.stored import check_cores, core_values
+from ttcompress.networks.stored import core_values, read_stored
 from ttcompress.records.plan import LayerPlan
 from ttcompress.records.report import Report
 from ttcompress.tt.contract import dense_weight
@@ -32,9 +31,8 @@ def expand_file(source: Path, output: Path, force: bool = False) -> Report:
     """
     index = None if output.suffix in (".pt", ".pth", ".safetensors") else read_index(source)
     check_output(output, force, index)
-    metadata, tensors = read_metadata(source), load_compressed(source)
+    report, tensors = read_stored(source)
     with blaming(source):
-        report = Report.from_json(metadata)
         dense = _expanded(report, tensors)
     if index is None:
         write_dense(output, dense)
@@ -45,31 +43,19 @@ def expand_file(source: Path, output: Path, force: bool = False) -> Report:
 
 def _expanded(report: Report, tensors: Mapping[str, Tensor]) -> LazyTensors:
     layers = {f"{layer.fqn}.weight": layer for layer in report.plan.layers}
-    for layer in layers.values():
-        check_cores(tensors, layer)
-    if missing := [kept.name for kept in report.plan.kept if kept.name not in tensors]:
-        raise CheckpointError(f"lacks {shortlist(missing)}; of a sharded checkpoint name the folder")
 
     def make(name: str) -> Tensor:
         if name in report.tied:
             return make(report.tied[name]).clone()
-        if name not in layers:
-            return tensors[name]
-        layer = layers[name]
-        cores = [core.double() for core in core_values(tensors, layer).values()]
-        weight = dense_weight(cores, layer.spec.weight_shape)
-        return weight.to(getattr(torch, layer.weight_dtype)).contiguous()
+        return _dense(tensors, layers[name]) if name in layers else tensors[name]
 
-    stored = {name for layer in layers.values() for name in layer.stored_shapes}
-    infos = {
-        **tensor_infos({name: tensor for name, tensor in tensors.items() if name not in stored}),
-        **{name: _dense_info(layer) for name, layer in layers.items()},
-    }
-    return LazyTensors({**infos, **{alias: infos[name] for alias, name in report.tied.items()}}, make)
+    return LazyTensors(dense_infos(report, tensor_infos(tensors)), make)
 
 
-def _dense_info(layer: LayerPlan) -> TensorInfo:
-    return TensorInfo(DTYPE_NAMES[getattr(torch, layer.weight_dtype)], layer.spec.weight_shape)
+def _dense(tensors: Mapping[str, Tensor], layer: LayerPlan) -> Tensor:
+    cores = [core.double() for core in core_values(tensors, layer).values()]
+    weight = dense_weight(cores, layer.spec.weight_shape)
+    return weight.to(getattr(torch, layer.weight_dtype)).contiguous()
 
 
 def _expanded_index(report: Report, index: Index) -> Index:

@@ -20,7 +20,7 @@ from ttcompress.files.shards import stem
 from ttcompress.files.writing import write_dense, write_safetensors
 from ttcompress.networks.opening import open_any
 from ttcompress.networks.running import forward
-from ttcompress.networks.stored import stored_tensors, tied_parameters
+from ttcompress.networks.stored import file_metadata, stored_tensors, tied_parameters
 from ttcompress.networks.surgery import store_cores
 from ttcompress.processes import joined
 from ttcompress.recipe import Recipe
@@ -140,7 +140,7 @@ def _write(output: Path, start: StartingPoint, report: Report) -> None:
     plan = start.report.plan if start.report else None
     tensors = stored_tensors(model, start.network.tensors, plan)
     if start.report:
-        write_safetensors(output, tensors, report.metadata())
+        write_safetensors(output, tensors, file_metadata(report, tensors))
         return
 
     tied = {alias: tensors[name] for alias, name in tied_parameters(model).items()}

@@ -15,7 +15,7 @@ from ttcompress.files.output import check_output
 from ttcompress.files.tensors import tensor_bytes
 from ttcompress.files.writing import write_safetensors
 from ttcompress.layers.base import TTLayer
-from ttcompress.networks.stored import stored_sha256, stored_tensors, tied_parameters
+from ttcompress.networks.stored import file_metadata, stored_sha256, stored_tensors, tied_parameters
 from ttcompress.records.plan import CompressionPlan, KeptParameter, LayerPlan
 from ttcompress.records.report import Report
 from ttcompress.version import __version__
@@ -41,7 +41,7 @@ def save_module(module: nn.Module, report: Report, path: str | os.PathLike[str],
     stored = stored_tensors(module, state, plan)
     if plan != report.plan or stored_sha256(stored) != report.tensors_sha256:
         report = _changed(module, report, plan, stored)
-    write_safetensors(Path(path), stored, report.metadata())
+    write_safetensors(Path(path), stored, file_metadata(report, stored))
     return report
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from ttcompress.commands.compressor import Compressor
 from ttcompress.errors import CheckpointError, PlanError
 from ttcompress.files.checkpoint import file_digest, is_compressed
-from ttcompress.files.shards import read_metadata
+from ttcompress.files.compressed import stored_report
 from ttcompress.files.tensors import tensor_bytes
 from ttcompress.networks.opening import Network, initialise, open_any, open_dense, open_fresh
 from ttcompress.networks.stored import stored_tensors
@@ -54,7 +54,7 @@ def open_start(
     if not is_compressed(source):
         return StartingPoint(network, None, copy.deepcopy(network.model), file_digest(source))
 
-    report = Report.from_json(read_metadata(source))
+    report = stored_report(source)
     original = _original(source, report, settings, origin)
     return StartingPoint(network, report, original, file_digest(source))
 

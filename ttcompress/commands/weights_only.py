@@ -24,12 +24,12 @@ from ttcompress.files.shards import INDEX_SUFFIX, Index, read_index
 from ttcompress.files.tensors import DTYPE_NAMES, LazyTensors, tensor_bytes, tensor_infos
 from ttcompress.files.writing import write_safetensors, write_shards
 from ttcompress.networks.opening import Network, open_weights
-from ttcompress.networks.stored import stored_cores, stored_tensors
+from ttcompress.networks.stored import file_metadata, stored_cores, stored_tensors
 from ttcompress.networks.surgery import check_plan, decompose
 from ttcompress.planning.spectra import LayerSpectra
 from ttcompress.processes import World, joined
 from ttcompress.recipe import Recipe
-from ttcompress.records.common import Json, Progress
+from ttcompress.records.common import Progress
 from ttcompress.records.plan import CompressionPlan
 from ttcompress.records.report import Report
 from ttcompress.runtime import chosen_device, fixed_threads, seeded
@@ -197,7 +197,7 @@ def _compressed(network: Network, plan: CompressionPlan, files: Sequence[Path]) 
 
 
 def _write(output: Path, index: Index | None, report: Report, tensors: Mapping[str, Tensor]) -> None:
-    metadata: Json = report.metadata()
+    metadata = file_metadata(report, tensors)
     if index is None:
         write_safetensors(output, tensors, metadata)
         return

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from ttcompress.errors import CheckpointError, shortlist
 from ttcompress.files.header import METADATA_KEY, check_readable, read_header
 from ttcompress.files.shards import check_homes, checkpoint_files, pickled_index, read_index, resolve
 from ttcompress.files.state_dict import StateDict, read_state_dict
-from ttcompress.files.tensors import state_sha256, tensor_infos
+from ttcompress.files.tensors import is_finite, state_sha256, tensor_infos
 from ttcompress.records.common import Json
 from ttcompress.torchrun import leads
 
@@ -25,7 +24,6 @@ PREFIXES = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile put before the names of a network."""
 AVERAGED = "n_averaged"
 """What AveragedModel counts in, beside the network under `module.`."""
-COMPARED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def load_checkpoint(path: Path, key: str = "", exact: bool = False) -> Checkpoin
     _check_storable(path, tensors)
 
     notes = _notes_on(state, key)
-    if bad := [name for name, tensor in tensors.items() if not _is_finite(tensor)]:
+    if bad := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
         weights = [name for name in bad if _is_weight(name, tensors[name])]
         if weights:
             raise CheckpointError(f"{path}: NaN or Inf in {shortlist(weights)}")
@@ -212,14 +210,6 @@ def _strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _is_weight(name: str, tensor: Tensor) -> bool:
     """Whether a tensor may be a layer's weight that is decomposed, not a bias, a statistic or a mask."""
     return tensor.dim() > 1 and name.rpartition(".")[2] == "weight"
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether all entries are finite; taken for granted where torch cannot compare them, as in float8."""
-    if tensor.numel() == 0 or tensor.dtype not in COMPARED_DTYPES:
-        return True
-    # Without a mask as large as the tensor: a NaN is both the least and the most.
-    return all(bool(bound.isfinite()) for bound in torch.aminmax(tensor))
 
 
 def _first_line(error: Exception) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ttcompress.errors import CheckpointError, TTCompressError
+from ttcompress.records.reading import parse_json
 
 ITEM_SIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -24,6 +25,8 @@ ITEM_SIZE = {
 }  # fmt: skip
 MOST_HEADER_BYTES = 100_000_000
 METADATA_KEY = "ttcompress"
+RESERVED = "__metadata__"
+"""The one name in a header that is none of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,13 @@ def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     """The bytes before the data, and the order in which the data follows: by name.
 
     safetensors' own writer orders metadata at random, which would make equal files differ.
+
+    Raises:
+        CheckpointError: a name that no tensor of the format can have.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    if RESERVED in tensors:
+        raise CheckpointError(f"a tensor called {RESERVED} cannot be stored in safetensors: rename it")
+    header: dict[str, Any] = {RESERVED: dict(metadata)}
     order = sorted(tensors)
     start = 0
     for name in order:
@@ -102,8 +110,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """
     text, data_bytes = _read_text(path)
     try:
-        header = json.loads(text)
-        metadata = header.pop("__metadata__", None) or {}
+        header = parse_json(text)
+        metadata = header.pop(RESERVED, None) or {}
         spans = {name: _entry(entry) for name, entry in header.items()}
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata values must be strings")
@@ -142,7 +150,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: a safetensors file, but not one that ttcompress wrote")
 
     try:
-        value = json.loads(metadata[METADATA_KEY])
+        value = parse_json(metadata[METADATA_KEY])
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged ttcompress metadata ({brief(error)})") from error
     if not isinstance(value, dict):

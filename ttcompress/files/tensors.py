@@ -19,6 +19,8 @@ DTYPE_NAMES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
 }  # fmt: skip
 
+COMPARED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 @dataclass(frozen=True, eq=False)
 class LazyTensors(Mapping[str, Tensor]):
@@ -76,3 +78,11 @@ def state_sha256(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{described}\n".encode())
         digest.update(tensor_data(tensor))
     return digest.hexdigest()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all entries are finite; taken for granted where torch cannot compare them, as in float8."""
+    if tensor.numel() == 0 or tensor.dtype not in COMPARED_DTYPES:
+        return True
+    # Without a mask as large as the tensor: a NaN is both the least and the most.
+    return all(bool(bound.isfinite()) for bound in torch.aminmax(tensor.detach()))

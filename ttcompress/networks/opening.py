@@ -11,13 +11,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ttcompress.errors import ArchitectureError, CheckpointError, PlanError, shortlist
-from ttcompress.files.checkpoint import Checkpoint, is_compressed, load_checkpoint, load_compressed
+from ttcompress.files.checkpoint import Checkpoint, is_compressed, load_checkpoint
+from ttcompress.files.compressed import stored_report
 from ttcompress.files.header import blaming
-from ttcompress.files.shards import read_metadata
 from ttcompress.networks import architectures as models
 from ttcompress.networks.architectures import Factory
 from ttcompress.networks.matrices import Weights
-from ttcompress.networks.stored import core_values, tied_parameters
+from ttcompress.networks.stored import core_values, read_stored, tied_parameters
 from ttcompress.networks.surgery import check_layers, insert_empty
 from ttcompress.records.common import Json
 from ttcompress.records.report import Architecture, Preprocessing, Report
@@ -38,8 +38,7 @@ def open_any(path: Path, arch: str | None = None, key: str = "") -> Network:
     """A dense checkpoint or a compressed file; `arch` also names the factory that a compressed file may need."""
     if not is_compressed(path):
         return open_dense(path, arch, key)
-    with blaming(path):
-        known = Report.from_json(read_metadata(path)).architecture
+    known = stored_report(path).architecture
     needs_factory = known is None or known.kind == "factory"
     factory = models.load_factory(arch) if arch and needs_factory else None
     model, report = open_compressed(path, factory)
@@ -232,9 +231,8 @@ def load(path: str | os.PathLike[str], factory: Factory | None = None, device: s
 
 def open_compressed(path: Path, factory: Factory | None = None) -> tuple[nn.Module, Report]:
     """A compressed file as a module, and its report."""
-    tensors = load_compressed(path)
+    report, tensors = read_stored(path)
     with blaming(path):
-        report = Report.from_json(read_metadata(path))
         return _rebuilt(report, {name: _aligned(tensor) for name, tensor in tensors.items()}, factory), report
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ttcompress.errors import CheckpointError, shortlist
-from ttcompress.files.tensors import state_sha256
+from ttcompress.files.checkpoint import load_compressed
+from ttcompress.files.compressed import check_size, check_stored, core_infos, layout, open_stored
+from ttcompress.files.header import blaming
+from ttcompress.files.tensors import is_finite, state_sha256, tensor_infos
+from ttcompress.records.common import Json
 from ttcompress.records.plan import CompressionPlan, LayerPlan
+from ttcompress.records.report import Report
 from ttcompress.tt.quantize import dequantize, quantize
 
 
@@ -29,6 +34,9 @@ def stored_tensors(
     """What a file holds: the state dict without tied copies, and without counters that the original lacked.
 
     With a plan, the cores are as it says that they are stored.
+
+    Raises:
+        CheckpointError: a network without the layers of the plan.
     """
     tied = tied_parameters(model)
     tensors = {}
@@ -39,6 +47,8 @@ def stored_tensors(
             tensors[name] = tensor
 
     for layer in plan.layers if plan else ():
+        if missing := [name for name in layer.core_shapes if name not in tensors]:
+            raise CheckpointError(f"the network lacks {shortlist(missing)}, which its report speaks of")
         cores = [tensors[name] for name in layer.core_shapes]
         tensors |= stored_cores(cores, layer)
     return tensors
@@ -55,37 +65,55 @@ def stored_sha256(stored: Mapping[str, Tensor]) -> str:
 def stored_cores(cores: Sequence[Tensor], layer: LayerPlan) -> dict[str, Tensor]:
     """What a file holds of a weight, by name: its cores, and the scales of int8 ones."""
     if layer.scale_shapes:
+        if not all(map(is_finite, cores)):
+            raise CheckpointError(f"{layer.fqn}: its cores hold NaN or Inf, which int8 cannot")
         codes, scales = zip(*map(quantize, cores), strict=True)
         return dict(zip(layer.stored_shapes, (*codes, *scales), strict=True))
     return dict(zip(layer.core_shapes, cores, strict=True))
 
 
 def core_values(tensors: Mapping[str, Tensor], layer: LayerPlan) -> dict[str, Tensor]:
-    """The cores of a weight that a file holds, by name; int8 ones become the float32 numbers that they stand for.
-
-    Raises:
-        CheckpointError: see `check_cores`.
-    """
-    check_cores(tensors, layer)
+    """The cores of a weight that a file holds, by name; int8 ones become the float32 numbers that they stand for."""
     if not layer.scale_shapes:
         return {name: tensors[name] for name in layer.core_shapes}
     pairs = zip(layer.core_shapes, layer.scale_shapes, strict=True)
     return {core: dequantize(tensors[core], tensors[scales]) for core, scales in pairs}
 
 
-def check_cores(tensors: Mapping[str, Tensor], layer: LayerPlan) -> None:
-    """See that a file holds what its plan says of a weight.
+def file_metadata(report: Report, tensors: Mapping[str, Tensor]) -> Json:
+    """What a file with these tensors holds beside them: its report, and what shows that both belong together.
 
     Raises:
-        CheckpointError: tensors that are missing, or that have another type or shape.
+        CheckpointError: they do not, or a core holds NaN or Inf.
     """
-    wrong = [name for name, shape in layer.stored_shapes.items() if not _fits(tensors.get(name), name, shape, layer)]
-    if wrong:
-        raise CheckpointError(f"lacks {shortlist(wrong)}, or they have another shape or type")
+    infos = tensor_infos(tensors)
+    check_stored(report, infos)
+
+    non_finite = [name for name in sorted(infos) if not is_finite(tensors[name])]
+    _check_cores(report, non_finite)
+    stated = {"non_finite": non_finite} if non_finite else {}
+    return {**report.metadata(), "layout": layout(report, infos), **stated}
 
 
-def _fits(tensor: Tensor | None, name: str, shape: tuple[int, ...], layer: LayerPlan) -> bool:
-    if tensor is None or tuple(tensor.shape) != shape:
-        return False
-    is_code = name in layer.core_shapes and bool(layer.scale_shapes)
-    return tensor.dtype == torch.int8 if is_code else tensor.is_floating_point()
+def read_stored(path: Path) -> tuple[Report, dict[str, Tensor]]:
+    """The report and the tensors of a compressed file or folder, memory-mapped, checked against each other.
+
+    Raises:
+        CheckpointError: see `open_stored`; weights out of all proportion to the file; or NaN or Inf where the file
+            does not say that there may be.
+    """
+    stored = open_stored(path)
+    with blaming(path):
+        check_size(stored.report, stored.infos)
+        tensors = load_compressed(path)
+
+        non_finite = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+        _check_cores(stored.report, non_finite)
+        if wrong := sorted(set(non_finite) - set(stored.non_finite)):
+            raise CheckpointError(f"holds NaN or Inf in {shortlist(wrong)}, which it did not when it was written")
+    return stored.report, tensors
+
+
+def _check_cores(report: Report, non_finite: Sequence[str]) -> None:
+    if wrong := sorted(core_infos(report).keys() & set(non_finite)):
+        raise CheckpointError(f"holds NaN or Inf in {shortlist(wrong)}, of which no weight can be made")

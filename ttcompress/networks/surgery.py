@@ -35,10 +35,14 @@ def check_plan(model: nn.Module, plan: CompressionPlan) -> None:
         lists = f"the plan lists {plan.params_before:,} parameters, the network has {count:,}"
         raise PlanError(f"the plan does not fit this network: {lists}")
 
-    names = {name for name, _ in model.named_parameters()}
-    unknown = [kept.name for kept in plan.kept if kept.name not in names]
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    unknown = [kept.name for kept in plan.kept if kept.name not in sizes]
     if unknown:
         raise PlanError(f"the plan does not fit this network, which lacks {shortlist(unknown)}")
+
+    wrong = [f"{kept.name} has {sizes[kept.name]:,}" for kept in plan.kept if kept.params != sizes[kept.name]]
+    if wrong:
+        raise PlanError(f"the plan has other numbers of parameters than this network: {shortlist(wrong)}")
 
 
 def check_layers(model: nn.Module, layers: Sequence[LayerPlan]) -> None:

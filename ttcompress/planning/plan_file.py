@@ -12,9 +12,11 @@ from torch import nn
 from ttcompress.errors import PlanError
 from ttcompress.files.header import blaming
 from ttcompress.files.output import replacing
+from ttcompress.networks.surgery import check_plan
 from ttcompress.planning.selection import find_layers
 from ttcompress.recipe import FORM, TARGETS, Recipe
 from ttcompress.records.plan import PLAN_SCHEMA, CompressionPlan, LayerPlan
+from ttcompress.records.reading import parse_json, read_text
 from ttcompress.tt.shapes import feasible_ranks
 
 
@@ -34,7 +36,7 @@ def adopt_plan(model: nn.Module, recipe: Recipe, plan: CompressionPlan) -> Compr
     """A plan from a file, which may have been edited: TT-ranks clipped to feasible ones, errors forgotten.
 
     Raises:
-        PlanError: another target beside it, a layer that cannot be replaced, or one that would grow.
+        PlanError: another target beside it, another network, a layer that cannot be replaced, or one that would grow.
     """
     if any(getattr(recipe, name) is not None for group in TARGETS for name in group) or recipe.layers:
         raise PlanError("--plan states everything: leave out ranks, --eps, budgets and [[layers]]")
@@ -43,6 +45,7 @@ def adopt_plan(model: nn.Module, recipe: Recipe, plan: CompressionPlan) -> Compr
 
     names = [layer.fqn for layer in plan.layers]
     own_types = {layer.fqn: layer.weight_dtype for layer in find_layers(model, names)}
+    check_plan(model, plan)
     adopted = [_adopted(layer, own_types[layer.fqn]) for layer in plan.layers]
     return replace(plan.with_layers(adopted), multiply_adds=None, latency=None)
 
@@ -85,9 +88,10 @@ def read_plan(path: Path) -> CompressionPlan:
     Raises:
         PlanError: missing file, no JSON, another schema, or a field that is missing, wrong or does not fit its layer.
     """
+    text = read_text(path, PlanError)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = parse_json(text)
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not a readable plan: {error}") from error
 
     if not isinstance(data, dict) or data.get("schema") != PLAN_SCHEMA:

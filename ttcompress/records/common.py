@@ -26,3 +26,14 @@ def format_compression(ratio: float) -> str:
 def listed(record: Any) -> Json:
     """A flat dataclass as JSON has it."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(record).items()}
+
+
+def printable(text: str) -> str:
+    """A text from outside as one line for a terminal: what would order it about is shown as its code.
+
+    >>> print(printable("fc1\\x1b[31m"))
+    fc1\\x1b[31m
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

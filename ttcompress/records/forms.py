@@ -5,6 +5,7 @@ Where a key has a default here, older files may lack it.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Annotated, Any
 
 from msgspec import Meta, Struct
@@ -22,6 +23,9 @@ MOST_PARAMS = 2**53
 """JSON numbers are exact up to here in every reader."""
 Size = Annotated[int, Meta(ge=1, le=LARGEST_SIZE)]
 """Of a dimension, a mode, a TT-rank."""
+MOST_PIXELS = 2**26
+Side = Annotated[int, Meta(ge=1, le=2**13)]
+"""Of an image that is still held in memory."""
 FromZero = Annotated[int, Meta(ge=0, le=LARGEST_SIZE)]
 Count = Annotated[int, Meta(ge=0, le=MOST_PARAMS)]
 """Of parameters, bytes or multiply-adds."""
@@ -268,9 +272,11 @@ class PreprocessingForm(Struct):
     mean: Annotated[tuple[float, ...], Meta(min_length=1)]
     std: Annotated[tuple[Annotated[float, Meta(gt=0)], ...], Meta(min_length=1)]
     input_size: tuple[Size, Size, Size] | None = None
-    resize: Size | None = None
+    resize: Side | None = None
 
     def __post_init__(self) -> None:
+        if self.input_size and prod(self.input_size) > MOST_PIXELS:
+            raise ValueError("input_size must be at most 2^26 numbers")
         if len(self.mean) != len(self.std):
             raise ValueError("mean and std must have the same length")
 
@@ -298,3 +304,10 @@ class ReportForm(Struct):
     compression: Measured | None = None
     file: str | None = None
     file_bytes: Count | None = None
+
+
+class StoredForm(Struct):
+    """What a file says of its tensors; older ones say nothing, and hold nothing that is not finite."""
+
+    layout: Annotated[str, Meta(pattern=r"\A([0-9a-f]{64})?\Z")] = ""
+    non_finite: list[str] = []

@@ -12,9 +12,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ttcompress.files.header import blaming
-from ttcompress.files.shards import read_metadata, stored_bytes
-from ttcompress.records.common import Json, compression, format_compression
+from ttcompress.files.compressed import stored_report
+from ttcompress.files.shards import stored_bytes
+from ttcompress.records.common import Json, compression, format_compression, printable
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.records.report import Report
 
@@ -28,9 +28,7 @@ def read_report(path: str | os.PathLike[str]) -> Report:
     Raises:
         CheckpointError: not a compressed file, damaged, or of another schema.
     """
-    path = Path(path)
-    with blaming(path):
-        return with_file(Report.from_json(read_metadata(path)), path)
+    return with_file(stored_report(Path(path)), Path(path))
 
 
 def with_file(report: Report, path: Path) -> Report:
@@ -51,8 +49,13 @@ def render(report: Report) -> RenderableType:
     parts: list[RenderableType] = []
     if report.layers:
         parts += [_layer_table(report.layers), Text()]
-    parts += [Text(line) for line in _summary(report)]
+    parts += map(_text, _summary(report))
     return Group(*parts)
+
+
+def _text(words: str) -> Text:
+    """What comes from outside, for a table: in a plain string rich would look for markup."""
+    return Text(printable(words))
 
 
 def render_side_by_side(reports: Sequence[Report]) -> Table:
@@ -60,11 +63,11 @@ def render_side_by_side(reports: Sequence[Report]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for report in reports:
-        table.add_column(Text(str(report.file)), justify="right", overflow="fold")
+        table.add_column(_text(str(report.file)), justify="right", overflow="fold")
 
     columns = [_comparison(report) for report in reports]
     for label in columns[0]:
-        table.add_row(label, *(column[label] for column in columns))
+        table.add_row(label, *(_text(column[label]) for column in columns))
     return table
 
 
@@ -122,15 +125,14 @@ def _layer_table(layers: Sequence[LayerPlan]) -> Table:
         errors = [_error(layer)]
         if is_calibrated:
             errors.append(_output_error(layer))
-        table.add_row(*_layer_cells(layer), *errors)
+        table.add_row(*map(_text, [*_layer_cells(layer), *errors]))
     return table
 
 
-def _layer_cells(layer: LayerPlan) -> list[str | Text]:
+def _layer_cells(layer: LayerPlan) -> list[str]:
     way = "" if layer.execution == "auto" else f" run {layer.execution}"
     return [
-        # In a plain string rich would look for markup.
-        Text(layer.fqn),
+        layer.fqn,
         "x".join(map(str, layer.spec.weight_shape)),
         layer.tensorization.format + way,
         _modes(layer),
@@ -274,7 +276,7 @@ def _finetuning_lines(finetuning: Json | None) -> list[str]:
 def render_bench(result: Json) -> RenderableType:
     """Time and memory, dense against compressed: the whole network by batch size, then its layers."""
     where = f"{result['device']}, {result['dtype']}"
-    title = Text(f"{result['file']}: {result['what']} on {where}")
+    title = _text(f"{result['file']}: {result['what']} on {where}")
     batches = result["batches"]
     return Group(title, _network_times(batches), _layer_times(batches))
 
@@ -285,8 +287,8 @@ def _network_times(batches: Sequence[Json]) -> Table:
     for batch in batches:
         dense, compressed = batch["dense"], batch["compressed"]
         number = str(batch["batch"])
-        table.add_row(number, "dense", *_network_cells(dense))
-        table.add_row(number, "compressed", *_network_cells(compressed))
+        table.add_row(number, "dense", *map(_text, _network_cells(dense)))
+        table.add_row(number, "compressed", *map(_text, _network_cells(compressed)))
 
         time = f"{batch['time_ratio']:.2f}"
         work = f"{compressed['multiply_adds'] / max(1, dense['multiply_adds']):.2f}"
@@ -318,7 +320,7 @@ def _layer_times(batches: Sequence[Json]) -> Table:
         cells: list[str] = []
         for times in layer:
             cells += [_time(times["dense"]), _time(times["compressed"]), f"{times['time_ratio']:.2f}"]
-        table.add_row(layer[0]["fqn"], *cells)
+        table.add_row(_text(layer[0]["fqn"]), *cells)
     return table
 
 
