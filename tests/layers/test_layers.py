@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -316,7 +317,25 @@ def changes() -> dict[str, Callable[[Any], object]]:
         with torch.no_grad():
             layer.cores[0].mul_(1.5)
 
-    return {"in place": in_place, "assigned": assigned, "replaced": replaced, "loaded": loaded}
+    def averaged(layer: Any) -> None:
+        for core in layer.cores:
+            core.data.mul_(0.5).add_(torch.full_like(core, 0.1).data)
+
+    def shared_memory(layer: Any) -> None:
+        layer.cores[0].detach().numpy()[:] *= 1.5
+
+    def turned_around(layer: Any) -> None:
+        for core in layer.cores:
+            core.data.neg_()
+        layer.cores[0].data.mul_(2)
+
+    def poked(layer: Any) -> None:
+        layer.cores[-1].data.flatten()[:: layer.cores[-1].shape[-1] + 1] += 2.0
+
+    return {
+        "in place": in_place, "assigned": assigned, "replaced": replaced, "loaded": loaded, "averaged": averaged,
+        "shared memory": shared_memory, "turned around": turned_around, "poked": poked,
+    }  # fmt: skip
 
 
 @every_layer
@@ -381,6 +400,73 @@ def test_no_history_of_calls_and_changes_is_seen_in_the_result(case: Any, steps:
             results = [layer(x) for _ in range(2)]
         expected = fresh(layer, x)
         assert all(result.dtype == x.dtype and close(result, expected) for result in results)
+
+
+def traced_graph(module: Any) -> str:
+    return re.sub(r"\.?___torch_mangle_\d+", "", str(module.inlined_graph))
+
+
+@every_layer
+@torch.no_grad()
+def test_a_traced_layer_is_the_same_whether_it_has_run_before_or_not(case: Any) -> None:
+    layer, _, x = small(case)
+    layer.eval()
+    for execution in layer.executions:
+        layer.execution = execution
+        before = traced_graph(torch.jit.trace(deepcopy(layer), x))
+        layer(x)
+        traced = torch.jit.trace(layer, x)
+        assert traced_graph(traced) == before
+        for core in layer.cores:
+            core.data.mul_(1.5)
+        assert close(traced(x), layer(x))
+
+
+@every_layer
+def test_transformed_functions_keep_nothing(case: Any) -> None:
+    """What a transform makes is of its one call."""
+    layer, _, x = small(case)
+    layer.eval().requires_grad_(False)
+    wanted = torch.func.grad(lambda x: deepcopy(layer)(x).square().sum())(x)
+    for _ in range(2):
+        assert close(torch.func.grad(lambda x: layer(x).square().sum())(x), wanted)
+        assert close(torch.vmap(layer)(x), layer(x))
+        torch.func.hessian(lambda x: layer(x).square().sum())(x[:1])
+
+
+def replica_of(module: nn.Module) -> nn.Module:
+    """As nn.DataParallel makes them: without parameters, which are tensors that hang on others."""
+    replica = module._replicate_for_data_parallel()
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            replica._parameters[name] = None
+        else:
+            setattr(replica, name, parameter * 1)
+    for name, child in module._modules.items():
+        setattr(replica, name, replica_of(child))  # type: ignore[arg-type]
+        replica._modules[name] = getattr(replica, name)
+    return replica
+
+
+@every_layer
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_replicas_of_data_parallel_compute_the_same(case: Any, training: bool, bias: bool) -> None:
+    layer, _, x = small(case)
+    if not bias:
+        layer.bias = None
+    layer.train(training)
+    with torch.no_grad():
+        wanted = layer(x)
+        replica = replica_of(layer)
+        assert close(replica(x), wanted)
+        for core in layer.cores:
+            core.mul_(1.5)
+        assert close(replica_of(layer)(x), layer(x))
+        assert close(replica(x), wanted)
+    replica_of(layer)(x).sum().backward()
+    assert all(core.grad is not None for core in layer.cores)
+    assert repr(replica_of(layer))
 
 
 @every_layer

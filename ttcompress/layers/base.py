@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ttcompress.errors import PlanError, ShapeError
 from ttcompress.layers.execution import ExecutionChoice
-from ttcompress.layers.kept import Call, Kept, call_key, in_type_of
+from ttcompress.layers.kept import Call, Kept, call_key, in_type_of, made_once
 from ttcompress.layers.spec import layer_spec
 from ttcompress.records.layers import Execution, LayerSpec, checked_execution, executions
 from ttcompress.tt.arithmetic import norm
@@ -207,13 +207,13 @@ class TTLayer(nn.Module, ABC):
         key = self._key(x)
         # To choose takes as long as a small convolution. Read once: another thread may replace it meanwhile.
         call = None if key is None else self._kept.call
-        if call is None or call.key != key:
+        if call is None or not call.serves(key):
             call = self._prepared(x, key)
-        return self._run(call.execution, x, call.operands)
+        return self._run(call.execution, x, call.made.operands)
 
     def _key(self, x: Tensor) -> Hashable | None:
         """What the next call must have in common with this one to run as it does; None where it never does."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.training or torch.is_grad_enabled() or _is_recorded():
             return None
         return call_key(x, self._listed_cores())
 
@@ -229,8 +229,8 @@ class TTLayer(nn.Module, ABC):
         execution = self._chosen(calls, keeps, trains)
 
         make = partial(self._operands, execution, x, self._choice.plan(trains), keeps)
-        operands = self._kept.operands(execution, x, cores, make) if keeps else make(in_type_of(x, cores))
-        call = Call(key, execution, operands)
+        made = self._kept.made(execution, x, cores, make) if keeps else made_once(make(in_type_of(x, cores)))
+        call = Call(key, execution, made)
         self._kept.call = None if key is None else call
         return call
 
@@ -238,13 +238,13 @@ class TTLayer(nn.Module, ABC):
         if self._execution is not Execution.AUTO:
             return self._execution
         # One graph for all call shapes, still factored.
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
             return self._choice.by_cores
         return self._choice.cheaper(calls, keeps, trains)
 
     def _keeps(self, cores: Sequence[Tensor]) -> bool:
         """Whether what is made of cores without gradients serves the next call too."""
-        if self.training or torch.compiler.is_compiling():
+        if self.training or _is_recorded() or not cores[0].is_cpu:
             return False
         return not any(core.is_inference() for core in cores)
 
@@ -263,11 +263,13 @@ class TTLayer(nn.Module, ABC):
         """The output of the layer."""
 
     def _listed_cores(self) -> list[Tensor]:
-        # ParameterList looks every entry up by name, which takes longer than a small layer.
-        return list(self._modules["cores"]._parameters.values())  # type: ignore[union-attr, arg-type]
+        cores: Any = self._modules["cores"]
+        # ParameterList looks every entry up by name, which takes longer than a small layer. Replicas of DataParallel
+        # have none: theirs are plain tensors.
+        return list(cores._parameters.values()) or list(cores)
 
     def _bias_as(self, x: Tensor) -> Tensor | None:
-        bias = self._parameters["bias"]
+        bias = self.bias
         return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
     def kept_tensors(self) -> list[Tensor]:
@@ -297,3 +299,8 @@ class TTLayer(nn.Module, ABC):
         ranks = ", ".join(map(str, self.tt_ranks))
         shape = " x ".join(map(str, self.spec.weight_shape))
         return f"{shape}, {self.tensorization.format}, tt_ranks=({ranks}), bias={self.bias is not None}"
+
+
+def _is_recorded() -> bool:
+    """Whether a call becomes part of a graph, where what is kept would stand as a constant."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()

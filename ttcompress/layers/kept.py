@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,34 @@ from ttcompress.records.layers import Execution
 
 Make = Callable[[list[Tensor]], Any]
 """Makes of the cores, in the type of the input, what an execution takes."""
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Whole numbers by their bytes: NaN is no other number than itself there."""
+
+
+class Snapshot:
+    """The values of cores at one time, to be compared with those of now.
+
+    A write through `core.data`, or into memory that something else shares, counts no version. As long as the memory
+    of the cores is held here, its address is not given to other cores.
+    """
+
+    def __init__(self, cores: Sequence[Tensor]) -> None:
+        self._held = [core.detach() for core in cores]
+        self.copies = [core.clone() for core in self._held]
+        self._pairs = [(_bits(now), _bits(then)) for now, then in zip(self._held, self.copies, strict=True)]
+
+    def still_holds(self) -> bool:
+        """Whether no bit of the cores has changed."""
+        # By NumPy: torch compares element by element, and takes three times as long.
+        return all(bool((now == then).all()) for now, then in self._pairs)
+
+
+class Made(NamedTuple):
+    """What was made of the cores for an execution, and what they were then."""
+
+    key: tuple[Hashable, ...]
+    operands: Any
+    cores: Snapshot | None
 
 
 class Call(NamedTuple):
@@ -19,15 +48,12 @@ class Call(NamedTuple):
 
     key: Hashable
     execution: Execution
-    operands: Any
+    made: Made
 
-
-class _Made(NamedTuple):
-    """What was made of the cores; as long as their memory is held its address is not given to other cores."""
-
-    key: tuple[Hashable, ...]
-    operands: Any
-    held: list[Tensor]
+    def serves(self, key: Hashable) -> bool:
+        """Whether a call of this key runs in the same way."""
+        cores = self.made.cores
+        return self.key == key and cores is not None and cores.still_holds()
 
 
 class Kept:
@@ -35,32 +61,38 @@ class Kept:
 
     def __init__(self) -> None:
         self.call: Call | None = None
-        self._made: _Made | None = None
+        self._made: Made | None = None
 
-    def operands(self, execution: Execution, x: Tensor, cores: Sequence[Tensor], make: Make) -> Any:
-        """make(cores in the type of x), kept where possible until the cores change.
-
-        A change in place through `core.data` cannot be seen; `train()` and `eval()` drop what is kept.
-        """
+    def made(self, execution: Execution, x: Tensor, cores: Sequence[Tensor], make: Make) -> Made:
+        """make(cores in the type of x), kept where possible until the cores change."""
         state = _state(cores)
         if state is None:
-            return make(in_type_of(x, cores))
+            return made_once(make(in_type_of(x, cores)))
 
         key = execution, x.dtype, x.is_contiguous(), torch.is_inference_mode_enabled(), state
         made = self._made
-        if made is not None and made.key == key:
-            return made.operands
+        if made is not None and made.key == key and made.cores is not None and made.cores.still_holds():
+            return made
+
+        # What the cores are is noted first: a write from elsewhere, in between, is then seen by the next call.
+        snapshot = _snapshot(cores)
+        if snapshot is None:
+            return made_once(make(in_type_of(x, cores)))
 
         # What is kept outlives an autocast, which casts it as it does weights.
         with torch.autocast(x.device.type, enabled=False):
             operands = make(in_type_of(x, cores))
-        self._made = _Made(key, operands, [core.detach() for core in cores])
-        return operands
+        made = Made(key, operands, snapshot)
+        self._made = made
+        return made
 
     def tensors(self) -> list[Tensor]:
         """All that is kept and takes memory."""
+        if self._made is None:
+            return []
+
         found: list[Tensor] = []
-        waiting = [self._made.operands] if self._made else []
+        waiting = [self._made.operands, self._made.cores.copies if self._made.cores else []]
         while waiting:
             each = waiting.pop()
             if isinstance(each, list | tuple):
@@ -70,10 +102,15 @@ class Kept:
         return found
 
 
-def call_key(x: Tensor, cores: Sequence[Tensor]) -> Hashable | None:
-    """All that the execution of a call and its operands depend on; None for cores whose changes cannot be seen.
+def made_once(operands: Any) -> Made:
+    """What serves one call only."""
+    return Made((), operands, None)
 
-    Autocast is not part of it: nothing is kept in its type.
+
+def call_key(x: Tensor, cores: Sequence[Tensor]) -> Hashable | None:
+    """All that the execution of a call and its operands depend on, but for the values of the cores.
+
+    None for cores whose changes cannot be seen. Autocast is not part of it: nothing is kept in its type.
     """
     state = _state(cores)
     if state is None:
@@ -86,11 +123,28 @@ def in_type_of(x: Tensor, cores: Sequence[Tensor]) -> list[Tensor]:
     return [core.to(x.dtype) for core in cores]
 
 
-def _state(cores: Sequence[Tensor]) -> tuple[int, ...] | None:
-    """What changes when the cores do; None for tensors without memory of their own, as under vmap or on meta."""
-    if cores[0].is_meta:
+def _state(cores: Sequence[Tensor]) -> Hashable | None:
+    """Where the cores are; None where their values cannot be compared at a small price.
+
+    That is so for tensors without memory of their own, as under vmap or on meta, and on devices that would have to be
+    waited for.
+    """
+    if cores[0].device.type != "cpu":
         return None
     try:
-        return tuple([number for core in cores for number in (core._version, core.data_ptr())])
+        return tuple([each for core in cores for each in (core.data_ptr(), core.stride())])
     except RuntimeError:
         return None
+
+
+def _snapshot(cores: Sequence[Tensor]) -> Snapshot | None:
+    """None under torch.func, where copies of cores are of the one call too."""
+    try:
+        return Snapshot(cores)
+    except RuntimeError:
+        return None
+
+
+def _bits(tensor: Tensor) -> np.ndarray[Any, Any]:
+    array: np.ndarray[Any, Any] = tensor.view(BITS[tensor.element_size()]).numpy()
+    return array
