@@ -53,7 +53,8 @@ def test_those_of_a_shell_say_nothing(monkeypatch: pytest.MonkeyPatch, alone: di
     [
         {"RANK": "four"}, {"RANK": "4"}, {"RANK": "-1"}, {"RANK": "1_0"}, {"RANK": "٣"}, {"WORLD_SIZE": "2.0"},
         {"WORLD_SIZE": "0"}, {"LOCAL_RANK": "4"}, {"LOCAL_RANK": "3"}, {"LOCAL_WORLD_SIZE": "5"},
-        {"MASTER_PORT": "http"}, {"MASTER_PORT": "0"}, {"MASTER_PORT": "70000"}, {"WORLD_SIZE": "9" * 5000}, {"LOCAL_WORLD_SIZE": "0"},
+        {"MASTER_PORT": "http"}, {"MASTER_PORT": "0"}, {"MASTER_PORT": "70000"}, {"WORLD_SIZE": "9" * 5000},
+        {"LOCAL_WORLD_SIZE": "0"},
     ],
 )  # fmt: skip
 def test_contradictions_are_one_line(monkeypatch: pytest.MonkeyPatch, change: dict[str, str]) -> None:

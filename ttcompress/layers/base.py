@@ -303,4 +303,4 @@ class TTLayer(nn.Module, ABC):
 
 def _is_recorded() -> bool:
     """Whether a call becomes part of a graph, where what is kept would stand as a constant."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
