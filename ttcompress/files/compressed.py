@@ -138,7 +138,8 @@ def dense_infos(report: Report, infos: Mapping[str, TensorInfo]) -> dict[str, Te
 
 def layout(report: Report, infos: Mapping[str, TensorInfo]) -> str:
     """A sum over names, types and shapes of all tensors, as they are stored and as they are dense (docs/format.md)."""
-    parts = {"stored": infos, "dense": dense_infos(report, infos)}
+    kept = {each.name: infos[each.name] for each in report.kept}
+    parts = {"stored": infos, "dense": dense_infos(report, infos), "kept": kept}
     listed = {part: {name: [info.dtype, info.shape] for name, info in of.items()} for part, of in parts.items()}
     return hashlib.sha256(canonical_json(listed).encode()).hexdigest()
 
