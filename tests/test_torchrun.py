@@ -53,8 +53,8 @@ def test_those_of_a_shell_say_nothing(monkeypatch: pytest.MonkeyPatch, alone: di
     [
         {"RANK": "four"}, {"RANK": "4"}, {"RANK": "-1"}, {"RANK": "1_0"}, {"RANK": "٣"}, {"WORLD_SIZE": "2.0"},
         {"WORLD_SIZE": "0"}, {"LOCAL_RANK": "4"}, {"LOCAL_RANK": "3"}, {"LOCAL_WORLD_SIZE": "5"},
-        {"MASTER_PORT": "http"}, {"MASTER_PORT": "0"}, {"MASTER_PORT": "70000"}, {"WORLD_SIZE": "9" * 5000},
-        {"LOCAL_WORLD_SIZE": "0"},
+        {"MASTER_PORT": "http"}, {"MASTER_PORT": "0"}, {"MASTER_PORT": "70000"},
+        {"WORLD_SIZE": "9" * 5000}, {"LOCAL_WORLD_SIZE": "0"},
     ],
 )  # fmt: skip
 def test_contradictions_are_one_line(monkeypatch: pytest.MonkeyPatch, change: dict[str, str]) -> None:
@@ -87,8 +87,10 @@ def test_a_meeting_that_never_comes_ends_with_its_address(
     monkeypatch.setattr(processes, "REACHED_WITHIN", timedelta(seconds=1))
     monkeypatch.setattr(processes, "ALL_THERE_WITHIN", timedelta(seconds=1))
     started = time.monotonic()
-    meeting = joined(torch.device("cpu"), timedelta(days=30))
-    with pytest.raises(TTCompressError, match=r"2 processes do not meet at 127\.0\.0\.1:29777") as error, meeting:
+    with (
+        pytest.raises(TTCompressError, match=r"2 processes do not meet at 127\.0\.0\.1:29777") as error,
+        joined(torch.device("cpu"), timedelta(days=30)),
+    ):
         raise AssertionError("they met")
     assert time.monotonic() - started < 30
     assert error.value.__cause__ is not None

@@ -238,7 +238,7 @@ class TTLayer(nn.Module, ABC):
         if self._execution is not Execution.AUTO:
             return self._execution
         # One graph for all call shapes, still factored.
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if torch.compiler.is_exporting() or _is_traced():
             return self._choice.by_cores
         return self._choice.cheaper(calls, keeps, trains)
 
@@ -301,6 +301,10 @@ class TTLayer(nn.Module, ABC):
         return f"{shape}, {self.tensorization.format}, tt_ranks=({ranks}), bias={self.bias is not None}"
 
 
+def _is_traced() -> bool:
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def _is_recorded() -> bool:
     """Whether a call becomes part of a graph, where what is kept would stand as a constant."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return torch.compiler.is_compiling() or _is_traced()
