@@ -135,4 +135,5 @@ def stated_recipe(given: dict[str, Any]) -> Recipe:
     """The recipe of a call: what its options state, over the file that `--recipe` names."""
     path = given.get("recipe")
     stated = {name: value for name, value in given.items() if name in RUN_OPTIONS}
-    return (Recipe.from_toml(path) if path else Recipe()).override(**stated)
+    recipe = Recipe.from_toml(path) if path else Recipe()
+    return recipe.override(**stated).check_needs()

@@ -157,6 +157,18 @@ class Recipe:
         """Those of these options that are stated, as the command line spells them."""
         return [flag(name) for name in names if _is_stated(getattr(self, name))]
 
+    def check_needs(self) -> Recipe:
+        """See that every option that is stated has what it needs; return the recipe.
+
+        Raises:
+            PlanError: one lacks it.
+        """
+        for name, option in RUN_OPTIONS.items():
+            needed = option.needs
+            if needed and _is_stated(getattr(self, name)) and not _is_stated(getattr(self, needed)):
+                raise PlanError(f"{flag(name)} needs {flag(needed)}")
+        return self
+
     def override(self, **options: Any) -> Recipe:
         """A new recipe in which every stated option replaces its own; a target among them displaces the other targets.
 

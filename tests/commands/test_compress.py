@@ -539,7 +539,7 @@ BATCH = (torch.randn(4, 64), torch.zeros(4, dtype=torch.long))
         ({"ranks": 4, "data": []}, DataError, "no image"),
         ({"ranks": 4, "include": ["nothing*"]}, PlanError, "nothing"),
         ({"ranks": 4, "device": "nonsense"}, PlanError, "device"),
-        ({"ranks": 4, "calib_images": 20}, DataError, "^calib_images needs calib,"),
+        ({"ranks": 4, "calib_images": 20}, DataError, "^calib_images needs calib$"),
         ({"conv_ranks": 4}, PlanError, "nothing would be compressed"),
     ],
 )

@@ -253,7 +253,7 @@ def _compressor(
 ) -> Compressor:
     unused = settings.recipe.given("calib_images", "effort")
     if unused and inputs.calibration is None:
-        raise DataError(f"{unused[0]} needs --calib, the images to calibrate on")
+        raise DataError(f"{unused[0]} needs --calib")
     for_training = settings.recipe.epochs is not None
     if inputs.score and not for_training and not _is_search(settings.recipe, plan):
         raise DataError("--val is what --max-drop without another target searches by: leave it out")

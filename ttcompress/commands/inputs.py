@@ -69,7 +69,7 @@ def open_inputs(network: Network, settings: Settings, progress: Progress | None)
 def measured_images(recipe: Recipe) -> Images | None:
     """The labelled images that accuracy is reported on: the first `limit` of them."""
     if recipe.limit is not None and recipe.data is None:
-        raise DataError("--limit needs --data, the images to measure accuracy on")
+        raise DataError("--limit needs --data")
     if recipe.data is None:
         return None
     images = labelled(recipe.data)
