@@ -73,7 +73,7 @@ def export_file(
         TTCompressError: a file that cannot be read or written, an input that the network does not take.
     """
     _check_installed()
-    check_output(output, force)
+    check_output(output, force, source=source)
     network = open_any(source, arch, key or "")
     shape = input_shape(source, network, input_size)
     model = _computable(network.model)
