@@ -449,3 +449,58 @@ def test_nothing_is_replaced_unless_asked(folder: Path, tmp_path: Path) -> None:
         (tmp_path / name).unlink()
     with pytest.raises(CheckpointError, match="nothing to resume"):
         finetune_file(folder / "digits-tt.safetensors", tmp_path / "out.safetensors", Recipe(**QUICK), resume=True)
+
+
+# -------------------------------------------------------------------------------------------- other images, two runs
+
+
+@pytest.mark.parametrize("change", ["pixels", "labels", "one pixel", "val"])
+def test_other_images_of_the_same_name_and_number_are_not_resumed_on(folder: Path, tmp_path: Path, change: str) -> None:
+    draw = np.random.default_rng(0)
+    pixels, labels = draw.integers(0, 256, (64, 8, 8), dtype=np.uint8), np.arange(64) % 10
+    np.savez(tmp_path / "t.npz", images=pixels, labels=labels)
+    np.savez(tmp_path / "v.npz", images=pixels, labels=labels)
+    given = ["finetune", folder / "digits-tt.safetensors", "--train", "npz:t.npz", "--val", "npz:v.npz", "--epochs", 1]
+    given += ["-o", "out.safetensors"]
+    run(*given, cwd=tmp_path)
+    state = (tmp_path / "out.safetensors.training").read_bytes()
+
+    changed = pixels.copy()
+    changed[0 if change == "one pixel" else slice(None), 0] ^= 1
+    others = {
+        "images": pixels if change == "labels" else changed,
+        "labels": labels[::-1] if change == "labels" else labels,
+    }
+    np.savez(tmp_path / ("v.npz" if change == "val" else "t.npz"), **others)
+    err = refused(*given, "--resume", "--force", cwd=tmp_path)
+    assert f"was trained otherwise: {'val' if change == 'val' else 'train'} was npz:" in err
+    assert (tmp_path / "out.safetensors.training").read_bytes() == state
+
+
+def test_two_trainings_of_one_output(folder: Path, tmp_path: Path) -> None:
+    """The second ends at once; the first goes on, and saves when the terminal is closed."""
+    given = [
+        "finetune",
+        folder / "digits-tt.safetensors",
+        "--train",
+        "digits",
+        "--epochs",
+        10_000,
+        "-o",
+        "out.safetensors",
+    ]
+    line = [sys.executable, "-m", "ttcompress", *map(str, given)]
+    process = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        process.stderr.readline()
+        for more in ([], ["--force"], ["--resume"]):
+            err = refused(*given, *more, cwd=tmp_path)
+            assert f"another command is writing it (process {process.pid})" in err
+        process.send_signal(signal.SIGHUP)
+        err = process.communicate(timeout=100)[1]
+        assert process.returncode == 130
+        assert "the last good state is in out.safetensors.training" in err
+    finally:
+        process.kill()
+    assert [each.name for each in tmp_path.iterdir()] == ["out.safetensors.training"]

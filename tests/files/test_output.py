@@ -248,3 +248,20 @@ def test_files_that_grow_too_large_are_one_line(tmp_path: Path, name: str) -> No
     text = subprocess.run(line, capture_output=True, text=True, check=True).stdout
     assert text.startswith(f"{tmp_path / name}: cannot be written: ")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", ["same", "link", "hard link", "other folder"])
+def test_the_source_is_never_replaced(tmp_path: Path, how: str) -> None:
+    source, output = tmp_path / "net.pt", tmp_path / "out.pt"
+    source.write_text("mine")
+    (tmp_path / "folder").mkdir()
+    if how == "link":
+        output.symlink_to(source)
+    elif how == "hard link":
+        output.hardlink_to(source)
+    else:
+        output = source if how == "same" else tmp_path / "folder" / ".." / "net.pt"
+    with pytest.raises(CheckpointError, match="is the file that is to be read"):
+        check_output(output, force=True, source=source)
+    check_output(tmp_path / "other.pt", force=True, source=source)
+    check_output(output, force=True, source=tmp_path / "missing.pt")

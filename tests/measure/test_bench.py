@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +158,27 @@ def test_the_layers_of_a_network_get_what_they_get_in_it() -> None:
     x = torch.randn(2, 3, 8, 8)
     received: Tensor = timing.input_of(model, model[2], x)
     torch.testing.assert_close(received, model[1](model[0](x)))
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
+def test_saved_figures_leave_the_file_where_and_for_whom_it_was(file: Path, tmp_path: Path, mode: int) -> None:
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "net.safetensors"
+    link.symlink_to(Path("..") / file.name)
+    file.chmod(mode)
+    bench.save_bench(link, {"batches": []})
+    assert stat.S_IMODE(file.stat().st_mode) == mode
+    assert link.is_symlink()
+    assert read_metadata(file)["bench"] == {"batches": []}
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["links", "mlp.pt", file.name]
+    assert [each.name for each in link.parent.iterdir()] == [link.name]
+
+
+@pytest.mark.parametrize("arguments", [["--batch-sizes", "1000000000000"], ["--batch-sizes", "1,99999999999999999999"]])
+def test_batches_that_no_machine_has_are_one_line(
+    file: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, "bench", file, "--input-size", "1,28,28", *arguments, "--device", "cpu")
+    assert code == 2
+    assert "more than this machine has memory for" in err
+    assert err.count("\n") == 1

@@ -114,7 +114,7 @@ def compress_file(
     if recipe.is_weights_only:
         return compress_weights(source, output, recipe, plan, force=force, progress=progress)
 
-    check_output(output, force)
+    check_output(output, force, source=source)
     if recipe.max_drop is not None and not _is_search(recipe, plan) and recipe.data is None:
         raise DataError("--max-drop beside another target is a gate on accuracy: name labelled images with --data")
 

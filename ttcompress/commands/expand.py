@@ -30,7 +30,7 @@ def expand_file(source: Path, output: Path, force: bool = False) -> Report:
         CheckpointError: not a compressed file, or an output that cannot be written.
     """
     index = None if output.suffix in (".pt", ".pth", ".safetensors") else read_index(source)
-    check_output(output, force, index)
+    check_output(output, force, index, source)
     report, tensors = read_stored(source)
     with blaming(source):
         dense = _expanded(report, tensors)

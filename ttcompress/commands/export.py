@@ -19,7 +19,7 @@ from ttcompress.files.header import canonical_json
 from ttcompress.files.output import alone, check_output, replacing
 from ttcompress.files.tensors import tensor_bytes
 from ttcompress.networks.opening import input_shape, open_any
-from ttcompress.networks.running import forward, input_dtype
+from ttcompress.networks.running import forward, input_dtype, made_up
 from ttcompress.networks.stored import stored_tensors
 from ttcompress.records.common import Json
 
@@ -73,7 +73,7 @@ def export_file(
         TTCompressError: a file that cannot be read or written, an input that the network does not take.
     """
     _check_installed()
-    check_output(output, force)
+    check_output(output, force, source=source)
     network = open_any(source, arch, key or "")
     shape = input_shape(source, network, input_size)
     model = _computable(network.model)
@@ -106,7 +106,7 @@ def _computable(model: nn.Module) -> nn.Module:
 
 
 def _random(batch: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch)).to(dtype)
+    return made_up(torch.randn, (batch, *shape), generator=torch.Generator().manual_seed(batch)).to(dtype)
 
 
 def _program(model: nn.Module, sample: Tensor) -> Any:

@@ -32,6 +32,15 @@ def work_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.partial")
 
 
+def is_stopped(output: Path) -> bool:
+    """Whether a run that was to write `output` has left something."""
+    try:
+        return work_folder(output).exists()
+    except (OSError, ValueError):
+        # Where nobody can look, nobody can write: that is said by the check of the output.
+        return False
+
+
 @dataclass(frozen=True)
 class Work:
     """A folder of results, to which all processes of a run add."""

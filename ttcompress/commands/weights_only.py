@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ttcompress.commands.compressor import Compressed, Compressor
-from ttcompress.commands.partial_results import Work, work_folder, work_on
+from ttcompress.commands.partial_results import Work, is_stopped, work_on
 from ttcompress.commands.reports import promised_bytes, recorded, report_of
 from ttcompress.errors import PlanError, shortlist
 from ttcompress.files.checkpoint import load_compressed
@@ -74,8 +74,8 @@ def compress_weights(
     _check_recipe(recipe)
     settings = Settings.of(recipe)
     index = None if output.suffix == ".safetensors" else read_index(source)
-    was_stopped = work_folder(output).exists() and not any(output.glob(f"*{INDEX_SUFFIX}"))
-    check_output(output, force or (index is not None and was_stopped), index)
+    was_stopped = is_stopped(output) and not any(output.glob(f"*{INDEX_SUFFIX}"))
+    check_output(output, force or (index is not None and was_stopped), index, source)
     network = open_weights(source, settings.key)
     with (
         joined(chosen_device(settings.device), PATIENCE) as world,

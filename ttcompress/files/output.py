@@ -27,15 +27,19 @@ DISK_FULL = ("No space left", "file write failed", "PytorchStreamWriter", "inlin
 """What torch's own writer says when the file system refuses."""
 
 
-def check_output(path: Path, force: bool, index: Index | None = None) -> None:
+def check_output(path: Path, force: bool, index: Index | None = None, source: Path | None = None) -> None:
     """See, before any work, that a file can be written, or a folder of shards like those of an index.
 
     Raises:
-        CheckpointError: it exists and `force` is not set, is no ordinary file (no folder, that of the index
-            itself, or one with what this command does not write), or its parent does not exist.
+        CheckpointError: it exists and `force` is not set, is the `source` that is to be read, is no ordinary file (no
+            folder, that of the index itself, or one with what this command does not write), or its parent does not
+            exist.
     """
     try:
-        problem = _output_problem(path, force) if index is None else _folder_problem(path, force, index)
+        if source is not None and path.is_file() and source.exists() and path.samefile(source):
+            problem = "is the file that is to be read; choose another name"
+        else:
+            problem = _output_problem(path, force) if index is None else _folder_problem(path, force, index)
     except (OSError, ValueError) as error:
         problem = f"cannot be written: {getattr(error, 'strerror', None) or error}"
     if problem:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ttcompress.errors import CheckpointError, shortlist
 from ttcompress.files.header import check_readable
+from ttcompress.files.pickled import check_tuples
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "ema", "model_state", "module")
 """Names under which trainers keep the state dict of a network, also one in the other."""
@@ -151,6 +152,7 @@ def _load_pickle(path: Path) -> Any:
     if is_zip:
         _check_archive(path)
     _check_magic(path)
+    check_tuples(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

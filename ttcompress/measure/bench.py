@@ -24,7 +24,7 @@ from ttcompress.layers.linear import TTLinear
 from ttcompress.measure.multiply_adds import multiply_adds
 from ttcompress.measure.timing import NOISE, at_its_best, by_turns, device_name, input_of, runner
 from ttcompress.networks.opening import input_shape, open_any
-from ttcompress.networks.running import forward, input_dtype
+from ttcompress.networks.running import Example, blaming, forward, input_dtype
 from ttcompress.networks.surgery import expand_layers
 from ttcompress.records.common import Json, Progress
 
@@ -62,8 +62,9 @@ def bench_file(
     for number, batch in enumerate(batch_sizes):
         if progress:
             progress(f"batch size {batch}", number, len(batch_sizes))
-        images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(where, input_dtype(dense))
-        entries.append(_compare(dense, compressed, images, names, training))
+        images = Example(shape).batch(dense, batch)
+        with blaming(f"a batch of {batch} inputs of shape {shape}"):
+            entries.append(_compare(dense, compressed, images, names, training))
     return {
         "file": source.name,
         "device": device_name(where),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -111,7 +112,9 @@ def build(architecture: Architecture, factory: Factory | None = None, device: st
     constructor, fixed = _constructor(architecture)
     on_meta = device == "meta"
     try:
-        with _WeightsOnMeta() if on_meta else torch.device(device):
+        with _WeightsOnMeta() if on_meta else torch.device(device), warnings.catch_warnings():
+            # Of layers without features, which a checkpoint may have, nothing is to be initialised.
+            warnings.simplefilter("ignore")
             model: nn.Module = constructor(**fixed, **architecture.arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArchitectureError(f"{_reference(architecture)} cannot be constructed: {_one_line(error)}") from error

@@ -230,12 +230,21 @@ class Example:
         return placed(map_tensors(rows, self.inputs), device, dtype)
 
     def _made_up(self, make: Callable[..., Tensor], size: int, **how: Any) -> Tensor:
-        too_large = f"inputs of shape {(size, *self.shape)} are more than this machine has memory for"
         is_held = str(how.get("device")) != "meta"
-        if is_held and size * prod(self.shape) * torch.float32.itemsize > _physical_memory():
-            raise DataError(too_large)
-        with blaming(too_large):
-            return make(size, *self.shape, **how)
+        return made_up(make, (size, *self.shape), is_held, **how)
+
+
+def made_up(make: Callable[..., Tensor], shape: Sequence[int], is_held: bool = True, **how: Any) -> Tensor:
+    """Numbers made up in a shape, after a look at whether the memory of this machine holds so many.
+
+    Raises:
+        DataError: it does not.
+    """
+    too_large = f"inputs of shape {tuple(shape)} are more than this machine has memory for"
+    if is_held and prod(shape) * torch.float32.itemsize > _physical_memory():
+        raise DataError(too_large)
+    with blaming(too_large):
+        return make(*shape, **how)
 
 
 @torch.no_grad()
