@@ -552,7 +552,7 @@ def test_contents_that_are_no_recipe(content: bytes, says: str, tmp_path: Path) 
 
 
 def test_a_file_without_an_end_is_not_read(tmp_path: Path) -> None:
-    for path, says in ((Path("/dev/zero"), "Not a regular file"), (tmp_path / ("x" * 300), "cannot be read")):
+    for path, says in ((Path("/dev/zero"), "Not an ordinary file"), (tmp_path / ("x" * 300), "cannot be read")):
         with pytest.raises(PlanError, match=says):
             Recipe.from_toml(path)
     with (tmp_path / "large.toml").open("wb") as file:
