@@ -15,6 +15,7 @@ import pytest
 
 from ttcompress.commands.compress import plan_file
 from ttcompress.errors import PlanError
+from ttcompress.options import RULE_KINDS, RUN_OPTIONS
 from ttcompress.recipe import LayerRule, Recipe
 from ttcompress.tt.shapes import tensorize_shape
 
@@ -479,3 +480,92 @@ def test_options_from_the_command_line_are_checked() -> None:
 def test_recipes_need_no_torch() -> None:
     code = "import sys, ttcompress.recipe; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+ODD = {
+    "true": "true", "a text": "'x'", "an empty text": "''", "nan": "nan", "infinity": "-inf", "a date": "2024-05-01",
+    "a time": "07:32:00", "a moment": "1979-05-27T07:32:00Z", "an empty list": "[]", "a list in a list": "[[1]]",
+    "a mixed list": "[1, 'x', 2.5]", "a list of dates": "[1979-05-27]", "a list of tables": "[{a = 1}]",
+    "a table": "{a = 1}",
+    "a nested table": "{a = {b = {c = []}}}", "minus one": "-1", "2^63": str(2**63), "400 digits": "1" + "0" * 400,
+    "5,000 hexadecimal digits": "0x" + "f" * 5000, "a huge real number": "1e999",
+    "a list of huge numbers": f"[0x{'f' * 5000}]",
+    "a long text": f"'{'x' * 5000}'",
+}  # fmt: skip
+"""Values that few options take; those that one does are none of its problems."""
+
+
+@pytest.mark.parametrize("name", [*RUN_OPTIONS, "layers"])
+def test_any_odd_value_of_any_option_is_one_line_or_is_taken(name: str, tmp_path: Path) -> None:
+    said = [refusal(tmp_path, f"{name} = {value}") for value in ODD.values()]
+    assert len(list(filter(None, said))) >= len(ODD) - 6
+    for message in filter(None, said):
+        assert message.startswith(f"{tmp_path / 'recipe.toml'}: ")
+        assert "\n" not in message
+        assert len(message) < 500
+
+
+def refusal(tmp_path: Path, text: str) -> str:
+    """What a recipe is refused with, if it is."""
+    try:
+        read(tmp_path, text)
+    except PlanError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", RULE_KINDS)
+def test_any_odd_value_of_a_rule_names_the_rule(name: str, tmp_path: Path) -> None:
+    for value in ODD.values():
+        text = f"[[layers]]\nmatch = 'a'\n[[layers]]\n{name} = {value}\n"
+        message = refusal(tmp_path, text if name == "match" else f"{text}match = 'b'")
+        if message:
+            assert message.startswith(f"{tmp_path / 'recipe.toml'}: [[layers]] 2: ")
+            assert len(message) < 500
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\xff\xfe\0r\0", "is no text in UTF-8"),
+        ("größe = 4".encode("latin-1"), "is no text in UTF-8"),
+        (b"a = " + b"[" * 5000 + b"]" * 5000, "not a TOML file"),
+        (b"a = " + b"{b=" * 5000 + b"1" + b"}" * 5000, "not a TOML file"),
+        (b"ranks = 4\nranks = 5", "not a TOML file"),
+        (b"ranks = 1_0__0", "not a TOML file"),
+        (b"[layers.a]\nranks = 4", "layers must be tables"),
+        (b"[ranks]\nfc1 = 4", "--ranks must be a whole number"),
+        (b"[[ranks]]\nfc1 = 4", "--ranks must be a whole number"),
+        (b"'' = 4", "unknown key ''"),
+        (b"'a\\u001bb' = 4", "unknown key"),
+        (b"batch_size = 4\nbatch-size = 4", "'batch_size' is given twice"),
+    ],
+)
+def test_contents_that_are_no_recipe(content: bytes, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(content)
+    with pytest.raises(PlanError) as error:
+        Recipe.from_toml(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert says in str(error.value)
+    assert "\x1b" not in str(error.value)
+
+
+def test_a_file_without_an_end_is_not_read(tmp_path: Path) -> None:
+    for path, says in ((Path("/dev/zero"), "Not an ordinary file"), (tmp_path / ("x" * 300), "cannot be read")):
+        with pytest.raises(PlanError, match=says):
+            Recipe.from_toml(path)
+    with (tmp_path / "large.toml").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(PlanError, match=r"has over 100,000,000 bytes"):
+        Recipe.from_toml(tmp_path / "large.toml")
+
+
+@pytest.mark.parametrize("name", ["ratio", "lr", "seed", "workers", "params"])
+def test_odd_values_from_python_are_refused(name: str) -> None:
+    odd: list[object] = [10**400, -(10**400), 2**63, 16**5000, True, "4", [4], 1 + 2j, Path("x")]
+    for value in odd:
+        with pytest.raises(PlanError) as error:
+            Recipe(**{name: value})  # type: ignore[arg-type]
+        assert str(error.value).startswith(f"--{name} must be ")
+        assert len(str(error.value)) < 200

@@ -49,7 +49,7 @@ class Numbers(click.ParamType[Any]):
         """Parse `4,4,8`."""
         if not isinstance(value, str):
             return value
-        numbers = [read_number(part.strip(), self.kind) for part in value.split(",")]
+        numbers = [read_number(part.strip(" "), self.kind) for part in value.split(",")]
         if None in numbers:
             self.fail(f"{value!r} is not a list of {self.kind.__name__} numbers such as 4,4,8", param, ctx)
         return tuple(numbers)

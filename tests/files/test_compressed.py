@@ -329,4 +329,4 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     ):
         done = run_command(*words, cwd=tmp_path)
         assert (done.code, done.err.count("\n")) == (2, 1)
-        assert "cannot be read: Not a regular file" in done.err or "is not an ordinary file" in done.err
+        assert "ordinary file" in done.err

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import inf, nan
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mutations import EDGES, MISSING, SMALL, Place, changed, mutated
 
 from ttcompress.errors import CheckpointError, PlanError
 from ttcompress.files.header import read_metadata
@@ -24,37 +24,8 @@ OLDER = Path(__file__).with_name("older")
 FILE: dict[str, Any] = read_metadata(OLDER / "trained.safetensors")
 CONV: dict[str, Any] = read_metadata(OLDER / "conv.safetensors")
 PLAN: dict[str, Any] = json.loads((OLDER / "plan.json").read_text())
-MISSING = object()
-SMALL = st.none() | st.booleans() | st.integers(-3, 9) | st.floats(-2, 2) | st.text(max_size=3) | st.just([])
-EDGES = st.sampled_from([nan, inf, -inf, 2**40, 2**41, 2**53, 2**63, -(2**70), 10**400, 1e308, "\ud800", "int8", {}])
-VALUES = (
-    SMALL
-    | EDGES
-    | st.lists(SMALL | EDGES, max_size=4)
-    | st.dictionaries(st.text(max_size=3), SMALL | EDGES, max_size=2)
-)
-Path_ = tuple[str | int, ...]
 
-
-def changed(data: dict[str, Any], path: Path_, value: object) -> dict[str, Any]:
-    data = copy.deepcopy(data)
-    inner: Any = data
-    for step in path[:-1]:
-        inner = inner[step]
-    if value is MISSING:
-        del inner[path[-1]]
-    else:
-        inner[path[-1]] = value
-    return data
-
-
-def places(value: Any, path: Path_ = ()) -> Iterator[Path_]:
-    yield path
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield from places(inner, (*path, key))
-
-
-WRONG: dict[Path_, list[tuple[object, str]]] = {
+WRONG: dict[Place, list[tuple[object, str]]] = {
     ("layers",): [
         (MISSING, "layers is missing"),
         ({}, "layers must be a list, not {}"),
@@ -109,7 +80,7 @@ WRONG: dict[Path_, list[tuple[object, str]]] = {
     ("latency",): [({"dense": 1.0}, "latency.compressed is missing")],
 }
 """Fields that files and plans share."""
-WRONG_FILE: dict[Path_, list[tuple[object, str]]] = {
+WRONG_FILE: dict[Place, list[tuple[object, str]]] = {
     ("layers", 0, "output_error", "sweeps"): [
         ("x", "every entry of layers[0].output_error must be a number, not {"),
         (nan, "layers[0].output_error.sweeps must be a finite number, not NaN"),
@@ -158,7 +129,7 @@ file_cases = [(path, value, says) for path, entries in WRONG_FILE.items() for va
 
 
 @pytest.mark.parametrize(("path", "value", "says"), cases + file_cases)
-def test_a_wrong_field_of_a_file_is_named(path: Path_, value: object, says: str) -> None:
+def test_a_wrong_field_of_a_file_is_named(path: Place, value: object, says: str) -> None:
     with pytest.raises(CheckpointError) as error:
         Report.from_json(changed(FILE, path, value))
     assert says in str(error.value)
@@ -166,7 +137,7 @@ def test_a_wrong_field_of_a_file_is_named(path: Path_, value: object, says: str)
 
 
 @pytest.mark.parametrize(("path", "value", "says"), cases)
-def test_a_wrong_field_of_a_plan_is_named_with_the_file(path: Path_, value: object, says: str, tmp_path: Path) -> None:
+def test_a_wrong_field_of_a_plan_is_named_with_the_file(path: Place, value: object, says: str, tmp_path: Path) -> None:
     if path[:1] == ("layers",) and says.endswith('"fc3.weight" once, not twice'):
         says = says.replace("fc3", "fc2")
         value = "fc2"
@@ -190,7 +161,7 @@ def test_a_wrong_field_of_a_plan_is_named_with_the_file(path: Path_, value: obje
         (("padding_mode",), "mirror", "layers[0].spec.padding_mode must be zeros, reflect, replicate or circular,"),
     ],
 )
-def test_a_wrong_geometry_is_named(path: Path_, value: object, says: str) -> None:
+def test_a_wrong_geometry_is_named(path: Place, value: object, says: str) -> None:
     with pytest.raises(CheckpointError) as error:
         Report.from_json(changed(CONV, ("layers", 0, "spec", *path), value))
     assert says in str(error.value)
@@ -217,20 +188,6 @@ def test_files_from_before_a_key_are_read(key: str) -> None:
 @pytest.mark.parametrize("key", ["predicted_error", "output_error", "params_before"])
 def test_layers_from_before_a_key_are_read(key: str) -> None:
     Report.from_json(changed(FILE, ("layers", 0, key), MISSING))
-
-
-def mutated(source: dict[str, Any], data: st.DataObject) -> dict[str, Any]:
-    """One or two values replaced, removed or swapped with others of the same document."""
-    result = source
-    for _ in range(data.draw(st.integers(1, 2))):
-        paths = [path for path in places(result) if path]
-        path = data.draw(st.sampled_from(paths))
-        elsewhere: Any = result
-        for step in data.draw(st.sampled_from(paths)):
-            elsewhere = elsewhere[step]
-        value = data.draw(VALUES | st.just(MISSING) | st.just(elsewhere))
-        result = changed(result, path, value)
-    return result
 
 
 def check_quick(read: Callable[[dict[str, Any]], Report | CompressionPlan], data: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,6 +15,7 @@ from ttcompress.errors import ArchitectureError
 from ttcompress.records.report import Preprocessing
 
 DEFAULT_CLASSES = 10
+WIDTH = re.compile(r"[1-9][0-9]{0,11}")
 
 _IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (3, 32, 32))
 _CIFAR10 = Preprocessing((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), (3, 32, 32))
@@ -184,7 +186,7 @@ def mlp_widths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
 def named_widths(name: str) -> tuple[str, dict[str, int]]:
     """`mlp-784-300-10` as the name `mlp` and the arguments of `Mlp`; other names as they are, without arguments."""
     network, *sizes = name.split("-")
-    if network != "mlp" or not sizes or not all(size.isdecimal() and int(size) for size in sizes):
+    if network != "mlp" or not sizes or not all(WIDTH.fullmatch(size) for size in sizes):
         return name, {}
     return network, {f"width{index}": int(size) for index, size in enumerate(sizes)}
 

@@ -44,7 +44,7 @@ def check_regular(path: Path, error_type: type[TTCompressError]) -> None:
     except (OSError, ValueError) as error:
         raise error_type(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not is_file:
-        what = "Is a directory" if is_folder else "Not a regular file" if is_there else "No such file"
+        what = "Is a directory" if is_folder else "Not an ordinary file" if is_there else "No such file"
         raise error_type(f"{path}: cannot be read: {what}")
 
 
