@@ -229,7 +229,8 @@ TABLE: tuple[Option, ...] = (
     # Which layers.
     Option(
         "include", PATTERNS, LAYERS, COMPRESSING,
-        "Layers by name: a glob (`*` crosses dots) or re:REGEX; repeatable. It replaces the default.",
+        "Layers by name: a glob (`*` crosses dots) or re:REGEX; repeatable. It replaces the default; +P adds "
+        "to it.",
         otherwise="all but the first convolution and the last Linear", metavar="P",
     ),
     Option("exclude", PATTERNS, LAYERS, COMPRESSING, "Layers to leave dense, subtracted last.", metavar="P"),

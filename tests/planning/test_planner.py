@@ -229,7 +229,9 @@ def test_subclasses_stay() -> None:
 
 
 def test_a_network_that_is_one_layer_stays() -> None:
-    with pytest.raises(PlanError, match="no layer is left"):
+    with pytest.raises(PlanError, match=r"no layer is left to compress \(the network: it is the whole network"):
+        make_plan(nn.Linear(64, 64), Recipe(ranks=2))
+    with pytest.raises(PlanError, match=r"only layers that cannot be compressed: .*it is the whole network"):
         make_plan(nn.Linear(64, 64), Recipe(ranks=2, include=("*",)))
 
 
@@ -239,13 +241,18 @@ def test_a_network_that_is_one_layer_stays() -> None:
         (nn.Sequential(nn.BatchNorm2d(3)), Recipe(ranks=2)),
         (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 8)), Recipe(ranks=2)),
         (net(), Recipe(ranks=2, exclude=("*",))),
-        (net(), Recipe(conv_ranks=2, include=("re:features.3|.*x",))),
     ],
-    ids=["no layers", "only the ends", "all excluded", "only grouped"],
+    ids=["no layers", "only the ends", "all excluded"],
 )
 def test_nothing_to_compress(model: nn.Module, recipe: Recipe) -> None:
     with pytest.raises(PlanError, match="no layer is left to compress"):
         make_plan(model, recipe)
+
+
+def test_a_pattern_of_layers_that_cannot_be_compressed() -> None:
+    recipe = Recipe(conv_ranks=2, include=("re:features.3|.*x",))
+    with pytest.raises(PlanError, match=r"matches only layers that cannot be compressed: features.3: groups=2"):
+        make_plan(net(), recipe)
 
 
 RECIPES = [

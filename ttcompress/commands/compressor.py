@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import sqrt
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.stages import adopt, compress_calibrated
 from ttcompress.calibrate.statistics import LayerStatistics, measure
 from ttcompress.commands.inputs import Score
 from ttcompress.data.calibration_images import Calibration
-from ttcompress.errors import DataError, PlanError, shortlist
+from ttcompress.errors import DataError, PlanError, TTCompressError, shortlist
 from ttcompress.measure.latency import Bed, within_latency
 from ttcompress.measure.multiply_adds import Usage, usage_of
-from ttcompress.networks.running import Example, NetworkInput, input_dtype, placed
+from ttcompress.networks.running import Example, NetworkInput, copied, input_dtype, placed
 from ttcompress.networks.surgery import apply_plan
 from ttcompress.planning.budgets import Budget
+from ttcompress.planning.by_hand import with_better_format
+from ttcompress.planning.doubts import doubted, find_normed_layers
 from ttcompress.planning.plan_file import adopt_plan
 from ttcompress.planning.planner import Planner, Results
+from ttcompress.planning.selection import ADDING
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Json, Progress
 from ttcompress.records.layers import Execution
@@ -77,6 +79,7 @@ class Compressor:
             raise PlanError(f"nothing would be compressed, every layer stays dense: {shortlist(reasons)}")
         if recipe.dtype is not None:
             plan = plan.with_layers([replace(layer, core_dtype=recipe.dtype) for layer in plan.layers])
+        plan = self._doubted(plan)
         if recipe.exec is not None:
             return _run_as(recipe.exec, plan)
         if recipe.tune:
@@ -123,16 +126,34 @@ class Compressor:
         """The network, or a copy of it, compressed."""
         images = self._images
         if images is None:
-            model = self.model if inplace else copy.deepcopy(self.model)
-            return Compressed(model, apply_plan(model, plan, self.device, self.progress))
+            model = self.model if inplace else copied(self.model)
+            return Compressed(model, self._decomposed(model, plan))
         statistics = self._statistics(tuple(layer.fqn for layer in plan.layers))
         reference = Reference(self._dense, statistics, images)
         compressed, plan, stages = compress_calibrated(
             reference, plan, self.settings.effort, self.settings.seed, self.progress
         )
-        model = self.model if inplace else copy.deepcopy(self.model)
+        plan = self._doubted(plan)
+        model = self.model if inplace else copied(self.model)
         adopt(model, compressed, plan)
         return Compressed(model, plan, self.calibrated_on(stages))
+
+    def _decomposed(self, model: nn.Module, plan: CompressionPlan) -> CompressionPlan:
+        """The plan with what came of it, once it has been applied to a network, by weight error."""
+        normed = self._normed_layers
+        weights: list[Tensor] = [model.get_submodule(layer.fqn).weight for layer in plan.layers]  # type: ignore[misc]
+        done = apply_plan(model, plan, self.device, self.progress)
+
+        pairs = zip(done.layers, weights, strict=True)
+        noted = [with_better_format(layer, weight.detach()) for layer, weight in pairs]
+        return doubted(done.with_layers(noted), normed, is_calibrated=False)
+
+    def _doubted(self, plan: CompressionPlan) -> CompressionPlan:
+        return doubted(plan, self._normed_layers, self.calibration is not None)
+
+    @cached_property
+    def _normed_layers(self) -> list[str]:
+        return find_normed_layers(self.model)
 
     def calibrated_on(self, stages: Sequence[Json] = ()) -> Json | None:
         """The report's `calibration`, None where weight error counts."""
@@ -186,12 +207,24 @@ class Compressor:
 
     @cached_property
     def _planner(self) -> Planner:
-        planner = Planner(self.model, self.settings.recipe, self.device, self.progress)
+        planner = Planner(self.model, self.settings.recipe, self.device, self.progress, self._running_order)
         if self.calibration is not None:
             planner.metrics = partial(self._metrics, tuple(planner.names))
         if self.results is not None:
             planner.results = self.results
         return planner
+
+    @property
+    def _running_order(self) -> tuple[str, ...]:
+        """The layers in the order in which they run, where inputs are at hand and more than one may be the last."""
+        linears = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
+        replaces_default = any(not pattern.startswith(ADDING) for pattern in self.settings.recipe.include)
+        if len(linears) < 2 or replaces_default:
+            return ()
+        try:
+            return tuple(self._usage.calls)
+        except TTCompressError:
+            return ()
 
     def _metrics(self, names: tuple[str, ...], fqn: str, tensorization: Tensorization) -> list[ModeMetric]:
         return self._statistics(names)[fqn].metrics(tensorization)
@@ -220,7 +253,7 @@ class Compressor:
     @cached_property
     def _dense(self) -> nn.Module:
         """The network as it was, frozen, on the device, in a type that can be computed in."""
-        dense = copy.deepcopy(self.model).requires_grad_(False).eval().to(self.device)
+        dense = copied(self.model).requires_grad_(False).eval().to(self.device)
         return dense.float() if input_dtype(dense) in (torch.float16, torch.bfloat16) else dense
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from ttcompress.errors import DataError, PlanError, TTCompressError, shortlist
 from ttcompress.layers.base import TTLayer
 from ttcompress.measure.accuracy import predict
 from ttcompress.networks.opening import Network
-from ttcompress.networks.running import NetworkInput, blaming
+from ttcompress.networks.running import NetworkInput, blaming, copied
 from ttcompress.options import OPTIONS, RUN_OPTIONS
 from ttcompress.recipe import LayerRule, Recipe
 from ttcompress.records.common import Json, Progress
@@ -120,7 +119,7 @@ def compress(
     with speaking_python():
         _check_dense(module)
         _check_measures(recipe, plan, data, metric, val)
-        model = module if inplace else copy.deepcopy(module)
+        model = module if inplace else copied(module)
         settings = Settings.of(recipe)
         inputs = replace(_inputs(settings, calib, data, metric, val, progress), example=example)
         return model, compress_network(Network(model, model.state_dict()), settings, plan, inputs, progress)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ttcompress.networks.matrices import Weights
-from ttcompress.planning.selection import Layer
+from ttcompress.planning.selection import Layer, class_name
 from ttcompress.records.plan import CompressionPlan, KeptParameter, LayerPlan
 
 Decisions = Mapping[str, LayerPlan | str]
@@ -45,4 +46,7 @@ def _kept_reason(model: nn.Module, name: str) -> str:
         return "nn.MultiheadAttention reads its weights directly"
     if own_name == "bias" and isinstance(module, nn.Linear | nn.Conv2d):
         return "bias"
-    return type(module).__name__
+    if isinstance(module, parametrize.ParametrizationList):
+        layer = model.get_submodule(owner.rpartition(".parametrizations.")[0])
+        return f"{class_name(layer)}, {owner.rpartition('.')[2]} is computed by a parametrization"
+    return class_name(module)

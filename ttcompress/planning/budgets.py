@@ -20,6 +20,10 @@ WINDOW = 1.02
 """A budget is met when compression is at least what was asked and at most this much more."""
 
 
+class OutOfReachError(PlanError):
+    """A budget that not even all TT-ranks 1 keep."""
+
+
 @dataclass(frozen=True)
 class Counting:
     """What a budget counts and how much of it the dense network has.
@@ -94,9 +98,14 @@ def _check_reach(budget: Budget, least: int) -> None:
     if least <= budget.most:
         return
 
-    # Rounded down to what is printed, in whole numbers, so that the ratio that is named can be reached.
-    ratio = before // least if before >= 1000 * least else 10 * before // least / 10
-    reach = format_compression(ratio)
-    raise PlanError(
+    reach = reach_text(Fraction(before, least))
+    raise OutOfReachError(
         f"{budget.asked} is out of reach: the most that these layers can give is {reach} ({least:,} {what})"
     )
+
+
+def reach_text(ratio: float | Fraction) -> str:
+    """The most that can be reached, rounded down to what is printed, so that the ratio that is named can be."""
+    if ratio < 2:
+        return f"{floor(100 * ratio) / 100:.2f}x"
+    return format_compression(floor(ratio) if ratio >= 1000 else floor(10 * ratio) / 10)

@@ -16,16 +16,17 @@ from ttcompress.errors import PlanError, ShapeError
 from ttcompress.measure.multiply_adds import Usage
 from ttcompress.planning.allocate import fewest_params
 from ttcompress.planning.assemble import Decisions, assemble
-from ttcompress.planning.budgets import WINDOW, Budget, Counting, choices_within
+from ttcompress.planning.budgets import WINDOW, Budget, Counting, OutOfReachError, choices_within, reach_text
 from ttcompress.planning.candidates import Candidate, Choice, LayerOptions, Running
+from ttcompress.planning.doubts import including, out_of_reach, out_of_reach_note
 from ttcompress.planning.requests import LayerRequest, check_eps, layer_requests, planned_by_hand, rank_option
-from ttcompress.planning.selection import find_layers
+from ttcompress.planning.selection import Layer, find_layers
 from ttcompress.planning.spectra import LayerSpectra, layer_spectra
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Progress
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.tt.cost import MULTIPLY_ADDS, TIME
-from ttcompress.tt.shapes import Tensorization
+from ttcompress.tt.shapes import FORMATS, Tensorization, tensorize_shape
 from ttcompress.tt.whiten import ModeMetric
 
 Metrics = Callable[[str, Tensorization], Sequence[ModeMetric]]
@@ -51,6 +52,7 @@ class Planner:
         recipe: Recipe,
         device: torch.device | str = "cpu",
         progress: Progress | None = None,
+        running_order: Sequence[str] = (),
     ) -> None:
         """Find the layers and check what the recipe says about them.
 
@@ -64,9 +66,10 @@ class Planner:
         # Where only rules give ranks, only what they match is asked for.
         rules_only = recipe.target == "ranks" and recipe.ranks is None and recipe.conv_ranks is None
         include = recipe.include or tuple(rule.match for rule in recipe.layers if rules_only)
-        self._layers = find_layers(model, include, recipe.exclude)
+        self._layers = find_layers(model, include, recipe.exclude, running_order)
+        self._out_of_reach = out_of_reach(model, self._layers)
 
-        requests = layer_requests(self._layers, recipe)
+        requests = layer_requests(self._layers, recipe, self._out_of_reach)
         by_hand = [request for request in requests if request.ranks is not None]
         as_given = bool(recipe.from_scratch)
         self._by_hand = {request.layer.fqn: planned_by_hand(request, as_given) for request in by_hand}
@@ -137,14 +140,35 @@ class Planner:
     def _with_ranks_by_hand(self) -> CompressionPlan:
         """Layers whose kind has no ranks given stay dense."""
         dense = {request.layer.fqn: f"no {rank_option(request.layer)} given" for request in self._searched}
-        return assemble(self._model, self._layers, self._by_hand | dense)
+        return self._assembled(self._by_hand | dense)
 
     def _to_eps(self, eps: float) -> CompressionPlan:
         check_eps(eps, self._searched)
         options = _options(self._searched, self._spectra, self.parameters)
         choices = [fewest_params(each, eps) for each in options]
         decisions = _decisions(self._searched, choices, "within eps")
-        return assemble(self._model, self._layers, {**self._by_hand, **decisions})
+        return self._assembled({**self._by_hand, **decisions})
+
+    def _assembled(self, decisions: Decisions, notes: Sequence[str] = ()) -> CompressionPlan:
+        more = out_of_reach_note(self._model, self._layers)
+        return assemble(self._model, self._layers, decisions, [*notes, *more])
+
+    def _more_than_that(self) -> str:
+        """Why a budget cannot give more, and what would."""
+        parts = []
+        if self._out_of_reach:
+            parts.append(f"; what cannot be compressed: {self._out_of_reach}")
+
+        idle = [layer for layer in self._layers if layer.kept and not layer.obstacle]
+        if idle:
+            chosen = [request.layer for request in self._searched]
+            least = [_fewest_entries(layer) for layer in (*chosen, *idle)]
+            dense = sum(layer.module.weight.numel() for layer in (*chosen, *idle))
+            by_hand = [plan for plan in self._by_hand.values() if isinstance(plan, LayerPlan)]
+            saved = dense - sum(least) + sum(self.parameters.saved(plan) for plan in by_hand)
+            reach = self.parameters.dense / (self.parameters.dense - saved)
+            parts.append(f"; {including(idle)} would let the parameters reach {reach_text(reach)}")
+        return "".join(parts)
 
     def within(self, budget: Budget) -> CompressionPlan:
         """The plan of least error within a budget, which it uses up to 2 % if ranks can.
@@ -154,7 +178,10 @@ class Planner:
         """
         counting = budget.counting
         options = _options(self._searched, self._spectra, counting)
-        choices, after = choices_within(budget, self._fixed(options, counting), options)
+        try:
+            choices, after = choices_within(budget, self._fixed(options, counting), options)
+        except OutOfReachError as error:
+            raise OutOfReachError(f"{error}{self._more_than_that()}") from error
         decisions = _decisions(self._searched, choices, "pays under this budget")
 
         notes = []
@@ -163,7 +190,7 @@ class Planner:
                 f"no rank choice lies within 2 % of {budget.asked}; "
                 f"the nearest above it is taken, {after:,} {counting.what}"
             ]
-        plan = assemble(self._model, self._layers, {**self._by_hand, **decisions}, notes)
+        plan = self._assembled({**self._by_hand, **decisions}, notes)
         if counting.unit != MULTIPLY_ADDS:
             return plan
 
@@ -236,5 +263,15 @@ def _decisions(requests: Sequence[LayerRequest], choices: Sequence[Choice], why:
             decisions[fqn] = f"no TT form {why}"
             continue
         tensorization, error = choice.candidate.tensorization, choice.relative_error
-        decisions[fqn] = request.planned(tensorization, choice.tt_ranks, predicted_error=error)
+        # A decomposition is a projection: what it misses is never more than all.
+        note = "" if error <= 1 else f"the bound of the error is {error:.2f}, taken as 1"
+        decisions[fqn] = request.planned(tensorization, choice.tt_ranks, predicted_error=min(1.0, error), note=note)
     return decisions
+
+
+def _fewest_entries(layer: Layer) -> int:
+    """Entries of a weight in the form that has the fewest, all TT-ranks 1."""
+    shape = layer.spec.weight_shape
+    forms = [tensorize_shape(name, shape) for name in FORMATS]
+    least = [form.num_params([1] * (len(form.modes) + 1)) for form in forms]
+    return min(layer.module.weight.numel(), *least)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ttcompress.errors import PlanError, ShapeError, shortlist
 from ttcompress.planning.plan_file import clip_note, inner_ranks
-from ttcompress.planning.selection import Layer, matches, require_match
+from ttcompress.planning.selection import Layer, matches, require_match, why_each
 from ttcompress.recipe import LayerRule, Recipe
 from ttcompress.records.plan import LayerPlan
 from ttcompress.tt.decompose import smallest_eps
@@ -31,8 +31,8 @@ class LayerRequest:
         return LayerPlan(layer.fqn, layer.spec, tensorization, tuple(tt_ranks), layer.weight_dtype, **known)
 
 
-def layer_requests(layers: Sequence[Layer], recipe: Recipe) -> list[LayerRequest]:
-    """A request for every layer that does not stay dense.
+def layer_requests(layers: Sequence[Layer], recipe: Recipe, out_of_reach: str = "") -> list[LayerRequest]:
+    """A request for every layer that does not stay dense; `out_of_reach` says what holds the other parameters.
 
     Raises:
         PlanError: a rule that asks for nothing, no layer at all, or modes for more than one.
@@ -43,7 +43,9 @@ def layer_requests(layers: Sequence[Layer], recipe: Recipe) -> list[LayerRequest
 
     chosen = [layer for layer in layers if not layer.kept]
     if not chosen:
-        raise PlanError("no layer is left to compress; choose some with --include")
+        why = why_each(layers) or "the network has no Linear or Conv2d layer"
+        held = f"; what cannot be compressed: {out_of_reach}" if out_of_reach else ""
+        raise PlanError(f"no layer is left to compress ({why}{held}); choose some with --include")
     if recipe.in_modes and len(chosen) != 1:
         raise PlanError(
             f"--in-modes and --out-modes fit one layer, {len(chosen)} are selected: "

@@ -9,20 +9,29 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ttcompress.errors import PlanError, shortlist
 from ttcompress.layers.spec import layer_spec
 from ttcompress.networks.matrices import Weights
 from ttcompress.records.layers import LayerSpec
 
+ADDING = "+"
+"""How a pattern of `include` begins that adds to the default instead of replacing it."""
+LEFT_OUT_MARK = "(--include replaces this default)"
+
 
 @dataclass(frozen=True)
 class Layer:
-    """A Linear or Conv2d of the network, and why its weight stays dense, if it does."""
+    """A Linear or Conv2d of the network, and why its weight stays dense, if it does.
+
+    An `obstacle` is what stands against ever replacing it.
+    """
 
     fqn: str
     module: nn.Linear | nn.Conv2d
     kept: str = ""
+    obstacle: str = ""
 
     @property
     def spec(self) -> LayerSpec:
@@ -49,42 +58,66 @@ def matches(pattern: str, fqn: str) -> bool:
         raise PlanError(f"{pattern!r} is not a regular expression: {error}") from error
 
 
-def find_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Layer]:
+def find_layers(
+    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), running_order: Sequence[str] = ()
+) -> list[Layer]:
     """All Linear and Conv2d layers in `named_modules()` order, those that stay dense with the reason.
 
     By default the candidates are all but the first convolution and the last Linear, or without an
-    architecture all but `weights.LEFT_OUT`; `include` replaces them by what it matches, `exclude` is
-    subtracted last.
+    architecture all but `weights.LEFT_OUT`. `include` replaces them by what it matches, or adds that to them
+    where it begins with `+`; `exclude` is subtracted last. The last Linear is that of the `running_order`,
+    where that is known.
 
     Raises:
-        PlanError: a pattern that matches no layer, or names outright one that cannot be decomposed.
+        PlanError: a pattern that matches no layer, or only such as cannot be decomposed.
     """
     layers = list(_dense_layers(model))
     names = [layer.fqn for layer in layers]
-    for pattern in (*include, *exclude):
-        require_match(pattern, names)
+    patterns = [pattern.removeprefix(ADDING) for pattern in include]
+    for pattern in (*patterns, *exclude):
+        require_match(pattern, names, model)
+    for pattern in patterns:
+        _require_able(pattern, layers)
 
-    # A glob may well match layers that cannot be decomposed; one that is named outright was meant.
-    for layer in layers:
-        if layer.kept and layer.fqn in include:
-            raise PlanError(f"{layer.fqn} cannot be compressed ({layer.kept}); leave it out of --include")
-
-    by_default = model.left_out() if isinstance(model, Weights) else _ends(layers)
+    by_default = model.left_out() if isinstance(model, Weights) else _ends(layers, running_order)
     found = []
     for layer in layers:
-        reason = layer.kept or _left_out(layer.fqn, by_default, include, exclude)
+        reason = layer.obstacle or _left_out(layer.fqn, by_default, include, exclude)
         found.append(replace(layer, kept=reason))
     return found
 
 
-def require_match(pattern: str, names: Sequence[str]) -> None:
+def _require_able(pattern: str, layers: Sequence[Layer]) -> None:
+    """See that a pattern matches some layer that can be compressed; a glob may well match others beside it."""
+    matched = [layer for layer in layers if matches(pattern, layer.fqn)]
+    if not all(layer.obstacle for layer in matched):
+        return
+    if [layer.fqn for layer in matched] == [pattern]:
+        raise PlanError(f"{pattern} cannot be compressed ({matched[0].obstacle}); leave it out of --include")
+    raise PlanError(f"--include {pattern} matches only layers that cannot be compressed: {why_each(matched)}")
+
+
+def why_each(layers: Sequence[Layer]) -> str:
+    """The reasons why layers stay dense, each with the layers that it is true of."""
+    groups: dict[str, list[str]] = {}
+    for layer in layers:
+        groups.setdefault(layer.kept or layer.obstacle, []).append(layer.fqn)
+    return "; ".join(f"{shortlist(names, 3) or 'the network'}: {reason}" for reason, names in groups.items())
+
+
+def require_match(pattern: str, names: Sequence[str], model: nn.Module | None = None) -> None:
     """See that a pattern matches some layer.
 
     Raises:
-        PlanError: it matches none, with the nearest.
+        PlanError: it matches none, with the nearest, or with what else of the model it matches.
     """
     if any(matches(pattern, name) for name in names):
         return
+
+    leaves = {name: each for name, each in (model or nn.Module()).named_modules() if name and not any(each.children())}
+    others = [f"{name} ({class_name(each)})" for name, each in leaves.items() if matches(pattern, name)]
+    if others and not isinstance(model, Weights):
+        raise PlanError(f"pattern {pattern!r} matches no Linear or Conv2d layer, only {shortlist(others, 3)}")
 
     holding = [name for name in names if pattern.strip("*.") in name]
     near = holding or get_close_matches(pattern, names, 5, 0.3) or names
@@ -107,7 +140,13 @@ def _dense_layers(model: nn.Module) -> Iterator[Layer]:
             weight = _own_weight(module)
             others = [home for home in homes.get(id(weight), []) if home != name]
             obstacle = _obstacle(module, others, name.startswith(inside_attention))
-            yield Layer(name, module, obstacle if name else "it is the whole network")
+            yield Layer(name, module, obstacle=obstacle if name else "it is the whole network")
+
+
+def class_name(module: nn.Module) -> str:
+    """The class of a module as its user knows it, without the one that torch wraps around a parametrized one."""
+    kind = type(module)
+    return kind.__mro__[1].__name__ if parametrize.is_parametrized(module) else kind.__name__
 
 
 def _own_weight(module: nn.Linear | nn.Conv2d) -> nn.Parameter | None:
@@ -123,6 +162,8 @@ def _obstacle(module: nn.Linear | nn.Conv2d, others: Sequence[str], in_attention
         return f"weight shared with {shortlist(others)}"
     if _own_weight(module) is None:
         return "weight is computed by a parametrization"
+    if parametrize.is_parametrized(module):
+        return "bias is computed by a parametrization"
     if type(module) not in (nn.Linear, nn.Conv2d):
         return f"{type(module).__name__} may do more than its base class"
     if module._forward_hooks or module._forward_pre_hooks:
@@ -132,19 +173,23 @@ def _obstacle(module: nn.Linear | nn.Conv2d, others: Sequence[str], in_attention
     return ""
 
 
-def _ends(layers: Sequence[Layer]) -> dict[str, str]:
+def _ends(layers: Sequence[Layer], running_order: Sequence[str]) -> dict[str, str]:
     """The layers that stay dense by default, which are small and which all others hang on."""
     convs = [layer.fqn for layer in layers if isinstance(layer.module, nn.Conv2d)]
     linears = [layer.fqn for layer in layers if isinstance(layer.module, nn.Linear)]
+    # Names follow the order in which layers were made, which need not be that in which they run.
+    linears = [fqn for fqn in running_order if fqn in linears] or linears
     return {**dict.fromkeys(convs[:1], "first convolution"), **dict.fromkeys(linears[-1:], "last Linear")}
 
 
 def _left_out(fqn: str, by_default: dict[str, str], include: Sequence[str], exclude: Sequence[str]) -> str:
     """Why a layer that could be replaced is not to be, or nothing."""
-    if include and not any(matches(pattern, fqn) for pattern in include):
+    is_included = any(matches(pattern.removeprefix(ADDING), fqn) for pattern in include)
+    adds = all(pattern.startswith(ADDING) for pattern in include)
+    if not is_included and not adds:
         return "not selected"
     if any(matches(pattern, fqn) for pattern in exclude):
         return "--exclude"
-    if not include and fqn in by_default:
-        return f"{by_default[fqn]} (--include replaces this default)"
+    if not is_included and fqn in by_default:
+        return f"{by_default[fqn]} {LEFT_OUT_MARK}"
     return ""

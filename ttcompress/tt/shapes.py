@@ -18,6 +18,8 @@ from ttcompress.errors import ShapeError
 FORMATS = ("matrix", "chain", "naive", "lowrank")
 MAX_MODES = 6
 """Most modes that are chosen without being asked for."""
+LARGEST_SEARCHED = 10**8
+"""Largest dimension whose factors are searched for, which takes the square root of as many steps."""
 MIN_MODE_SIZE = 16
 """Least m_k n_k of a mode that is chosen without being asked for."""
 
@@ -281,6 +283,9 @@ def auto_modes(out_dim: int, in_dim: int) -> list[tuple[int, int]]:
 
 def _balanced_factors(dim: int, count: int) -> tuple[int, ...]:
     """Return `count` factors, as equal as possible, of `dim` or of the next number that has balanced ones."""
+    if dim > LARGEST_SEARCHED:
+        return _equal_factors(dim, count)
+
     # The least whole number whose power reaches `dim`: the size that equal factors would have.
     root = 1
     while root**count < dim:
@@ -294,6 +299,20 @@ def _balanced_factors(dim: int, count: int) -> tuple[int, ...]:
         if max(factors) <= 2 * root:
             return factors
     return (root,) * count
+
+
+def _equal_factors(dim: int, count: int) -> tuple[int, ...]:
+    """Return `count` factors, two neighbouring numbers, of the least such product that is at least `dim`."""
+    low, high = 1, 1 << -(-dim.bit_length() // count)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if middle**count < dim else (low, middle)
+
+    root = low
+    smaller = 0
+    while (root - 1) ** (smaller + 1) * root ** (count - smaller - 1) >= dim:
+        smaller += 1
+    return (root - 1,) * smaller + (root,) * (count - smaller)
 
 
 def _factorizations(number: int, count: int, least: int = 1) -> Iterator[tuple[int, ...]]:
