@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf, isfinite
@@ -19,6 +18,7 @@ from ttcompress.calibrate.refine import refine
 from ttcompress.calibrate.sweeps import sweep_layers
 from ttcompress.data.calibration_images import Calibration
 from ttcompress.errors import DataError
+from ttcompress.networks.held import copied
 from ttcompress.networks.surgery import layer_from, store_cores, swap
 from ttcompress.records.common import Json, Progress
 from ttcompress.records.plan import CompressionPlan, LayerPlan
@@ -43,7 +43,7 @@ class Stages:
     """
 
     def __init__(self, dense: nn.Module, plan: CompressionPlan, calibration: Calibration) -> None:
-        self.model = copy.deepcopy(dense)
+        self.model = copied(dense)
         self.log: list[Json] = []
         self.errors: dict[str, dict[str, float]] = {layer.fqn: {} for layer in plan.layers}
         self._dense, self._plan, self._calibration = dense, plan, calibration
@@ -51,7 +51,7 @@ class Stages:
 
     def run(self, name: str, change: Callable[[nn.Module], object]) -> None:
         """Try a change on a copy of the best network; keep it if that comes nearer to the dense network."""
-        trial = copy.deepcopy(self.model)
+        trial = copied(self.model)
         if change(trial) is False:
             return
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -19,6 +18,7 @@ from ttcompress.data.calibration_images import Calibration
 from ttcompress.errors import DataError, PlanError, shortlist
 from ttcompress.measure.latency import Bed, within_latency
 from ttcompress.measure.multiply_adds import Usage, usage_of
+from ttcompress.networks.held import copied
 from ttcompress.networks.running import Example, NetworkInput, input_dtype, placed
 from ttcompress.networks.surgery import apply_plan
 from ttcompress.planning.budgets import Budget
@@ -123,14 +123,14 @@ class Compressor:
         """The network, or a copy of it, compressed."""
         images = self._images
         if images is None:
-            model = self.model if inplace else copy.deepcopy(self.model)
+            model = self.model if inplace else copied(self.model)
             return Compressed(model, apply_plan(model, plan, self.device, self.progress))
         statistics = self._statistics(tuple(layer.fqn for layer in plan.layers))
         reference = Reference(self._dense, statistics, images)
         compressed, plan, stages = compress_calibrated(
             reference, plan, self.settings.effort, self.settings.seed, self.progress
         )
-        model = self.model if inplace else copy.deepcopy(self.model)
+        model = self.model if inplace else copied(self.model)
         adopt(model, compressed, plan)
         return Compressed(model, plan, self.calibrated_on(stages))
 
@@ -220,7 +220,7 @@ class Compressor:
     @cached_property
     def _dense(self) -> nn.Module:
         """The network as it was, frozen, on the device, in a type that can be computed in."""
-        dense = copy.deepcopy(self.model).requires_grad_(False).eval().to(self.device)
+        dense = copied(self.model).requires_grad_(False).eval().to(self.device)
         return dense.float() if input_dtype(dense) in (torch.float16, torch.bfloat16) else dense
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,8 @@ from ttcompress.commands.save import save_module
 from ttcompress.errors import DataError, PlanError, TTCompressError, shortlist
 from ttcompress.layers.base import TTLayer
 from ttcompress.measure.accuracy import predict
+from ttcompress.networks.factories import check_module
+from ttcompress.networks.held import copied
 from ttcompress.networks.opening import Network
 from ttcompress.networks.running import NetworkInput, blaming
 from ttcompress.options import OPTIONS, RUN_OPTIONS
@@ -118,9 +119,10 @@ def compress(
     """
     recipe = _recipe(locals(), compress)
     with speaking_python():
+        check_module(module)
         _check_dense(module)
         _check_measures(recipe, plan, data, metric, val)
-        model = module if inplace else copy.deepcopy(module)
+        model = module if inplace else copied(module)
         settings = Settings.of(recipe)
         inputs = replace(_inputs(settings, calib, data, metric, val, progress), example=example)
         return model, compress_network(Network(model, model.state_dict()), settings, plan, inputs, progress)
@@ -175,6 +177,7 @@ def plan(
     """
     recipe = _recipe(locals(), plan)
     with speaking_python():
+        check_module(module)
         _check_dense(module)
         _check_measures(recipe, None, None, None, val)
         settings = Settings.of(recipe)

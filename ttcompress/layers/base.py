@@ -238,7 +238,7 @@ class TTLayer(nn.Module, ABC):
         if self._execution is not Execution.AUTO:
             return self._execution
         # One graph for all call shapes, still factored.
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if torch.compiler.is_exporting() or _is_traced():
             return self._choice.by_cores
         return self._choice.cheaper(calls, keeps, trains)
 
@@ -303,4 +303,8 @@ class TTLayer(nn.Module, ABC):
 
 def _is_recorded() -> bool:
     """Whether a call becomes part of a graph, where what is kept would stand as a constant."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or _is_traced()
+
+
+def _is_traced() -> bool:
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]

@@ -5,7 +5,6 @@ How long a network takes depends on the shapes of its cores, not on their values
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import sqrt
@@ -17,6 +16,7 @@ from torch import nn
 
 from ttcompress.errors import PlanError
 from ttcompress.measure.timing import NOISE, at_its_best, by_turns, device_name, input_of, runner
+from ttcompress.networks.held import copied
 from ttcompress.networks.running import Example, NetworkInput, call, input_dtype
 from ttcompress.networks.surgery import fresh_layer, swap
 from ttcompress.records.common import Json, Progress, format_compression
@@ -39,7 +39,7 @@ class Bed:
         Raises:
             DataError: an input that the network does not take.
         """
-        self._dense = _filled(copy.deepcopy(model), device).requires_grad_(False).eval()
+        self._dense = _filled(copied(model), device).requires_grad_(False).eval()
         self._example, self._device = example.suited(self._dense), device
         with torch.no_grad():
             call(self._dense, self._inputs(1))
@@ -48,7 +48,7 @@ class Bed:
         return self._example.batch(self._dense, size)
 
     def _compressed(self, layers: Sequence[LayerPlan]) -> nn.Module:
-        model = copy.deepcopy(self._dense)
+        model = copied(self._dense)
         dtype = input_dtype(self._dense)
         for layer in layers:
             swap(model, layer.fqn, fresh_layer(layer, self._device, dtype).requires_grad_(False).eval())
@@ -79,7 +79,7 @@ class Bed:
         _, by_cores, dense = layer.executions
         module = model.get_submodule(layer.fqn)
         x = input_of(model, module, images)
-        twins = {execution: copy.deepcopy(module) for execution in (dense, by_cores)}
+        twins = {execution: copied(module) for execution in (dense, by_cores)}
         for execution, twin in twins.items():
             twin.execution = execution  # type: ignore[assignment]
         runs = [runner(twin, x, training=False) for twin in twins.values()]
