@@ -29,7 +29,7 @@ from ttcompress.errors import ArchitectureError, CheckpointError, DataError, Pla
 from ttcompress.files.header import METADATA_KEY, TensorInfo, canonical_json, read_header, read_metadata
 from ttcompress.files.writing import write_safetensors
 from ttcompress.layers.linear import TTLinear
-from ttcompress.networks.architectures import load_factory
+from ttcompress.networks.factories import load_factory
 from ttcompress.networks.opening import open_dense
 from ttcompress.networks.zoo import CifarResNet, Mlp
 from ttcompress.planning.plan_file import read_plan, write_plan

@@ -289,7 +289,7 @@ def test_from_scratch_dense_and_in_tt_form(tmp_path: Path) -> None:
     assert tt.accuracy is not None
     assert tt.accuracy["compressed"] > 60
     assert tt.plan.compression > 2
-    from ttcompress.networks.architectures import load_factory
+    from ttcompress.networks.factories import load_factory
 
     model = ttcompress.load(output, factory=load_factory(arch))
     assert isinstance(model.get_submodule("1"), TTLinear)

@@ -18,7 +18,7 @@ from ttcompress.calibrate.refine import refine
 from ttcompress.calibrate.sweeps import sweep_layers
 from ttcompress.data.calibration_images import Calibration
 from ttcompress.errors import DataError
-from ttcompress.networks.running import copied
+from ttcompress.networks.held import copied
 from ttcompress.networks.surgery import layer_from, store_cores, swap
 from ttcompress.records.common import Json, Progress
 from ttcompress.records.plan import CompressionPlan, LayerPlan

@@ -8,7 +8,7 @@ from pathlib import Path
 from ttcompress.calibrate.stages import adopt
 from ttcompress.commands.compressor import Compressed, Compressor
 from ttcompress.commands.finetune import ONLY_IN_TRAINING, check_inputs, finetune_file, state_file
-from ttcompress.commands.inputs import Inputs, calibration_name, open_inputs
+from ttcompress.commands.inputs import Inputs, calibration_name, measured_images, open_inputs
 from ttcompress.commands.reports import promised_bytes, recorded, report_of
 from ttcompress.commands.training import EpochLog
 from ttcompress.commands.weights_only import compress_weights, plan_weights
@@ -19,7 +19,10 @@ from ttcompress.files.output import alone, check_output
 from ttcompress.files.shards import read_index, stem
 from ttcompress.files.tensors import tensor_bytes
 from ttcompress.files.writing import write_safetensors
+from ttcompress.networks.factories import is_factory, load_factory
 from ttcompress.networks.opening import Network, open_dense, open_empty
+from ttcompress.networks.proof import prove
+from ttcompress.networks.running import Example
 from ttcompress.networks.stored import file_metadata, stored_sha256, stored_tensors
 from ttcompress.planning.plan_file import is_made_by
 from ttcompress.recipe import Recipe
@@ -122,9 +125,31 @@ def compress_file(
     network = open_dense(source, recipe.arch, settings.key)
     network, inputs = open_inputs(network, settings, progress)
     report = compress_network(network, settings, plan, inputs, progress)
-    tensors = stored_tensors(network.model, network.tensors, report.plan)
-    write_safetensors(output, tensors, file_metadata(report, tensors))
+
+    stored = stored_tensors(network.model, network.tensors, report.plan)
+    example = _example(network, settings, inputs)
+    if example is not None:
+        factory = load_factory(recipe.arch) if recipe.arch and is_factory(recipe.arch) else None
+        prove(network.model, report, stored, factory, example)
+    write_safetensors(output, stored, file_metadata(report, stored))
     return report
+
+
+def _example(network: Network, settings: Settings, inputs: Inputs) -> Example | None:
+    """Inputs of the network: some of those at hand, else such as it is known for."""
+    if inputs.calibration is not None:
+        return Example(inputs=next(iter(inputs.calibration.held_out())))
+
+    images = measured_images(settings.recipe)
+    if images is not None:
+        batch, _ = next(
+            images.chosen(range(min(2, len(images)))).batches(network.preprocessing or images.statistics(), 2)
+        )
+        return Example(inputs=batch)
+
+    known = network.preprocessing.input_size if network.preprocessing else None
+    size = settings.input_size or known
+    return Example(size) if size else None
 
 
 def plan_file(

@@ -18,7 +18,8 @@ from ttcompress.data.calibration_images import Calibration
 from ttcompress.errors import DataError, PlanError, TTCompressError, shortlist
 from ttcompress.measure.latency import Bed, within_latency
 from ttcompress.measure.multiply_adds import Usage, usage_of
-from ttcompress.networks.running import Example, NetworkInput, copied, input_dtype, placed
+from ttcompress.networks.held import copied
+from ttcompress.networks.running import Example, NetworkInput, input_dtype, placed
 from ttcompress.networks.surgery import apply_plan
 from ttcompress.planning.budgets import Budget
 from ttcompress.planning.by_hand import with_better_format

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -111,8 +114,7 @@ def _random(batch: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 def _program(model: nn.Module, sample: Tensor) -> Any:
     """The network as a torch.onnx.ONNXProgram, optimized but no larger than it has to be."""
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.no_grad(), _silence():
         try:
             program: Any = torch.onnx.export(
                 model,
@@ -125,10 +127,32 @@ def _program(model: nn.Module, sample: Tensor) -> Any:
                 optimize=False,
                 verbose=False,
             )
-        except Exception as error:
-            raise ExportError(f"torch cannot export the network: {_first_line(error.__cause__ or error)}") from error
+        except (Exception, SystemExit) as error:
+            raise ExportError(f"torch cannot export the network: {_reason(error)}") from error
     _optimize(program.model)
     return program
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without what torch's exporter prints, logs and warns on its way: of a failure that is hundreds of lines."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what was wrong at first; the exporter puts what it tried around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = _first_line(error)
+    name = type(error).__name__
+    return line if name in line else f"{name}: {line}"
 
 
 def _optimize(graph: Any) -> None:

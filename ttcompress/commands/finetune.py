@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ttcompress.commands.starting_point import StartingPoint, open_start, start_from_scratch
-from ttcompress.commands.training import EpochLog, training_options, training_setup
+from ttcompress.commands.training import EpochLog, say_frozen, training_options, training_setup
 from ttcompress.commands.training_report import trained_report
 from ttcompress.data.opening import open_data
 from ttcompress.data.training_batches import Stream
@@ -100,6 +100,7 @@ def finetune_file(
     types = {name: each.dtype for name, each in model.state_dict().items()}
 
     with seeded(settings.seed), joined(chosen_device(settings.device)) as world:
+        say_frozen(model)
         setup, data = training_setup(start, settings, checkpoint, world, progress, log)
         model.float().to(world.device)
         _check_fit(model, setup.teacher, data.stream)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, Never
@@ -11,10 +10,11 @@ import torch
 from torch import nn
 
 from ttcompress.commands.in_memory import LabelledBatches, check_keywords, speaking_python
-from ttcompress.commands.training import frozen
+from ttcompress.commands.training import frozen, say_frozen
 from ttcompress.data.training_batches import LoaderBatches
 from ttcompress.errors import DataError
 from ttcompress.measure.accuracy import predict
+from ttcompress.networks.held import copied
 from ttcompress.processes import World
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Json, Progress
@@ -92,13 +92,14 @@ def finetune(
             LoaderBatches(train_loader, where),
             _score(val, where),
             World(where),
-            teacher=frozen(copy.deepcopy(teacher), where) if teacher and options.distill else None,
+            teacher=frozen(copied(teacher), where) if teacher and options.distill else None,
             start_counts=val is not None,
             progress=progress,
             log=log,
         )
         with seeded(settings.seed):
             _check_batches(setup)
+            say_frozen(module)
             state = train(module.to(where), options, setup)
         module.load_state_dict(state.best)
         module.eval()

@@ -21,8 +21,10 @@ from ttcompress.commands.save import save_module
 from ttcompress.errors import DataError, PlanError, TTCompressError, shortlist
 from ttcompress.layers.base import TTLayer
 from ttcompress.measure.accuracy import predict
+from ttcompress.networks.factories import check_module
+from ttcompress.networks.held import copied
 from ttcompress.networks.opening import Network
-from ttcompress.networks.running import NetworkInput, blaming, copied
+from ttcompress.networks.running import NetworkInput, blaming
 from ttcompress.options import OPTIONS, RUN_OPTIONS
 from ttcompress.recipe import LayerRule, Recipe
 from ttcompress.records.common import Json, Progress
@@ -117,6 +119,7 @@ def compress(
     """
     recipe = _recipe(locals(), compress)
     with speaking_python():
+        check_module(module)
         _check_dense(module)
         _check_measures(recipe, plan, data, metric, val)
         model = module if inplace else copied(module)
@@ -174,6 +177,7 @@ def plan(
     """
     recipe = _recipe(locals(), plan)
     with speaking_python():
+        check_module(module)
         _check_dense(module)
         _check_measures(recipe, None, None, None, val)
         settings = Settings.of(recipe)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from ttcompress.errors import CheckpointError, PlanError
 from ttcompress.files.checkpoint import file_digest, is_compressed
 from ttcompress.files.compressed import stored_report
 from ttcompress.files.tensors import tensor_bytes
+from ttcompress.networks.held import copied
 from ttcompress.networks.opening import Network, initialise, open_any, open_dense, open_fresh
 from ttcompress.networks.stored import stored_tensors
 from ttcompress.networks.surgery import fresh_layer, swap
@@ -52,7 +52,7 @@ def open_start(
     _check_as_it_is(source, recipe, plan, origin)
     network = open_any(source, recipe.arch, settings.key)
     if not is_compressed(source):
-        return StartingPoint(network, None, copy.deepcopy(network.model), file_digest(source))
+        return StartingPoint(network, None, copied(network.model), file_digest(source))
 
     report = stored_report(source)
     original = _original(source, report, settings, origin)

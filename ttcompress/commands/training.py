@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,14 +16,16 @@ from ttcompress.commands.starting_point import StartingPoint
 from ttcompress.data.opening import open_data
 from ttcompress.data.sets import Images
 from ttcompress.data.training_batches import Stream
-from ttcompress.errors import DataError, PlanError
+from ttcompress.errors import DataError, PlanError, TrainingError, shortlist
 from ttcompress.files.checkpoint import file_digest
+from ttcompress.networks.held import copied
 from ttcompress.networks.opening import open_any
 from ttcompress.networks.running import forward
 from ttcompress.processes import World
 from ttcompress.records.common import Json, Progress
 from ttcompress.records.report import Preprocessing
 from ttcompress.settings import Settings
+from ttcompress.torchrun import leads
 from ttcompress.train.setup import TrainingOptions, TrainingSetup
 
 HELD_OUT, MOST_HELD_OUT = 10, 5000
@@ -129,12 +131,32 @@ def _teacher(start: StartingPoint, settings: Settings, world: World) -> tuple[nn
         return frozen(open_any(path).model, world.device), f"{path.name} {file_digest(path)[:12]}"
     if start.original is None:
         return None, None
-    return frozen(copy.deepcopy(start.original), world.device), "the dense network"
+    return frozen(copied(start.original), world.device), "the dense network"
 
 
 def frozen(model: nn.Module, device: torch.device) -> nn.Module:
     """A teacher: in eval mode and float32, without gradients."""
     return model.requires_grad_(False).eval().float().to(device)
+
+
+def say_frozen(model: nn.Module) -> None:
+    """Log which layers a training leaves as they are, since they require no gradients.
+
+    Raises:
+        TrainingError: all of them.
+    """
+    parameters = dict(model.named_parameters())
+    frozen_ones = [name for name, each in parameters.items() if not each.requires_grad]
+    if len(frozen_ones) == len(parameters):
+        raise TrainingError("nothing to train: no parameter of the network requires gradients (requires_grad)")
+    if not frozen_ones or not leads():
+        return
+
+    layers = dict.fromkeys(name.rpartition(".")[0].removesuffix(".cores") for name in frozen_ones)
+    count = sum(parameters[name].numel() for name in frozen_ones)
+    logging.getLogger("ttcompress").warning(
+        f"ttcompress: {count:,} parameters are not trained, since they require no gradients: {shortlist(layers)}"
+    )
 
 
 def _held_out(images: Images, settings: Settings) -> tuple[Images, Images]:

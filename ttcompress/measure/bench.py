@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import stat
 import weakref
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
 from ttcompress.measure.multiply_adds import multiply_adds
 from ttcompress.measure.timing import NOISE, at_its_best, by_turns, device_name, input_of, runner
+from ttcompress.networks.held import copied
 from ttcompress.networks.opening import input_shape, open_any
 from ttcompress.networks.running import Example, blaming, forward, input_dtype
 from ttcompress.networks.surgery import expand_layers
@@ -57,7 +57,7 @@ def bench_file(
     if not names:
         raise PlanError(f"{source}: holds no compressed layers")
     # Cores may be stored in a narrower type than the network computes in; dense weights may not.
-    dense = expand_layers(copy.deepcopy(compressed)).to(input_dtype(compressed))
+    dense = expand_layers(copied(compressed)).to(input_dtype(compressed))
     entries = []
     for number, batch in enumerate(batch_sizes):
         if progress:

@@ -5,7 +5,6 @@ How long a network takes depends on the shapes of its cores, not on their values
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import sqrt
@@ -17,7 +16,8 @@ from torch import nn
 
 from ttcompress.errors import PlanError
 from ttcompress.measure.timing import NOISE, at_its_best, by_turns, device_name, input_of, runner
-from ttcompress.networks.running import Example, NetworkInput, call, copied, input_dtype
+from ttcompress.networks.held import copied
+from ttcompress.networks.running import Example, NetworkInput, call, input_dtype
 from ttcompress.networks.surgery import fresh_layer, swap
 from ttcompress.records.common import Json, Progress, format_compression
 from ttcompress.records.layers import Execution
@@ -79,7 +79,7 @@ class Bed:
         _, by_cores, dense = layer.executions
         module = model.get_submodule(layer.fqn)
         x = input_of(model, module, images)
-        twins = {execution: copy.deepcopy(module) for execution in (dense, by_cores)}
+        twins = {execution: copied(module) for execution in (dense, by_cores)}
         for execution, twin in twins.items():
             twin.execution = execution  # type: ignore[assignment]
         runs = [runner(twin, x, training=False) for twin in twins.values()]

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,17 +15,25 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ttcompress.errors import ArchitectureError, shortlist
+from ttcompress.networks import known_keys
+from ttcompress.networks.factories import Factory, built_by, is_factory, load_factory, one_line, split_factory
+from ttcompress.networks.known_keys import OPTIONAL
 from ttcompress.networks.zoo import DEFAULT_CLASSES, ZOO, mlp_widths, named_widths, zoo_preprocessing
 from ttcompress.records.report import Architecture, Preprocessing
 
 Shapes = Mapping[str, tuple[int, ...]]
-Factory = Callable[[], nn.Module]
 
 _CLASSES = {"zoo": DEFAULT_CLASSES, "torchvision": 1000}
-_OPTIONAL = "num_batches_tracked"
 # The published weights of these two carry auxiliary heads and expect input normalised as for the other networks.
-_WITH_AUX = ("googlenet", "inception_v3")
+WITH_AUX = ("googlenet", "inception_v3")
 _ADVICE = "choose with --arch NAME or --arch path/to/net.py:factory"
+WAYS = (
+    "compress its matrices without the network by --arch none, or name a function that builds the network by "
+    "--arch net.py:build (docs/cli.md, Networks of your own)"
+)
+"""What can be done with a network that is not known."""
+MOST_PARAMETERS = 10**10
+"""Of a network that is built by name."""
 
 
 class _WeightsOnMeta(TorchFunctionMode):
@@ -82,8 +87,8 @@ def _difference(shapes: Shapes, wanted: Shapes) -> _Difference:
     common = shapes.keys() & wanted.keys()
     differing = {key: (tuple(shapes[key]), wanted[key]) for key in common if tuple(shapes[key]) != wanted[key]}
     return _Difference(
-        missing=tuple(key for key in wanted.keys() - common if not key.endswith(_OPTIONAL)),
-        unexpected=tuple(key for key in shapes.keys() - common if not key.endswith(_OPTIONAL)),
+        missing=tuple(key for key in wanted.keys() - common if not key.endswith(OPTIONAL)),
+        unexpected=tuple(key for key in shapes.keys() - common if not key.endswith(OPTIONAL)),
         shapes=differing,
         agreeing=len(common) - len(differing),
     )
@@ -108,40 +113,61 @@ def build(architecture: Architecture, factory: Factory | None = None, device: st
         ArchitectureError: a factory is needed and not given, or the network cannot be constructed.
     """
     if architecture.kind == "factory":
-        return _call(architecture.name, factory).eval()
+        return built_by(architecture.name, factory).eval()
     constructor, fixed = _constructor(architecture)
-    on_meta = device == "meta"
-    try:
-        with _WeightsOnMeta() if on_meta else torch.device(device), warnings.catch_warnings():
+
+    def construct() -> nn.Module:
+        with warnings.catch_warnings():
             # Of layers without features, which a checkpoint may have, nothing is to be initialised.
             warnings.simplefilter("ignore")
-            model: nn.Module = constructor(**fixed, **architecture.arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ArchitectureError(f"{_reference(architecture)} cannot be constructed: {_one_line(error)}") from error
-    return (_to_meta(model) if on_meta else model).eval()
+            made: nn.Module = constructor(**fixed, **architecture.arguments)
+        return made
+
+    try:
+        with _WeightsOnMeta():
+            model = construct()
+        _check_size(architecture, model)
+        if device != "meta":
+            with torch.device(device):
+                return construct().eval()
+    except ArchitectureError:
+        raise
+    except Exception as error:
+        raise ArchitectureError(f"{_reference(architecture)} cannot be constructed: {one_line(error)}") from error
+    return _to_meta(model).eval()
+
+
+def _check_size(architecture: Architecture, model: nn.Module) -> None:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if count > MOST_PARAMETERS:
+        raise ArchitectureError(
+            f"{_reference(architecture)} would have {count:,} parameters; networks built by name have at most "
+            f"{MOST_PARAMETERS:,}"
+        )
 
 
 def _to_meta(model: nn.Module) -> nn.Module:
     model.to("meta")
     for module in model.modules():
-        if getattr(module, _OPTIONAL, None) is not None:
+        if getattr(module, OPTIONAL, None) is not None:
             module.num_batches_tracked = torch.zeros((), dtype=torch.long)
     return model
 
 
 def _constructor(architecture: Architecture) -> tuple[Callable[..., Any], dict[str, Any]]:
     kind, name = architecture.kind, architecture.name
-    if name not in _names(kind):
+    if name not in names(kind):
         raise ArchitectureError(_unknown(f"{kind}:{name}"))
     if kind == "zoo":
         return ZOO[name], {}
     import torchvision
 
-    fixed = {"init_weights": False, "transform_input": True} if name in _WITH_AUX else {}
+    fixed = {"init_weights": False, "transform_input": True} if name in WITH_AUX else {}
     return torchvision.models.get_model_builder(name), {"weights": None, **fixed}
 
 
-def _names(kind: str) -> list[str]:
+def names(kind: str) -> list[str]:
+    """The networks of a kind."""
     if kind == "zoo":
         return list(ZOO)
     if kind != "torchvision":
@@ -155,62 +181,6 @@ def _reference(architecture: Architecture) -> str:
     return f"{architecture.kind}:{architecture.name}"
 
 
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-
-
-def _call(name: str, factory: Factory | None) -> nn.Module:
-    if factory is None:
-        raise ArchitectureError(f"the network comes from {name}: pass --arch net.py:build (or factory= in Python)")
-    try:
-        with torch.device("cpu"):
-            model = factory()
-    except Exception as error:
-        raise ArchitectureError(f"{name} failed: {_one_line(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise ArchitectureError(f"{name} returned a {type(model).__name__}, it has to return an nn.Module")
-    return model
-
-
-def _is_factory(reference: str) -> bool:
-    return reference.endswith(".py") or reference.rpartition(":")[0].endswith(".py")
-
-
-def _split_factory(reference: str) -> tuple[Path, str]:
-    head, _, name = reference.rpartition(":")
-    if not head.endswith(".py") or not name:
-        raise ArchitectureError(f"{reference} names no factory: write path/to/net.py:factory")
-    path = Path(head).expanduser()
-    if not path.is_file():
-        raise ArchitectureError(f"no file {path}: --arch path/to/net.py:factory needs one")
-    return path, name
-
-
-def load_factory(reference: str) -> Factory:
-    """Import `path/to/net.py` of the reference `path/to/net.py:factory` and return its function `factory`.
-
-    Raises:
-        ArchitectureError: no such file or function, or an exception while the file was imported.
-    """
-    path, name = _split_factory(reference)
-    spec = importlib.util.spec_from_file_location(f"ttcompress_factory_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ArchitectureError(f"{path} cannot be imported as a Python file")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses and pickling look a class's module up by name.
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[spec.name]
-        raise ArchitectureError(f"{path} failed on import: {_one_line(error)}") from error
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ArchitectureError(f"{path} has no function {name!r}; it has {shortlist(functions) or 'none'}")
-    return factory  # type: ignore[no-any-return]
-
-
 def resolve(reference: str, shapes: Shapes | None = None) -> Architecture:
     """Turn `vgg16`, `zoo:resnet20`, `mlp-784-300-10`, `torchvision:resnet18` or `net.py:build` into an `Architecture`.
 
@@ -222,12 +192,12 @@ def resolve(reference: str, shapes: Shapes | None = None) -> Architecture:
     """
     if reference == "none":
         raise ArchitectureError("--arch none is for compress and plan of a checkpoint: it makes no network")
-    if _is_factory(reference):
+    if is_factory(reference):
         return _resolve_factory(reference, shapes)
     prefix, _, named = reference.rpartition(":")
     name, arguments = named_widths(named)
     kinds = [prefix] if prefix else list(_CLASSES)
-    kind = next((kind for kind in kinds if name in _names(kind)), None)
+    kind = next((kind for kind in kinds if name in names(kind)), None)
     if kind is None:
         raise ArchitectureError(_unknown(reference))
     if shapes is None:
@@ -239,10 +209,11 @@ def resolve(reference: str, shapes: Shapes | None = None) -> Architecture:
 
 
 def _resolve_factory(reference: str, shapes: Shapes | None) -> Architecture:
-    path, name = _split_factory(reference)
+    path, name = split_factory(reference)
     factory = load_factory(reference)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    architecture = Architecture("factory", f"{path.name}:{name}", sha256=digest)
+    named = f"{path.name}:{name}" if ".py:" in reference else reference
+    architecture = Architecture("factory", named, sha256=digest)
     problem = mismatch(shapes, build(architecture, factory)) if shapes is not None else None
     if problem:
         raise ArchitectureError(f"{architecture.name} does not fit the checkpoint: {problem}")
@@ -252,7 +223,7 @@ def _resolve_factory(reference: str, shapes: Shapes | None) -> Architecture:
 def _unknown(reference: str) -> str:
     prefix, _, name = reference.rpartition(":")
     kinds = [prefix] if prefix in _CLASSES else list(_CLASSES)
-    known = [known for kind in kinds for known in _names(kind)]
+    known = [known for kind in kinds for known in names(kind)]
     nearest = get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"nearest are {shortlist(nearest)}" if nearest else f"the zoo has {shortlist(ZOO, len(ZOO))}"
     return f"unknown architecture {reference!r}: {hint}; else name one of torchvision.models or path/to/net.py:factory"
@@ -265,7 +236,7 @@ def _fit(
     choices: list[dict[str, int]] = [dict(stated or {})]
     if name == "mlp" and not stated:
         choices = [mlp_widths(shapes)]
-    elif name in _WITH_AUX:
+    elif name in WITH_AUX:
         # torchvision drops the heads when it loads the weights of googlenet, so checkpoints come with and without.
         choices = [{}, {"aux_logits": 0}]
     fits = [_fit_classes(kind, name, arguments, shapes) for arguments in choices]
@@ -294,7 +265,8 @@ def infer(shapes: Shapes) -> Architecture:
         raise ArchitectureError(f"the checkpoint fits several architectures, {names}: {_ADVICE}")
     if exact:
         return exact[0]
-    for name in _names("torchvision"):
+
+    for name in _candidates(shapes):
         architecture, difference = _fit("torchvision", name, shapes)
         if not difference.keys:
             return architecture
@@ -302,13 +274,30 @@ def infer(shapes: Shapes) -> Architecture:
     raise ArchitectureError(_no_match(fits, shapes))
 
 
+def _candidates(shapes: Shapes) -> list[str]:
+    """The networks of torchvision that may have these keys and shapes, or that are meant by something like them."""
+    keys = known_keys.keys_of(shapes)
+    exact = known_keys.with_keys(keys)
+    new = [] if known_keys.is_complete() else known_keys.unknown(names("torchvision"))
+    return exact + new if exact else new + known_keys.near(keys)
+
+
 def _no_match(fits: list[tuple[Architecture, _Difference]], shapes: Shapes) -> str:
-    near = sorted((fit for fit in fits if fit[1].agreeing), key=lambda fit: fit[1].keys / fit[1].agreeing)[:3]
+    """Why no network fits: names those that have most of the keys, and what else can be done."""
+    if not any(len(shape) > 1 for shape in shapes.values()):
+        return f"the checkpoint holds no network: no matrix or kernel is among its {len(shapes)} tensors"
+    near = [fit for fit in fits if 2 * fit[1].agreeing > max(len(shapes), fit[1].agreeing + fit[1].keys)]
     if not near:
-        return f"no known architecture has any of the checkpoint's keys ({shortlist(shapes, 3)}): {_ADVICE}"
-    names = shortlist(f"{_reference(fit)} ({difference.keys} keys differ)" for fit, difference in near)
+        return f"no known architecture has the checkpoint's keys ({shortlist(shapes, 3)}): {WAYS}"
+
+    near = sorted(near, key=lambda fit: fit[1].keys / fit[1].agreeing)[:3]
+    listed = shortlist(f"{_reference(fit)} ({_count(difference.keys)})" for fit, difference in near)
     nearest, difference = near[0]
-    return f"no known architecture fits the checkpoint; nearest are {names}; {nearest.name}: {difference}; {_ADVICE}"
+    return f"no known architecture fits the checkpoint; nearest are {listed}; {nearest.name}: {difference}; {WAYS}"
+
+
+def _count(keys: int) -> str:
+    return "1 key differs" if keys == 1 else f"{keys} keys differ"
 
 
 def preprocessing(architecture: Architecture) -> Preprocessing | None:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ttcompress.errors import ArchitectureError, CheckpointError, PlanError, shortlist
@@ -15,7 +16,8 @@ from ttcompress.files.checkpoint import Checkpoint, is_compressed, load_checkpoi
 from ttcompress.files.compressed import stored_report
 from ttcompress.files.header import blaming
 from ttcompress.networks import architectures as models
-from ttcompress.networks.architectures import Factory
+from ttcompress.networks.factories import Factory, load_factory
+from ttcompress.networks.held import held_tensors
 from ttcompress.networks.matrices import Weights
 from ttcompress.networks.stored import core_values, read_stored, tied_parameters
 from ttcompress.networks.surgery import check_layers, insert_empty
@@ -40,7 +42,7 @@ def open_any(path: Path, arch: str | None = None, key: str = "") -> Network:
         return open_dense(path, arch, key)
     known = stored_report(path).architecture
     needs_factory = known is None or known.kind == "factory"
-    factory = models.load_factory(arch) if arch and needs_factory else None
+    factory = load_factory(arch) if arch and needs_factory else None
     model, report = open_compressed(path, factory)
     return Network(model, model.state_dict(), report.architecture, report.preprocessing, report.source)
 
@@ -95,7 +97,13 @@ def open_dense(path: Path, arch: str | None = None, key: str = "") -> Network:
         ArchitectureError: none fits, or several.
     """
     checkpoint = _dense_checkpoint(path, key)
-    checkpoint, network = _opened(checkpoint, arch)
+    try:
+        checkpoint, network = _opened(checkpoint, arch)
+    except ArchitectureError as error:
+        if arch is None and _is_of_transformers(path):
+            whose = "by the config.json there the network is one of the transformers library, whose code this is not"
+            raise ArchitectureError(f"{path}: {whose}; {models.WAYS}") from error
+        raise
     checkpoint.say_notes()
     return network
 
@@ -135,8 +143,13 @@ def _dense_checkpoint(path: Path, key: str, exact: bool = False) -> Checkpoint:
 def _resolve(arch: str | None, checkpoint: Checkpoint | None) -> tuple[Architecture, Factory | None]:
     shapes = checkpoint.shapes if checkpoint else None
     architecture = models.resolve(arch, shapes) if arch else models.infer(shapes or {})
-    factory = models.load_factory(arch) if arch and architecture.kind == "factory" else None
+    factory = load_factory(arch) if arch and architecture.kind == "factory" else None
     return architecture, factory
+
+
+def _is_of_transformers(path: Path) -> bool:
+    folder = path if path.is_dir() else path.parent
+    return (folder / "config.json").is_file()
 
 
 def _filled(build: Callable[[str], nn.Module], state: Mapping[str, Tensor]) -> nn.Module:
@@ -161,11 +174,25 @@ def _assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"the file does not fit its architecture: {problem}")
     _check_types(model, state)
 
+    # What else holds a parameter goes on with that very one, so that it takes the values.
+    held = held_tensors(model) & state.keys()
+    for name in held:
+        _set_value(model.state_dict(keep_vars=True)[name], state[name])
+
     # What may be missing are counters of batch norms; assigned tensors are no longer tied.
-    model.load_state_dict(state, strict=False, assign=True)
+    others = {name: tensor for name, tensor in state.items() if name not in held}
+    model.load_state_dict(others, strict=False, assign=True)
     for alias, name in tied.items():
         owner, _, own_name = alias.rpartition(".")
         setattr(model.get_submodule(owner), own_name, model.get_parameter(name))
+
+
+@torch.no_grad()
+def _set_value(own: Tensor, value: Tensor) -> None:
+    if own.dtype == value.dtype:
+        own.copy_(value)
+    else:
+        own.data = value.clone()
 
 
 def _check_types(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -233,7 +260,7 @@ def open_compressed(path: Path, factory: Factory | None = None) -> tuple[nn.Modu
     """A compressed file as a module, and its report."""
     report, tensors = read_stored(path)
     with blaming(path):
-        return _rebuilt(report, {name: _aligned(tensor) for name, tensor in tensors.items()}, factory), report
+        return rebuilt(report, {name: _aligned(tensor) for name, tensor in tensors.items()}, factory), report
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -241,7 +268,13 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
-def _rebuilt(report: Report, tensors: Mapping[str, Tensor], factory: Factory | None) -> nn.Module:
+def rebuilt(report: Report, tensors: Mapping[str, Tensor], factory: Factory | None) -> nn.Module:
+    """The network that a file with this report and these tensors holds.
+
+    Raises:
+        CheckpointError: tensors that do not fit the report or the architecture.
+        ArchitectureError: a factory is needed, or the one given builds another network.
+    """
     if factory is None and report.architecture is None:
         raise ArchitectureError("records no architecture; pass factory= (or --arch net.py:build)")
 
@@ -250,6 +283,9 @@ def _rebuilt(report: Report, tensors: Mapping[str, Tensor], factory: Factory | N
         tensors |= core_values(tensors, layer)
         for name in layer.scale_shapes:
             del tensors[name]
+    missing = sorted(set(report.tied.values()) - tensors.keys())
+    if missing:
+        raise CheckpointError(f"ties parameters to {shortlist(missing)}, which it does not hold")
     aliases = {alias: tensors[name] for alias, name in report.tied.items()}
     state = {**tensors, **aliases}
 

@@ -6,7 +6,6 @@ tensor among them is handed on as it is.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,14 +38,6 @@ def input_dtype(model: nn.Module) -> torch.dtype:
 
 
 # -------------------------------------------------------------------------------------------------------------- inputs
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """A copy of a network, also of one that holds tensors which it computes, as pruning and norms of weights leave."""
-    held = [each for module in model.modules() for each in vars(module).values() if isinstance(each, Tensor)]
-    # Torch copies no tensor that has a history; the copy computes its own before they are read.
-    values = {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
-    return copy.deepcopy(model, values)
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], inputs: NetworkInput) -> Any:

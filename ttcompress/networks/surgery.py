@@ -15,6 +15,7 @@ from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.kinds import tt_layer
 from ttcompress.layers.linear import TTLinear
 from ttcompress.layers.spec import layer_spec
+from ttcompress.networks.replaceable import obstacles, own_attributes
 from ttcompress.records.common import Progress
 from ttcompress.records.layers import LinearSpec
 from ttcompress.records.plan import CompressionPlan, LayerPlan
@@ -46,12 +47,13 @@ def check_plan(model: nn.Module, plan: CompressionPlan) -> None:
 
 
 def check_layers(model: nn.Module, layers: Sequence[LayerPlan]) -> None:
-    """See that a network has these layers.
+    """See that a network has these layers, and that they can be replaced.
 
     Raises:
-        PlanError: it lacks some, or they have another shape.
+        PlanError: it lacks some, they have another shape, or the network would go on with the dense ones.
     """
     modules = dict(model.named_modules())
+    reasons = obstacles(model)
     wrong = []
     for layer in layers:
         module = modules.get(layer.fqn)
@@ -59,6 +61,8 @@ def check_layers(model: nn.Module, layers: Sequence[LayerPlan]) -> None:
             wrong.append(f"{layer.fqn} is no Linear or Conv2d of this network")
         elif layer_spec(module) != layer.spec or getattr(module, "groups", 1) != 1:
             wrong.append(f"{layer.fqn} has another shape or geometry")
+        elif layer.fqn in reasons:
+            wrong.append(f"{layer.fqn} cannot be replaced: {reasons[layer.fqn]}")
     if wrong:
         raise PlanError("the plan does not fit this network: " + "; ".join(sorted(wrong)))
 
@@ -142,7 +146,10 @@ def _blaming(layer: LayerPlan) -> Iterator[None]:
 def insert_empty(model: nn.Module, layers: Sequence[LayerPlan]) -> None:
     """Swap in layers on the meta device, for a state dict to be assigned to."""
     for layer in layers:
-        swap(model, layer.fqn, fresh_layer(layer, "meta").train(model.training))
+        dense = model.get_submodule(layer.fqn)
+        made = fresh_layer(layer, "meta").train(dense.training)
+        _freeze_like(made, dense)
+        swap(model, layer.fqn, made)
 
 
 def expand_layers(model: nn.Module) -> nn.Module:
@@ -163,13 +170,22 @@ def dense_layer(layer: TTLinear | TTConv2d) -> nn.Linear | nn.Conv2d:
         # The fields of a ConvSpec have the names of torch's arguments.
         dense = nn.Conv2d(**vars(spec), device="meta")
 
-    dense.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
+    trains = any(core.requires_grad for core in layer.cores)
+    dense.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), trains)
     if layer.bias is not None:
-        dense.bias = nn.Parameter(layer.bias.detach().clone())
+        dense.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
     return dense.train(layer.training)
 
 
 def swap(model: nn.Module, fqn: str, layer: nn.Module) -> None:
-    """Put a layer in the place of the one named `fqn`."""
+    """Put a layer in the place of the one named `fqn`, with the attributes that somebody has put on that one."""
     parent, _, name = fqn.rpartition(".")
+    vars(layer).update(own_attributes(model.get_submodule(fqn)))
     setattr(model.get_submodule(parent), name, layer)
+
+
+def _freeze_like(layer: nn.Module, dense: nn.Module) -> None:
+    """Train what the dense layer trains: cores as its weight, bias as its bias."""
+    for name, parameter in layer.named_parameters():
+        own: Any = dense.bias if name == "bias" else dense.weight
+        parameter.requires_grad_(own is None or own.requires_grad)

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from ttcompress.errors import PlanError, shortlist
 from ttcompress.layers.spec import layer_spec
 from ttcompress.networks.matrices import Weights
+from ttcompress.networks.replaceable import obstacles
 from ttcompress.records.layers import LayerSpec
 
 ADDING = "+"
@@ -130,6 +131,7 @@ def _dense_layers(model: nn.Module) -> Iterator[Layer]:
     fused = [name for name, module in named.items() if isinstance(module, nn.MultiheadAttention)]
     inside_attention = tuple(f"{name}." for name in fused)
 
+    reasons = obstacles(model)
     # A weight that several layers share is counted once, and its TT form would have to fit all of them.
     homes: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -139,7 +141,7 @@ def _dense_layers(model: nn.Module) -> Iterator[Layer]:
         if isinstance(module, nn.Linear | nn.Conv2d):
             weight = _own_weight(module)
             others = [home for home in homes.get(id(weight), []) if home != name]
-            obstacle = _obstacle(module, others, name.startswith(inside_attention))
+            obstacle = _obstacle(module, others, name.startswith(inside_attention)) or reasons.get(name, "")
             yield Layer(name, module, obstacle=obstacle if name else "it is the whole network")
 
 
@@ -166,8 +168,6 @@ def _obstacle(module: nn.Linear | nn.Conv2d, others: Sequence[str], in_attention
         return "bias is computed by a parametrization"
     if type(module) not in (nn.Linear, nn.Conv2d):
         return f"{type(module).__name__} may do more than its base class"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "it has forward hooks, which another layer would not run"
     if isinstance(module, nn.Conv2d) and module.groups != 1:
         return f"groups={module.groups}"
     return ""

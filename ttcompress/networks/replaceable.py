@@ -1,0 +1,101 @@
+"""Why a layer of a network cannot be replaced by another object without the network noticing."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from torch import nn
+
+from ttcompress.errors import shortlist
+from ttcompress.layers.conv import TTConv2d
+from ttcompress.layers.linear import TTLinear
+from ttcompress.networks.held import held_layers
+from ttcompress.records.layers import ConvSpec, LinearSpec
+from ttcompress.tt.shapes import tensorize_shape
+
+HOOKS = {
+    "_forward_hooks": "forward hooks",
+    "_forward_pre_hooks": "forward hooks",
+    "_backward_hooks": "backward hooks",
+    "_backward_pre_hooks": "backward hooks",
+    "_state_dict_hooks": "hooks of its state dict",
+    "_state_dict_pre_hooks": "hooks of its state dict",
+    "_load_state_dict_pre_hooks": "hooks of its state dict",
+    "_load_state_dict_post_hooks": "hooks of its state dict",
+}
+
+
+def obstacles(model: nn.Module) -> dict[str, str]:
+    """Layers by fqn that have to stay the objects that they are, and why.
+
+    What else hangs on a Linear or Conv2d goes along (`own_attributes`).
+    """
+    shared = _shared_biases(model)
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            reason = _own_obstacle(module) or shared.get(name, "")
+            if reason:
+                found[name] = reason
+
+    held = {name: f"also held by {holder}, outside the module tree" for name, holder in held_layers(model).items()}
+    return {**held, **found}
+
+
+def own_attributes(module: nn.Module) -> dict[str, object]:
+    """What somebody has put on a layer, which layers of its kind do not have."""
+    return {name: value for name, value in vars(module).items() if name not in _usual(type(module))}  # type: ignore[arg-type]
+
+
+@cache
+def _usual(kind: type) -> frozenset[str]:
+    """The attributes that a layer of this kind has of itself."""
+    made: nn.Module
+    if issubclass(kind, TTLinear):
+        linear = LinearSpec(1, 1, bias=True)
+        made = TTLinear(linear, tensorize_shape("lowrank", (1, 1)), 1, device="meta")
+    elif issubclass(kind, TTConv2d):
+        conv = ConvSpec(1, 1, (1, 1))
+        made = TTConv2d(conv, tensorize_shape("lowrank", (1, 1, 1, 1)), 1, device="meta")
+    elif issubclass(kind, nn.Conv2d):
+        made = nn.Conv2d(1, 1, 1, device="meta")
+    else:
+        made = nn.Linear(1, 1, device="meta")
+    return frozenset(vars(made))
+
+
+def _own_obstacle(module: nn.Linear | nn.Conv2d) -> str:
+    hooks = [words for name, words in HOOKS.items() if vars(module).get(name)]
+    if hooks:
+        return f"it has {hooks[0]}, which another layer would not run"
+
+    own = own_attributes(module)
+    overridden = sorted(name for name in own if hasattr(type(module), name))
+    if overridden:
+        return f"its object has a {shortlist(overridden)} of its own"
+
+    replacement = TTLinear if isinstance(module, nn.Linear) else TTConv2d
+    taken = sorted(name for name in own if name in _usual(replacement) or hasattr(replacement, name))
+    if taken:
+        return f"its object has a {shortlist(taken)}, as a TT layer has"
+
+    extra = [
+        *module._modules,
+        *module._buffers,
+        *(name for name in module._parameters if name not in ("weight", "bias")),
+    ]
+    return f"it holds {shortlist(extra)} besides weight and bias" if extra else ""
+
+
+def _shared_biases(model: nn.Module) -> dict[str, str]:
+    homes = dict[int, list[str]]()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        homes.setdefault(id(parameter), []).append(name)
+
+    found = {}
+    for names in homes.values():
+        for name in names if len(names) > 1 else ():
+            owner, _, own = name.rpartition(".")
+            if own == "bias":
+                found[owner] = f"bias shared with {shortlist(other for other in names if other != name)}"
+    return found
