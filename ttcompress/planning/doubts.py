@@ -137,7 +137,10 @@ def _listed(kinds: Counter[str], total: int) -> str:
 def _by_kind(model: nn.Module, able: Collection[str]) -> Counter[str]:
     found: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
-        if name not in able:
+        layer, _, own_name = name.rpartition(".")
+        if own_name == "bias" and f"{layer}.weight" in able:
+            found["biases"] += parameter.numel()
+        elif name not in able:
             found[_kind(model, name)] += parameter.numel()
     return found
 
