@@ -23,6 +23,7 @@ from ttcompress.commands.expand import expand_file
 from ttcompress.errors import CheckpointError
 from ttcompress.files.compressed import MOST_TIMES, SMALL, check_size, stored_report
 from ttcompress.files.header import TensorInfo
+from ttcompress.files.shards import INDEX_SUFFIX, read_index
 from ttcompress.records.layers import LinearSpec
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.records.report import Report
@@ -330,3 +331,12 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         done = run_command(*words, cwd=tmp_path)
         assert (done.code, done.err.count("\n")) == (2, 1)
         assert "ordinary file" in done.err
+
+
+@pytest.mark.parametrize("key", ["weight_map", "a", "metadata"])
+def test_a_key_that_comes_twice_in_an_index(key: str, tmp_path: Path) -> None:
+    index = {"metadata": {"total_size": 4}, "weight_map": {"a": "x-1.safetensors"}}
+    path = tmp_path / f"x{INDEX_SUFFIX}"
+    path.write_text(twice(json.dumps(index, separators=(",", ":")), key))
+    with pytest.raises(CheckpointError, match=f'the key "{key}" comes twice'):
+        read_index(path)

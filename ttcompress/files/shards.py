@@ -10,6 +10,7 @@ from typing import Any
 
 from ttcompress.errors import CheckpointError, shortlist
 from ttcompress.files import header
+from ttcompress.records.reading import parse_json
 
 INDEX_SUFFIX = ".index.json"
 PICKLED_INDEX_SUFFIX = f".bin{INDEX_SUFFIX}"
@@ -119,7 +120,7 @@ def _is_beside(name: str, suffix: str) -> bool:
 def _weight_map(path: Path) -> dict[str, str]:
     header.check_readable(path)
     try:
-        homes = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        homes = parse_json(path.read_text(encoding="utf-8"))["weight_map"]
         if not homes or not all(isinstance(name, str) for name in homes.values()):
             raise ValueError("weight_map must map tensors to files")
     except OSError as error:
