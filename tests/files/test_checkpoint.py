@@ -274,7 +274,7 @@ def test_files_of_others_are_refused_by_name(tmp_path: Path, start: bytes, wante
     assert wanted in refused(tmp_path / "net.pt")
 
 
-NAMES = ["__metadata__", "", ".weight", "a..weight", "a.", "\ud800.weight", "a.\udfff"]
+NAMES = ["__metadata__", "", ".weight", ".", "../x", "\ud800.weight", "a.\udfff"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -288,7 +288,7 @@ def test_names_that_no_file_can_hold(tmp_path: Path, name: str, exact: bool) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["名前.weight", "x\ny.weight", "a\0b", "a/x", "_modules.weight", "__metadata__.weight"]
+    "name", ["名前.weight", "x\ny.weight", "a\0b", "a/x", "a..weight", "_modules.weight", "__metadata__.weight"]
 )
 def test_other_odd_names_are_read_and_written(tmp_path: Path, name: str) -> None:
     state = {**STATE, name: torch.ones(2, 2)}

@@ -137,8 +137,8 @@ def _check_storable(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _is_storable_name(name: str) -> bool:
-    # The header has its metadata in the place of a tensor; parts of names are those of modules.
-    if name == "__metadata__" or not all(name.split(".")):
+    # The header has its metadata in the place of a tensor, and a weight needs a layer that it is of.
+    if name == "__metadata__" or not name or name.startswith("."):
         return False
     return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
