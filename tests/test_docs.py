@@ -29,11 +29,25 @@ def _console() -> Iterator[tuple[str, str]]:
 
 def _form(text: str) -> list[str]:
     """Output without its numbers and column widths: these may differ in the last digit from machine to machine."""
-    return [" ".join(re.sub(r"[\d,.]+", "#", line).split()) for line in text.strip().splitlines()]
+    lines = text.strip().splitlines()
+    return [" ".join(line.split() if line == "..." else re.sub(r"[\d,.]+", "#", line).split()) for line in lines]
 
 
-def test_readme_commands_print_what_it_shows(checkpoints: Path, small_cifar10_root: Path, tmp_path: Path) -> None:
-    (tmp_path / "cifar10").symlink_to(small_cifar10_root)
+def _shows(shown: list[str], printed: list[str]) -> bool:
+    """Whether what is shown is what was printed, with any lines in the places of `...`."""
+    if not shown or shown[0] != "...":
+        return bool(shown and printed and shown[0] == printed[0] and _shows(shown[1:], printed[1:])) or shown == printed
+    return any(_shows(shown[1:], printed[start:]) for start in range(len(printed) + 1))
+
+
+@pytest.mark.slow
+def test_readme_commands_print_what_it_shows(
+    checkpoints: Path, cifar10_root: Path, small_cifar10_root: Path, tmp_path: Path
+) -> None:
+    """All images to calibrate on, since formats hang on them; 500 to measure on, for only the form is compared."""
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "cifar10" / "cifar10-train.npz").symlink_to(cifar10_root / "cifar10-train.npz")
+    (tmp_path / "cifar10" / "cifar10-test.npz").symlink_to(small_cifar10_root / "cifar10-test.npz")
     (tmp_path / "resnet20-12fca82f.th").symlink_to(checkpoints / "resnet20-12fca82f.th")
     ran = 0
     for command, shown in _console():
@@ -43,7 +57,7 @@ def test_readme_commands_print_what_it_shows(checkpoints: Path, small_cifar10_ro
         done = run_command(*arguments, cwd=tmp_path)
         assert (done.code, done.err) == (0, ""), command
         if arguments == rest:
-            assert _form(done.out) == _form(shown), command
+            assert _shows(_form(shown), _form(done.out)), command
         ran += 1
     assert ran >= 5
 

@@ -14,7 +14,7 @@ import cloup
 
 from ttcompress.cli_options import PATH, stated_recipe, takes
 from ttcompress.errors import TrainingStoppedError, TTCompressError
-from ttcompress.records.common import printable
+from ttcompress.records.common import WARNING, printable
 from ttcompress.terminal import (
     log_epoch,
     print_json,
@@ -259,6 +259,10 @@ def _show(report: Report, file: Path | None, as_json: bool) -> None:
     if not leads():
         return
     from ttcompress.report import text
+
+    for note in report.plan.notes:
+        if note.startswith(WARNING):
+            click.echo(f"ttcompress: {printable(note)}", err=True)
 
     shown = text.with_file(report, file) if file else report
     if as_json:

@@ -17,10 +17,9 @@ from torch.nn.utils import parametrize
 from ttcompress.errors import shortlist
 from ttcompress.networks.matrices import Weights
 from ttcompress.planning.selection import LEFT_OUT_MARK, Layer, class_name
+from ttcompress.records.common import WARNING
 from ttcompress.records.plan import CompressionPlan, KeptParameter, LayerPlan
 
-WARNING = "warning: "
-"""How a note begins that says that the result is to be doubted."""
 FADED = 0.98
 """Relative error at which a layer has a fifth of its norm left."""
 NORMED, NORMED_IN_ALL = 0.7, 4.0

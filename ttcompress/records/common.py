@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 Json = dict[str, Any]
-
+WARNING = "warning: "
+"""How a note begins that says that a result is to be doubted; the command line prints it on standard error too."""
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(what, done, total) while a long stage runs."""
