@@ -105,3 +105,19 @@ def test_format_page_is_enough_to_write_a_reader() -> None:
         cores = [core.detach().numpy().astype(np.float64) for core in layer.cores]
         rebuilt = names["dense_weight"](cores, (7, 5, 3, 2))  # type: ignore[operator]
         np.testing.assert_allclose(rebuilt, conv.weight.detach().numpy(), atol=1e-6)
+
+
+def test_the_page_on_the_layout_names_rooms_that_there_are() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`((?:\w+/)*\w+\.py|(?:\w+/)+)`", page))
+    assert len(named) > 25
+    missing = {each for each in named if not (ROOT / "ttcompress" / each).exists() and not (ROOT / each).exists()}
+    assert missing == set()
+
+
+def test_the_page_on_the_layout_names_every_package() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    packages = {path.parent.name for path in (ROOT / "ttcompress").glob("*/__init__.py")}
+    modules = {path.name for path in (ROOT / "ttcompress").glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert all(f"`{package}/`" in page for package in packages)
+    assert all(f"`{module}`" in page for module in modules)
