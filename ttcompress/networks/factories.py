@@ -55,6 +55,8 @@ def check_module(model: nn.Module, name: str = "the network") -> None:
     Raises:
         ArchitectureError: layers that wait for their first input, modules in a circle, or a state dict that fails.
     """
+    if not isinstance(model, nn.Module):
+        raise ArchitectureError(f"{name} has to be an nn.Module, not {type(model).__name__}")
     try:
         waiting = [fqn for fqn, value in model.named_parameters() if is_lazy(value)]
         waiting += [fqn for fqn, value in model.named_buffers() if is_lazy(value)]

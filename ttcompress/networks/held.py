@@ -23,6 +23,9 @@ Module = TypeVar("Module", bound=nn.Module)
 MOST_OBJECTS = 50_000
 """So many are looked at, those first that are nearest to the network."""
 REGISTERED = ("_modules", "_parameters", "_buffers")
+"""Where the module tree itself is."""
+COMPILED = "_compiled_call_impl"
+"""What torch.compile leaves on a module, and copies of it do without: it runs the module as it is then."""
 OPAQUE = (
     str, bytes, bytearray, int, float, complex, type(None), type, ModuleType, CodeType, FrameType, torch.dtype,
     torch.device, torch.Size,
@@ -86,7 +89,7 @@ def _roots(model: nn.Module) -> Iterator[tuple[Any, str]]:
     for name, module in model.named_modules():
         owner = name or type(model).__name__
         for attribute, value in vars(module).items():
-            if attribute not in REGISTERED:
+            if attribute not in (*REGISTERED, COMPILED):
                 yield value, f"{owner}.{attribute}"
         classes.update(dict.fromkeys(type(module).__mro__))
 

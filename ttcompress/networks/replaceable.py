@@ -9,7 +9,8 @@ from torch import nn
 from ttcompress.errors import shortlist
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
-from ttcompress.networks.held import held_layers
+from ttcompress.networks.held import COMPILED, held_layers
+from ttcompress.networks.matrices import MATRIX_TYPES
 from ttcompress.records.layers import ConvSpec, LinearSpec
 from ttcompress.tt.shapes import tensorize_shape
 
@@ -44,7 +45,8 @@ def obstacles(model: nn.Module) -> dict[str, str]:
 
 def own_attributes(module: nn.Module) -> dict[str, object]:
     """What somebody has put on a layer, which layers of its kind do not have."""
-    return {name: value for name, value in vars(module).items() if name not in _usual(type(module))}  # type: ignore[arg-type]
+    usual = _usual(type(module)) | {COMPILED}  # type: ignore[arg-type]
+    return {name: value for name, value in vars(module).items() if name not in usual}
 
 
 @cache
@@ -69,13 +71,18 @@ def _own_obstacle(module: nn.Linear | nn.Conv2d) -> str:
     if hooks:
         return f"it has {hooks[0]}, which another layer would not run"
 
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.dtype not in MATRIX_TYPES:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+
     own = own_attributes(module)
-    overridden = sorted(name for name in own if hasattr(type(module), name))
+    # Plain values go along, under whatever names: networks parsed from lists call one `type`.
+    overridden = sorted(name for name, value in own.items() if hasattr(type(module), name) and callable(value))
     if overridden:
         return f"its object has a {shortlist(overridden)} of its own"
 
     replacement = TTLinear if isinstance(module, nn.Linear) else TTConv2d
-    taken = sorted(name for name in own if name in _usual(replacement) or hasattr(replacement, name))
+    taken = sorted(name for name in own if name in _usual(replacement) or _is_ours(replacement, name))
     if taken:
         return f"its object has a {shortlist(taken)}, as a TT layer has"
 
@@ -85,6 +92,10 @@ def _own_obstacle(module: nn.Linear | nn.Conv2d) -> str:
         *(name for name in module._parameters if name not in ("weight", "bias")),
     ]
     return f"it holds {shortlist(extra)} besides weight and bias" if extra else ""
+
+
+def _is_ours(replacement: type, name: str) -> bool:
+    return hasattr(replacement, name) and not hasattr(nn.Module, name)
 
 
 def _shared_biases(model: nn.Module) -> dict[str, str]:

@@ -114,6 +114,8 @@ def blaming(what: str) -> Iterator[None]:
         raise DataError(f"{what}: {error}") from error
     except TTCompressError:
         raise
+    except SystemExit as error:
+        raise DataError(f"{what}: it exits") from error
     except Exception as error:
         if _is_out_of_memory(error):
             raise DataError("out of memory; a smaller --batch-size takes less") from error
