@@ -86,7 +86,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     capsys.readouterr()
     cli.main(list(arguments))
     out, err = capsys.readouterr()
-    assert err == ""
+    # Networks with random weights cannot lose as little as that; the command says so.
+    assert all(line.startswith("ttcompress: warning: ") for line in err.splitlines())
     return str(out)
 
 
