@@ -30,7 +30,9 @@ def main() -> None:
     parser.add_argument("--data", help="calibrates on its train split, measures on its test split")
     parser.add_argument("--ratios", type=float, nargs="+", default=[1.5, 2, 3, 4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--efforts", nargs="+", default=["none", "default"], help="none is without calibration")
+    parser.add_argument(
+        "--efforts", nargs="+", default=["none", "default"], help="none is without calibration"
+    )
     arguments = parser.parse_args()
     runs = product(arguments.seeds, arguments.efforts, arguments.checkpoints, arguments.ratios)
     for seed, effort, checkpoint, ratio in runs:
@@ -65,9 +67,14 @@ def run(checkpoint: Path, data: str, arch: str | None, ratio: float, effort: str
 
 def table(rows: list[Row]) -> str:
     """Medians over the seeds, with the smallest and the largest."""
-    lines = ["| network | dense | effort | ratio | top-1 | smallest, largest | seeds | minutes |", "|" + "---|" * 8]
+    lines = [
+        "| network | dense | effort | ratio | top-1 | smallest, largest | seeds | minutes |",
+        "|" + "---|" * 8,
+    ]
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in sorted(rows, key=lambda row: (row["network"], row["effort"] != "none", row["effort"], row["ratio"])):
+    for row in sorted(
+        rows, key=lambda row: (row["network"], row["effort"] != "none", row["effort"], row["ratio"])
+    ):
         groups.setdefault((row["network"], row["dense"], row["effort"], row["ratio"]), []).append(row)
     for (network, dense, effort, ratio), found in groups.items():
         top = [row["compressed"] for row in found]

@@ -69,7 +69,10 @@ def compare(checkpoint: Path, data: str) -> None:
                     swap(model, layer.fqn, tt_layer(layer.spec).from_cores(layer.module, form, cores))
             row.append(100 * float((classes(model, batches) == expected).float().mean()))
         architecture = network.architecture.name if network.architecture else checkpoint.name
-        print(f"| {architecture} | {ratio:g}x | " + " | ".join(f"{value:.1f}" for value in row) + " |", flush=True)
+        print(
+            f"| {architecture} | {ratio:g}x | " + " | ".join(f"{value:.1f}" for value in row) + " |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ def main() -> None:
         extra = [in_a_child(peak_extra_memory, run) / (weight.numel() * 4) for run in runs]
         seconds = [[cpu_seconds(run) for run in runs] for _ in range(rounds + 1)][1:]
         ratio = median(ours / reference for reference, ours in seconds)
-        first = f"| {shape[1]} x {shape[0]} | {rank} | {median(each[0] for each in seconds):.2f} | {ratio:.2f} "
+        first = (
+            f"| {shape[1]} x {shape[0]} | {rank} | {median(each[0] for each in seconds):.2f} | {ratio:.2f} "
+        )
         print(first + f"| {extra[0]:.2f}x | {extra[1]:.2f}x |", flush=True)
 
 

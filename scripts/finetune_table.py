@@ -40,7 +40,13 @@ def main() -> None:
     rows = arguments.folder / "rows.jsonl"
     runs = product(arguments.seeds, arguments.epochs, arguments.ratios, arguments.checkpoints)
     for seed, epochs, ratio, checkpoint in runs:
-        key = {"network": checkpoint.stem, "ratio": ratio, "epochs": epochs, "seed": seed, "options": arguments.options}
+        key = {
+            "network": checkpoint.stem,
+            "ratio": ratio,
+            "epochs": epochs,
+            "seed": seed,
+            "options": arguments.options,
+        }
         if not any(key.items() <= row.items() for row in read(rows)):
             row = {**key, **run(checkpoint, arguments, ratio, epochs, seed)}
             with rows.open("a") as lines:
@@ -58,7 +64,9 @@ def run(checkpoint: Path, arguments: argparse.Namespace, ratio: float, epochs: i
     source = arguments.folder / f"{name}.safetensors" if ratio > 1 else checkpoint
     start = time.perf_counter()
     if not source.exists():
-        compress_file(checkpoint, source, Recipe(ratio=ratio, calib=data, data=data, seed=seed, device=device))
+        compress_file(
+            checkpoint, source, Recipe(ratio=ratio, calib=data, data=data, seed=seed, device=device)
+        )
     label = "".join(f"-{key}{value}" for key, value in arguments.options.items())
     output = arguments.folder / f"{name}-{epochs}{label}.safetensors"
     recipe = Recipe(train=data, data=data, epochs=epochs, seed=seed, device=device, **arguments.options)
@@ -90,9 +98,9 @@ def table(rows: list[Row]) -> str:
     lines = ["| network | dense | compression | epochs | before | after | seeds | device |", "|" + "---|" * 8]
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row["network"], row["ratio"], row["epochs"])):
-        groups.setdefault((row["network"], row["ratio"], row["epochs"], str(row["options"]), row["device"]), []).append(
-            row
-        )
+        groups.setdefault(
+            (row["network"], row["ratio"], row["epochs"], str(row["options"]), row["device"]), []
+        ).append(row)
     for (network, ratio, epochs, _, device), found in groups.items():
         before = "-" if found[0]["before"] is None else f"{median(row['before'] for row in found):.2f}"
         after = median(row["compressed"] for row in found)

@@ -55,9 +55,14 @@ def conv() -> Iterator[tuple[str, int, Run, Run]]:
     for channels, side in ((128, 16), (512, 14)):
         for name, memory_format in FORMATS.items():
             dense, x = pair(channels, side, 32, memory_format)
-            layer = factored(dense, "chain", 10)
+            layer = by_cores(dense, "chain", 10)
             layer.execution = "chain"
-            yield f"{channels} -> {channels}, chain 10x, {name}", 32, evaluation(dense, x), evaluation(layer, x)
+            yield (
+                f"{channels} -> {channels}, chain 10x, {name}",
+                32,
+                evaluation(dense, x),
+                evaluation(layer, x),
+            )
 
 
 def cached() -> Iterator[tuple[str, int, Run, Run]]:
@@ -66,17 +71,19 @@ def cached() -> Iterator[tuple[str, int, Run, Run]]:
             for ratio in (1.1, 3, 10):
                 for batch in (1, 32):
                     dense, x = pair(channels, side, batch, torch.channels_last)
-                    layer = factored(dense, weight_format, ratio)
+                    layer = by_cores(dense, weight_format, ratio)
                     name = f"{channels} -> {channels}, {weight_format} {ratio}x"
                     yield name, batch, evaluation(dense, x), evaluation(layer, x)
 
 
-def pair(channels: int, side: int, batch: int, memory_format: torch.memory_format) -> tuple[nn.Conv2d, Tensor]:
+def pair(
+    channels: int, side: int, batch: int, memory_format: torch.memory_format
+) -> tuple[nn.Conv2d, Tensor]:
     dense = nn.Conv2d(channels, channels, 3, padding=1).to(memory_format=memory_format)
     return dense, torch.randn(batch, channels, side, side).contiguous(memory_format=memory_format)
 
 
-def factored(dense: nn.Conv2d, weight_format: str, ratio: float) -> TTConv2d:
+def by_cores(dense: nn.Conv2d, weight_format: str, ratio: float) -> TTConv2d:
     """The format at the largest rank, the same at all cuts where it can be, that has this compression."""
     shape = tuple(dense.weight.shape)
     modes = tensorize_shape(weight_format, shape)

@@ -42,7 +42,9 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=16, help="size of the checkpoint in 10^9 bytes")
     parser.add_argument("--dtype", choices=TYPES, default="bfloat16")
     parser.add_argument("--layers-per-shard", type=int, default=4)
-    parser.add_argument("--processes", type=int, default=1, help="started by torchrun where there are several")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="started by torchrun where there are several"
+    )
     arguments = parser.parse_args(own)
     source = arguments.folder / "dense"
     largest = write_checkpoint(source, arguments.gb * 1e9, TYPES[arguments.dtype], arguments.layers_per_shard)
@@ -74,7 +76,9 @@ def write_checkpoint(folder: Path, size: float, dtype: str, layers_per_shard: in
         names = {name: infos[name] for name, home in homes.items() if home == shard}
         if not (folder / shard).exists():
             print(f"writing {shard}", file=sys.stderr)
-            write_safetensors(folder / shard, LazyTensors(names, lambda name: random_tensor(name, infos[name])))
+            write_safetensors(
+                folder / shard, LazyTensors(names, lambda name: random_tensor(name, infos[name]))
+            )
     total = sum(info.num_bytes for info in infos.values())
     (folder / "model.safetensors.index.json").write_text(encode_index(homes, total))
     return max(info.num_bytes for info in infos.values())

@@ -56,7 +56,9 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None
         for part in torch.randperm(len(images), generator=generator).split(BATCH)[: steps // epochs]:
             batch = images[part]
             if batch.shape[1] == 3:
-                batch = moved(torch.where(torch.rand(len(part), 1, 1, 1) < 0.5, batch.flip(-1), batch), generator)
+                batch = moved(
+                    torch.where(torch.rand(len(part), 1, 1, 1) < 0.5, batch.flip(-1), batch), generator
+                )
             loss = functional.cross_entropy(model(batch), labels[part])
             optimizer.zero_grad()
             loss.backward()

@@ -32,11 +32,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print("| file | " + " | ".join(f"{of} {name}, s" for of in ("dense", "compressed") for name in FORMATS), end="")
+    print(
+        "| file | " + " | ".join(f"{of} {name}, s" for of in ("dense", "compressed") for name in FORMATS),
+        end="",
+    )
     print(" | compressed / dense |\n|" + "---|" * 6)
     for file in arguments.files:
         times = measure(file, arguments)
-        dense, compressed = (min((times[of, name] for name in FORMATS), key=median) for of in ("dense", "compressed"))
+        dense, compressed = (
+            min((times[of, name] for name in FORMATS), key=median) for of in ("dense", "compressed")
+        )
         ratio = median(ours / theirs for ours, theirs in zip(compressed, dense, strict=True))
         cells = [f"{median(each):.3f}" for each in times.values()]
         print(f"| {file.stem} | " + " | ".join([*cells, f"{ratio:.2f}"]) + " |", flush=True)

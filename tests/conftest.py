@@ -79,7 +79,11 @@ def small_cifar10_root(data_root: Path, tmp_path_factory: pytest.TempPathFactory
     for split, count in (("train", 128), ("test", 500)):
         strip = np.asarray(Image.open(source / f"{split}-000.webp").convert("RGB"))
         labels = np.load(source / f"{split}-labels.npy").astype(np.int64)
-        np.savez(folder / f"cifar10-{split}.npz", images=strip.reshape(-1, 32, 32, 3)[:count], labels=labels[:count])
+        np.savez(
+            folder / f"cifar10-{split}.npz",
+            images=strip.reshape(-1, 32, 32, 3)[:count],
+            labels=labels[:count],
+        )
     return folder
 
 

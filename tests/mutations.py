@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 Place = tuple[str | int, ...]
 MISSING = object()
 SMALL = st.none() | st.booleans() | st.integers(-3, 9) | st.floats(-2, 2) | st.text(max_size=3) | st.just([])
-EDGES = st.sampled_from([nan, inf, -inf, 2**40, 2**41, 2**53, 2**63, -(2**70), 10**400, 1e308, "\ud800", "int8", {}])
+EDGES = st.sampled_from(
+    [nan, inf, -inf, 2**40, 2**41, 2**53, 2**63, -(2**70), 10**400, 1e308, "\ud800", "int8", {}]
+)
 VALUES = (
     SMALL
     | EDGES
@@ -36,7 +38,9 @@ def changed(data: dict[str, Any], place: Place, value: object) -> dict[str, Any]
 
 def places(value: Any, place: Place = ()) -> Iterator[Place]:
     yield place
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, inner in (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    ):
         yield from places(inner, (*place, key))
 
 

@@ -122,9 +122,17 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "truncated .pt": ("net.pt", _truncated_pt, "truncated"),
     "truncated safetensors": ("net.safetensors", _truncated_safetensors, "truncated"),
     "lying safetensors": ("net.safetensors", _lying_safetensors, "does not fill"),
-    "code": ("net.pt", lambda path: torch.save({"a": Bomb(f"touch {path.parent}/trace")}, path), "could run code"),
+    "code": (
+        "net.pt",
+        lambda path: torch.save({"a": Bomb(f"touch {path.parent}/trace")}, path),
+        "could run code",
+    ),
     "whole module": ("net.pt", lambda path: torch.save(nn.Linear(2, 2), path), "state_dict()"),
-    "no known architecture": ("net.pt", lambda path: torch.save({"strange.weight": torch.ones(3, 3)}, path), "--arch"),
+    "no known architecture": (
+        "net.pt",
+        lambda path: torch.save({"strange.weight": torch.ones(3, 3)}, path),
+        "--arch",
+    ),
     "a layer more": (
         "net.pt",
         lambda path: torch.save({**CifarResNet(3).state_dict(), "extra.weight": torch.ones(2)}, path),
@@ -156,7 +164,15 @@ def test_bad_checkpoints(refused: Callable[..., str], tmp_path: Path, bad: str, 
 
 @pytest.mark.parametrize("command", ["report", "expand", "evaluate"])
 @pytest.mark.parametrize(
-    "bad", ["missing safetensors", "empty safetensors", "truncated safetensors", "lying safetensors", "folder", "text"]
+    "bad",
+    [
+        "missing safetensors",
+        "empty safetensors",
+        "truncated safetensors",
+        "lying safetensors",
+        "folder",
+        "text",
+    ],
 )
 def test_bad_compressed_files(refused: Callable[..., str], tmp_path: Path, bad: str, command: str) -> None:
     name, make, _ = BAD_FILES[bad]
@@ -170,24 +186,32 @@ def test_several_files_to_report_of_which_one_is_bad(refused: Callable[..., str]
 
 
 @pytest.mark.parametrize("command", ["report", "expand"])
-def test_a_safetensors_file_that_is_not_ours(refused: Callable[..., str], tmp_path: Path, command: str) -> None:
+def test_a_safetensors_file_that_is_not_ours(
+    refused: Callable[..., str], tmp_path: Path, command: str
+) -> None:
     save_file(Mlp(**WIDTHS).state_dict(), tmp_path / "dense.safetensors")
     text = refused(command, "dense.safetensors", *(["-o", "out.pt"] if command == "expand" else []))
     assert "not one that ttcompress wrote" in text
 
 
-def test_evaluating_a_safetensors_file_of_no_known_network(refused: Callable[..., str], tmp_path: Path) -> None:
+def test_evaluating_a_safetensors_file_of_no_known_network(
+    refused: Callable[..., str], tmp_path: Path
+) -> None:
     save_file({"strange.cores.0": torch.ones(1, 2, 3, 1, 1)}, tmp_path / "dense.safetensors")
     assert "--arch" in refused("evaluate", "dense.safetensors", "--data", "digits")
 
 
 @pytest.mark.parametrize("command", ["report", "expand"])
 def test_report_and_expand_of_a_pt(refused: Callable[..., str], mlp: Path, command: str) -> None:
-    assert "not a safetensors file" in refused(command, mlp, *(["-o", "out.pt"] if command == "expand" else []))
+    assert "not a safetensors file" in refused(
+        command, mlp, *(["-o", "out.pt"] if command == "expand" else [])
+    )
 
 
 @pytest.mark.parametrize("command", ["report", "expand", "evaluate"])
-def test_a_file_of_a_newer_schema(refused: Callable[..., str], compressed: Path, tmp_path: Path, command: str) -> None:
+def test_a_file_of_a_newer_schema(
+    refused: Callable[..., str], compressed: Path, tmp_path: Path, command: str
+) -> None:
     metadata = {**read_metadata(compressed), "schema": "ttcompress/2"}
     write_safetensors(tmp_path / "newer.safetensors", load_compressed(compressed), metadata)
     options = {"report": [], "expand": ["-o", "out.pt"], "evaluate": ["--data", "digits"]}
@@ -198,7 +222,9 @@ def test_a_file_of_a_newer_schema(refused: Callable[..., str], compressed: Path,
 
 
 @pytest.mark.parametrize("extra", [[], ["--dry-run"]])
-def test_compress_of_a_compressed_file(refused: Callable[..., str], compressed: Path, extra: list[str]) -> None:
+def test_compress_of_a_compressed_file(
+    refused: Callable[..., str], compressed: Path, extra: list[str]
+) -> None:
     assert "expand" in refused("compress", compressed, "--ranks", "2", *extra)
 
 
@@ -224,7 +250,10 @@ BAD_OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "ratio out of reach": (["--ratio", "100000"], ["out of reach", "most", "x ("]),
     "ratio of text": (["--ratio", "2x"], ["2x"]),
     "macs ratio 1": (["--macs-ratio", "1"], ["--macs-ratio", "above 1"]),
-    "macs ratio of unknown inputs": (["--macs-ratio", "2"], ["size of an input is not known", "--input-size"]),
+    "macs ratio of unknown inputs": (
+        ["--macs-ratio", "2"],
+        ["size of an input is not known", "--input-size"],
+    ),
     "macs ratio out of reach": (
         ["--macs-ratio", "9999", "--input-size", "1,8,8"],
         ["--macs-ratio 9999 is out of reach", "multiply-adds)"],
@@ -233,7 +262,10 @@ BAD_OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "macs ratio of dense layers": (["--macs-ratio", "2", "--exec", "dense"], ["no --exec or --tune"]),
     "macs ratio by measurement": (["--macs-ratio", "2", "--tune"], ["no --exec or --tune"]),
     "input size of zero": (["--macs-ratio", "2", "--input-size", "1,0,8"], ["--input-size"]),
-    "an input of another size": (["--macs-ratio", "2", "--input-size", "1,9,9"], ["does not take", "(1, 9, 9)"]),
+    "an input of another size": (
+        ["--macs-ratio", "2", "--input-size", "1,9,9"],
+        ["does not take", "(1, 9, 9)"],
+    ),
     "latency ratio out of reach": (
         ["--latency-ratio", "9999", "--input-size", "64"],
         ["--latency-ratio 9999 is out of reach", "threads)"],
@@ -241,10 +273,16 @@ BAD_OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "latency ratio by another way": (["--latency-ratio", "2", "--exec", "dense"], ["no --exec or --tune"]),
     "input size for nothing": (["--ranks", "2", "--input-size", "64"], ["--input-size", "leave it out"]),
     "latency ratio 0": (["--latency-ratio", "0"], ["--latency-ratio", "above 1"]),
-    "a way to run that no layer has": (["--ranks", "2", "--exec", "chain"], ["--exec chain", "linear matrix"]),
+    "a way to run that no layer has": (
+        ["--ranks", "2", "--exec", "chain"],
+        ["--exec chain", "linear matrix"],
+    ),
     "an unknown way to run": (["--ranks", "2", "--exec", "sweep"], ["sweep", "contract"]),
     "a way to run, and measured ones": (["--ranks", "2", "--exec", "dense", "--tune"], ["leave out --exec"]),
-    "macs ratio without a network": (["--macs-ratio", "2", "--arch", "none"], ["no network can run", "--macs-ratio"]),
+    "macs ratio without a network": (
+        ["--macs-ratio", "2", "--arch", "none"],
+        ["no network can run", "--macs-ratio"],
+    ),
     "eps 2": (["--eps", "2"], ["--eps", "below 1"]),
     "eps 0": (["--eps", "0"], ["--eps", "above 0"]),
     "eps -1": (["--eps=-1"], ["--eps"]),
@@ -255,13 +293,22 @@ BAD_OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "excluded pattern without match": (["--ranks", "2", "--exclude", "layer*"], ["'layer*'", "fc1"]),
     "bad regular expression": (["--ranks", "2", "--include", "re:("], ["re:("]),
     "everything excluded": (["--ranks", "2", "--exclude", "*"], ["no layer is left"]),
-    "in-modes with several layers": (["--ranks", "2", "--in-modes", "8,8", "--out-modes", "8,12"], ["--in-modes"]),
-    "in-modes without out-modes": (["--ranks", "2", "--include", "fc1", "--in-modes", "8,8"], ["fc1", "together"]),
+    "in-modes with several layers": (
+        ["--ranks", "2", "--in-modes", "8,8", "--out-modes", "8,12"],
+        ["--in-modes"],
+    ),
+    "in-modes without out-modes": (
+        ["--ranks", "2", "--include", "fc1", "--in-modes", "8,8"],
+        ["fc1", "together"],
+    ),
     "modes that do not multiply": (
         ["--ranks", "2", "--include", "fc1", "--in-modes", "8,9", "--out-modes", "3,4"],
         ["fc1", "multiply to 12"],
     ),
-    "modes of zero": (["--ranks", "2", "--include", "fc1", "--in-modes", "0,8", "--out-modes", "8,12"], ["--in-modes"]),
+    "modes of zero": (
+        ["--ranks", "2", "--include", "fc1", "--in-modes", "0,8", "--out-modes", "8,12"],
+        ["--in-modes"],
+    ),
     "mean without std": (["--ranks", "2", "--data", "digits", "--mean", "0.5"], ["--mean and --std"]),
     "std without mean": (["--ranks", "2", "--data", "digits", "--std", "0.5"], ["--mean and --std"]),
     "mean without std and data": (["--ranks", "2", "--mean", "0.5"], ["--mean and --std"]),
@@ -284,7 +331,10 @@ BAD_OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "batch size 0": (["--ranks", "2", "--data", "digits", "--batch-size", "0"], ["--batch-size"]),
     "seed -1": (["--ranks", "2", "--seed=-1"], ["--seed"]),
     "a seed that no generator takes": (["--ranks", "2", "--seed", str(2**64)], ["--seed", "below 2**63"]),
-    "how to train, without training": (["--ranks", "2", "--lr", "5", "--compile"], ["--lr, --compile", "--finetune"]),
+    "how to train, without training": (
+        ["--ranks", "2", "--lr", "5", "--compile"],
+        ["--lr, --compile", "--finetune"],
+    ),
     "a teacher without training": (["--ranks", "2", "--teacher", "none.pt"], ["--teacher", "--finetune"]),
     "resume without training": (["--ranks", "2", "--resume"], ["--resume", "--finetune"]),
     "training images that are not there": (
@@ -320,7 +370,9 @@ def bad_inputs(tmp_path: Path) -> None:
     labels = np.arange(20) % 10
     np.savez(tmp_path / "unlabelled.npz", images=pixels)
     np.savez(
-        tmp_path / "large.npz", images=np.random.default_rng(0).integers(0, 255, (20, 9, 9), np.uint8), labels=labels
+        tmp_path / "large.npz",
+        images=np.random.default_rng(0).integers(0, 255, (20, 9, 9), np.uint8),
+        labels=labels,
     )
     np.savez(tmp_path / "classes.npz", images=pixels, labels=np.arange(20) % 11)
     (tmp_path / "bad.toml").write_text("rangs = 4")
@@ -337,8 +389,12 @@ def test_bad_options(refused: Callable[..., str], tmp_path: Path, mlp: Path, bad
     assert all(word in text for word in wanted), text
 
 
-@pytest.mark.parametrize("target", [["--ranks", "2"], ["--ratio", "2"], ["--eps", "0.5"], ["--params", "5000"]])
-def test_a_plan_beside_another_target(refused: Callable[..., str], run: Run, mlp: Path, target: list[str]) -> None:
+@pytest.mark.parametrize(
+    "target", [["--ranks", "2"], ["--ratio", "2"], ["--eps", "0.5"], ["--params", "5000"]]
+)
+def test_a_plan_beside_another_target(
+    refused: Callable[..., str], run: Run, mlp: Path, target: list[str]
+) -> None:
     assert run("plan", mlp, "--ranks", "4", "-o", "plan.json").code == 0
     assert "--plan" in refused("compress", mlp, "--plan", "plan.json", *target)
 
@@ -354,7 +410,18 @@ def test_a_plan_beside_options_that_it_states(
 
 @pytest.mark.parametrize(
     "damage",
-    ["fqn", "tt_ranks", "grows", "layers", "kept_parameters", "weight_dtype", "a spec", "a number", "a name", "nested"],
+    [
+        "fqn",
+        "tt_ranks",
+        "grows",
+        "layers",
+        "kept_parameters",
+        "weight_dtype",
+        "a spec",
+        "a number",
+        "a name",
+        "nested",
+    ],
 )
 def test_a_plan_that_was_edited_wrongly(
     refused: Callable[..., str], run: Run, mlp: Path, tmp_path: Path, damage: str
@@ -447,7 +514,9 @@ every_writer = pytest.mark.parametrize("command", COMMANDS, indirect=True)
     ],
     ids=["exists", "parent is a file", "no parent", "folder", "here", "too long"],
 )
-def test_bad_outputs(refused: Callable[..., str], tmp_path: Path, command: list[str], output: str, wanted: str) -> None:
+def test_bad_outputs(
+    refused: Callable[..., str], tmp_path: Path, command: list[str], output: str, wanted: str
+) -> None:
     (tmp_path / "there.pt").write_text("old")
     (tmp_path / "folder").mkdir()
     assert wanted in refused(*command, "-o", output)
@@ -563,7 +632,9 @@ def test_side_by_side_text(run: Run, mlp: Path, compressed: Path) -> None:
     assert done.out.splitlines()[0].split() == ["mlp-tt.safetensors", "small.safetensors"]
 
 
-@pytest.mark.parametrize("extra", [["--dry-run"], ["--dry-run", "-o", "out.safetensors"], ["--dry-run", "--json"]])
+@pytest.mark.parametrize(
+    "extra", [["--dry-run"], ["--dry-run", "-o", "out.safetensors"], ["--dry-run", "--json"]]
+)
 def test_dry_run_writes_nothing_and_promises_what_compress_does(
     run: Run, mlp: Path, tmp_path: Path, extra: list[str]
 ) -> None:
@@ -620,7 +691,12 @@ def test_factory_on_the_command_line(run: Run, refused: Callable[..., str], tmp_
 
 @pytest.mark.parametrize(
     "arguments",
-    [["report", "TT"], ["report", "TT", "TT"], ["report", "TT", "--json"], ["evaluate", "MLP", "--data", "digits"]],
+    [
+        ["report", "TT"],
+        ["report", "TT", "TT"],
+        ["report", "TT", "--json"],
+        ["evaluate", "MLP", "--data", "digits"],
+    ],
     ids=" ".join,
 )
 def test_results_on_stdout_nothing_on_stderr(run: Run, files: Path, arguments: list[str]) -> None:
@@ -783,7 +859,9 @@ def _command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("arguments", [["--help"], ["report", "TT"], ["report", "TT", "--json"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["report", "TT"], ["report", "TT", "--json"]], ids=" ".join
+)
 def test_a_full_disk_under_standard_output_is_one_line(files: Path, arguments: list[str]) -> None:
     tt = str(files / "mlp-tt.safetensors")
     with Path("/dev/full").open("w") as full:
@@ -802,7 +880,9 @@ def test_a_reader_that_has_seen_enough_is_no_error(files: Path) -> None:
 
 @pytest.mark.parametrize("name", ["naïve", "层", "\N{PILE OF POO}"])
 def test_names_that_the_terminal_has_no_letters_for(tmp_path: Path, name: str) -> None:
-    done = _command("report", f"{name}.safetensors", cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    done = _command(
+        "report", f"{name}.safetensors", cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "internal" not in done.stderr

@@ -57,4 +57,6 @@ def test_lists_may_have_spaces_after_the_commas(run: Run) -> None:
 
 def test_every_number_of_a_run_is_among_them() -> None:
     """So that none is read by another way."""
-    assert {"ranks", "ratio", "seed", "mean", "batch_size"} <= {option.name for option in NUMBERS} & RUN_OPTIONS.keys()
+    assert {"ranks", "ratio", "seed", "mean", "batch_size"} <= {
+        option.name for option in NUMBERS
+    } & RUN_OPTIONS.keys()

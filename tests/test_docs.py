@@ -30,13 +30,18 @@ def _console() -> Iterator[tuple[str, str]]:
 def _form(text: str) -> list[str]:
     """Output without its numbers and column widths: these may differ in the last digit from machine to machine."""
     lines = text.strip().splitlines()
-    return [" ".join(line.split() if line == "..." else re.sub(r"[\d,.]+", "#", line).split()) for line in lines]
+    return [
+        " ".join(line.split() if line == "..." else re.sub(r"[\d,.]+", "#", line).split()) for line in lines
+    ]
 
 
 def _shows(shown: list[str], printed: list[str]) -> bool:
     """Whether what is shown is what was printed, with any lines in the places of `...`."""
     if not shown or shown[0] != "...":
-        return bool(shown and printed and shown[0] == printed[0] and _shows(shown[1:], printed[1:])) or shown == printed
+        return (
+            bool(shown and printed and shown[0] == printed[0] and _shows(shown[1:], printed[1:]))
+            or shown == printed
+        )
     return any(_shows(shown[1:], printed[start:]) for start in range(len(printed) + 1))
 
 
@@ -111,7 +116,9 @@ def test_the_page_on_the_layout_names_rooms_that_there_are() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
     named = set(re.findall(r"`((?:\w+/)*\w+\.py|(?:\w+/)+)`", page))
     assert len(named) > 25
-    missing = {each for each in named if not (ROOT / "ttcompress" / each).exists() and not (ROOT / each).exists()}
+    missing = {
+        each for each in named if not (ROOT / "ttcompress" / each).exists() and not (ROOT / each).exists()
+    }
     assert missing == set()
 
 

@@ -64,7 +64,10 @@ WITHOUT_TORCH_MODULES = {"files.header", "files.output", "files.shards", "tt.sha
 
 @cache
 def _modules() -> dict[str, Path]:
-    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+        for path in sorted(PACKAGE.rglob("*.py"))
+    }
 
 
 def _imports(path: Path) -> set[str]:
@@ -110,13 +113,20 @@ def test_table_lists_exactly_the_packages() -> None:
 
 @pytest.mark.parametrize("package", sorted(MAY_IMPORT))
 def test_package_imports_only_what_the_table_allows(package: str) -> None:
-    found = {_package(other) for module, others in _arrows().items() if _package(module) == package for other in others}
+    found = {
+        _package(other)
+        for module, others in _arrows().items()
+        if _package(module) == package
+        for other in others
+    }
     assert found - {package} <= MAY_IMPORT[package] | EVERYWHERE
 
 
 def test_table_allows_nothing_that_is_not_used() -> None:
     for package, allowed in MAY_IMPORT.items():
-        found = {_package(to) for module, tos in _arrows().items() if _package(module) == package for to in tos}
+        found = {
+            _package(to) for module, tos in _arrows().items() if _package(module) == package for to in tos
+        }
         assert allowed <= found, package
 
 
@@ -147,7 +157,9 @@ def test_only_one_package_hands_names_on() -> None:
 
 @pytest.mark.parametrize("library", sorted(OUTSIDE_ONLY_IN))
 def test_edge_libraries_stay_at_the_edge(library: str) -> None:
-    users = {name for name, path in _modules().items() if any(i.split(".")[0] == library for i in _imports(path))}
+    users = {
+        name for name, path in _modules().items() if any(i.split(".")[0] == library for i in _imports(path))
+    }
     assert users == OUTSIDE_ONLY_IN[library]
 
 

@@ -48,10 +48,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     shapes = {"fc1": (16, 64), "fc2": (16, 16), "fc3": (10, 16)}
     weights = {f"{fqn}.weight": torch.randn(shape) for fqn, shape in shapes.items()}
-    torch.save({**weights, **{f"{fqn}.bias": torch.randn(out) for fqn, (out, _) in shapes.items()}}, path / "mlp.pt")
+    torch.save(
+        {**weights, **{f"{fqn}.bias": torch.randn(out) for fqn, (out, _) in shapes.items()}}, path / "mlp.pt"
+    )
 
     for name, dtype in (("tt", "float32"), ("int8", "int8")):
-        words = ("--ranks", "2", "--dtype", dtype, "--data", "digits", "--limit", "20", "-o", f"{name}.safetensors")
+        words = (
+            "--ranks",
+            "2",
+            "--dtype",
+            dtype,
+            "--data",
+            "digits",
+            "--limit",
+            "20",
+            "-o",
+            f"{name}.safetensors",
+        )
         succeeded("compress", "mlp.pt", *words, cwd=path)
     (path / "older.safetensors").write_bytes((OLDER / "trained.safetensors").read_bytes())
     succeeded("plan", "mlp.pt", "--ranks", "2", "-o", "plan.json", cwd=path)

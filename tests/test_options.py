@@ -117,7 +117,9 @@ def test_python_keywords_are_the_options_that_mean_something_there(function: Any
         assert inspect.signature(function).parameters[name].default in (None, ())
 
 
-@pytest.mark.parametrize(("unknown", "nearest"), [("ratios", "ratio"), ("includes", "include"), ("Ratio", "ratio")])
+@pytest.mark.parametrize(
+    ("unknown", "nearest"), [("ratios", "ratio"), ("includes", "include"), ("Ratio", "ratio")]
+)
 def test_an_unknown_keyword_names_the_nearest(unknown: str, nearest: str) -> None:
     import torch
 

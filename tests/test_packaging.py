@@ -90,7 +90,9 @@ def sources() -> set[str]:
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     with ZipFile(wheel) as archive:
-        names = {name for name in archive.namelist() if not name.startswith(f"ttcompress-{__version__}.dist-info/")}
+        names = {
+            name for name in archive.namelist() if not name.startswith(f"ttcompress-{__version__}.dist-info/")
+        }
     assert names == sources() | {"ttcompress/py.typed", "ttcompress/networks/torchvision_keys.json"}
 
 

@@ -104,12 +104,18 @@ def test_errors_are_one_clean_line(words: str, run: Run, tmp_path: Path) -> None
 def test_names_of_a_checkpoint_in_a_report(run: Run, tmp_path: Path) -> None:
     """What compress and expand print of names that a checkpoint brought."""
     for number, words in enumerate(HOSTILE):
-        torch.save({f"{words}.weight": torch.randn(32, 32), "a.weight": torch.randn(32, 32)}, tmp_path / "c.pt")
+        torch.save(
+            {f"{words}.weight": torch.randn(32, 32), "a.weight": torch.randn(32, 32)}, tmp_path / "c.pt"
+        )
         output = f"{number}.safetensors"
         done = run("compress", "c.pt", "--arch", "none", "--ranks", "2", "-o", output)
         assert is_clean(done.out + done.err)
         if done.code == 0:
-            for arguments in (("report", output), ("report", output, output), ("expand", output, "-o", f"{number}.pt")):
+            for arguments in (
+                ("report", output),
+                ("report", output, output),
+                ("expand", output, "-o", f"{number}.pt"),
+            ):
                 done = run(*arguments)
                 assert (done.code, done.err) == (0, "")
                 assert is_clean(done.out)

@@ -26,7 +26,9 @@ def ttcompress(*arguments: object, cwd: Path) -> str:
 
 # NUMBERS.md: accuracy of these files on the 10,000 test images, as published.
 @pytest.mark.parametrize(
-    ("file", "right"), [("resnet20-12fca82f.th", 9173), ("resnet32-d509ac18.th", 9263)], ids=["resnet20", "resnet32"]
+    ("file", "right"),
+    [("resnet20-12fca82f.th", 9173), ("resnet32-d509ac18.th", 9263)],
+    ids=["resnet20", "resnet32"],
 )
 def test_published_accuracy_with_data_alone(
     checkpoints: Path, cifar10_root: Path, tmp_path: Path, file: str, right: int
@@ -69,7 +71,9 @@ def test_compress_reports_accuracy_interval_and_agreement(compressed: Path) -> N
     assert accuracy["compressed"] <= accuracy["compressed_top5"] <= 100
 
 
-def test_the_file_alone_has_the_reported_accuracy(compressed: Path, cifar10_root: Path, tmp_path: Path) -> None:
+def test_the_file_alone_has_the_reported_accuracy(
+    compressed: Path, cifar10_root: Path, tmp_path: Path
+) -> None:
     reported = json.loads(succeeded("report", compressed, "--json", cwd=tmp_path))["accuracy"]
     measured = json.loads(
         ttcompress("evaluate", compressed, "--data", f"cifar10:{cifar10_root}", "--json", cwd=tmp_path)
@@ -80,7 +84,9 @@ def test_the_file_alone_has_the_reported_accuracy(compressed: Path, cifar10_root
     assert measured["n"] == 10_000
 
 
-def test_no_path_of_this_machine_is_in_the_file(compressed: Path, checkpoints: Path, cifar10_root: Path) -> None:
+def test_no_path_of_this_machine_is_in_the_file(
+    compressed: Path, checkpoints: Path, cifar10_root: Path
+) -> None:
     content = compressed.read_bytes()
     for folder in (checkpoints, cifar10_root, compressed.parent):
         assert str(folder).encode() not in content

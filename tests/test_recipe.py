@@ -20,7 +20,14 @@ from ttcompress.recipe import LayerRule, Recipe
 from ttcompress.tt.shapes import tensorize_shape
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-FINETUNED = [("resnet20", 2), ("resnet20", 3), ("resnet20", 4), ("resnet20", 6.8), ("resnet32", 2.8), ("resnet32", 5)]
+FINETUNED = [
+    ("resnet20", 2),
+    ("resnet20", 3),
+    ("resnet20", 4),
+    ("resnet20", 6.8),
+    ("resnet32", 2.8),
+    ("resnet32", 5),
+]
 VGG_WEIGHTS = {"classifier.0": (4096, 25088), "classifier.3": (4096, 4096)}
 # Parameters of the replaced layers, from the ranks and modes of Novikov et al. 2015.
 NOVIKOV_ROWS = {
@@ -282,7 +289,9 @@ def test_all_options_are_read_with_hyphens_or_underscores(tmp_path: Path) -> Non
 
 def test_to_json_holds_what_is_stated_and_nothing_else(tmp_path: Path) -> None:
     assert Recipe().to_json() == {}
-    recipe = read(tmp_path, "ratio = 4\nworkers = 0\ninclude = ['a']\n[[layers]]\nmatch = 'x'\nranks = [1, 2]")
+    recipe = read(
+        tmp_path, "ratio = 4\nworkers = 0\ninclude = ['a']\n[[layers]]\nmatch = 'x'\nranks = [1, 2]"
+    )
     assert json.loads(json.dumps(recipe.to_json())) == {
         "ratio": 4.0,
         "workers": 0,
@@ -437,7 +446,9 @@ def test_one_target_is_what_the_run_aims_at(stated: dict[str, Any], target: str)
     ],
 )
 def test_no_target_or_several_are_refused(stated: dict[str, Any], got: str) -> None:
-    targets = "--ranks/--conv-ranks, --eps, --ratio, --params, --macs-ratio, --latency-ratio, --max-drop, --plan"
+    targets = (
+        "--ranks/--conv-ranks, --eps, --ratio, --params, --macs-ratio, --latency-ratio, --max-drop, --plan"
+    )
     expected = f"state exactly one of {targets}: got {got}"
     with pytest.raises(PlanError) as caught:
         _ = Recipe(**stated).target
@@ -552,7 +563,10 @@ def test_contents_that_are_no_recipe(content: bytes, says: str, tmp_path: Path) 
 
 
 def test_a_file_without_an_end_is_not_read(tmp_path: Path) -> None:
-    for path, says in ((Path("/dev/zero"), "Not an ordinary file"), (tmp_path / ("x" * 300), "cannot be read")):
+    for path, says in (
+        (Path("/dev/zero"), "Not an ordinary file"),
+        (tmp_path / ("x" * 300), "cannot be read"),
+    ):
         with pytest.raises(PlanError, match=says):
             Recipe.from_toml(path)
     with (tmp_path / "large.toml").open("wb") as file:

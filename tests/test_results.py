@@ -85,7 +85,9 @@ def test_the_page_says_how_to_run_a_row_again(
     for command in commands:
         group, *rest = shlex.split(command)
         runs = [(name, partial(never, ran, name)) for name, _ in papers.GROUPS[group].runs(papers.Where())]
-        monkeypatch.setitem(papers.GROUPS, group, replace(papers.GROUPS[group], runs=lambda where, runs=runs: runs))
+        monkeypatch.setitem(
+            papers.GROUPS, group, replace(papers.GROUPS[group], runs=lambda where, runs=runs: runs)
+        )
         options = [str(tmp_path / "results.jsonl") if each == "FILE" else each for each in rest]
         monkeypatch.setattr(sys, "argv", ["papers", group, *options])
         with pytest.raises(SystemExit, match="as asked"):
@@ -98,7 +100,9 @@ def never(ran: list[str], name: str) -> None:
     raise TTCompressError("as asked")
 
 
-@pytest.mark.parametrize(("ours", "theirs", "said"), [(1, 2, "1 of 1"), (2, 1, "0 of 1"), (1.5, 1.6, "0 of 1")])
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"), [(1, 2, "1 of 1"), (2, 1, "0 of 1"), (1.5, 1.6, "0 of 1")]
+)
 def test_wins_are_counted_beyond_noise(papers: ModuleType, ours: float, theirs: float, said: str) -> None:
     """0.1 points of 10,000 images are half a standard error, a whole point is 5."""
     rows = [{"ours": {"error": each}, "n": 10_000} for each in (ours, theirs)]

@@ -42,7 +42,9 @@ def test_some_of_them_say_nothing(monkeypatch: pytest.MonkeyPatch, missing: str,
     assert own_place() == Place()
 
 
-@pytest.mark.parametrize("alone", [{"RANK": "1"}, {"RANK": "x"}, {"WORLD_SIZE": "-3"}, {"LOCAL_WORLD_SIZE": "0"}])
+@pytest.mark.parametrize(
+    "alone", [{"RANK": "1"}, {"RANK": "x"}, {"WORLD_SIZE": "-3"}, {"LOCAL_WORLD_SIZE": "0"}]
+)
 def test_those_of_a_shell_say_nothing(monkeypatch: pytest.MonkeyPatch, alone: dict[str, str]) -> None:
     _set(monkeypatch, alone)
     assert own_place() == Place()

@@ -53,7 +53,9 @@ def test_vgg16_by_ranks_alone(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     report, used = json.loads(done.stdout), json.loads(done.stderr.splitlines()[-1])
     size = (folder / "vgg16.pth").stat().st_size
-    print(f"VGG-16 by --ranks 4: {used['seconds']:.1f} s, {used['bytes'] / size:.2f} times the checkpoint's size")
+    print(
+        f"VGG-16 by --ranks 4: {used['seconds']:.1f} s, {used['bytes'] / size:.2f} times the checkpoint's size"
+    )
     # Holding less than the two replaced weights, 477 MB, would mean that the measurement is broken.
     assert 0.5 * size <= used["bytes"] <= 3 * size
 

@@ -25,7 +25,15 @@ STEPS = 12
 PRELOADED = ["torch._dynamo", "ttcompress.train.loop"]
 """What new processes are forked with: importing it anew takes seconds each."""
 EVERYTHING = TrainingOptions(
-    epochs=3, lr=0.05, ema=0.9, mixup=0.4, cutmix=1.0, label_smoothing=0.1, distill=0.5, temperature=2.0, seed=3
+    epochs=3,
+    lr=0.05,
+    ema=0.9,
+    mixup=0.4,
+    cutmix=1.0,
+    label_smoothing=0.1,
+    distill=0.5,
+    temperature=2.0,
+    seed=3,
 )
 
 
@@ -70,7 +78,12 @@ def accuracy(model: nn.Module) -> float:
 
 
 def training_setup(folder: Path, file: Path | None = None, **options: Any) -> TrainingSetup:
-    given = {"stream": stream(folder), "score": accuracy, "world": World(CPU), "fingerprint": {"lr": 1, "seed": 3}}
+    given = {
+        "stream": stream(folder),
+        "score": accuracy,
+        "world": World(CPU),
+        "fingerprint": {"lr": 1, "seed": 3},
+    }
     return TrainingSetup(**{**given, "checkpoint": file, **options})
 
 
@@ -114,7 +127,13 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 def as_torchrun(rank: int, size: int, port: int) -> dict[str, str]:
     """The environment that torchrun gives a process on one machine."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
+        "MASTER_PORT": port,
+    }
     return {
         **{name: str(value) for name, value in place.items()},
         "MASTER_ADDR": "127.0.0.1",

@@ -44,7 +44,9 @@ def examples(*lines: str) -> str:
     return "\n".join(["\b", "Examples:", *(f"  ttcompress {line}" for line in lines)])
 
 
-@cloup.group(context_settings={"help_option_names": ["-h", "--help"]}, formatter_settings=STYLE, epilog=COMPLETION)
+@cloup.group(
+    context_settings={"help_option_names": ["-h", "--help"]}, formatter_settings=STYLE, epilog=COMPLETION
+)
 @click.version_option(__version__, prog_name="ttcompress", message="%(prog)s %(version)s")
 def commands() -> None:
     """Compress pretrained PyTorch networks by Tensor-Train decomposition, after training."""
@@ -90,14 +92,18 @@ def compress(
     "plan",
     epilog=examples("plan --arch vgg16 --ranks 4 -o plan.json", "plan resnet20.th --ratio 3 --format chain"),
 )
-@cloup.argument("checkpoint", type=PATH, required=False, help="A dense checkpoint; not needed with --arch and ranks.")
+@cloup.argument(
+    "checkpoint", type=PATH, required=False, help="A dense checkpoint; not needed with --arch and ranks."
+)
 @takes("plan")
 def plan_command(checkpoint: Path | None, output: Path | None, force: bool, json: bool, **given: Any) -> None:
     """Show what compress would do; -o writes it as an editable plan."""
     _plan(checkpoint, output, force, json, given)
 
 
-def _plan(checkpoint: Path | None, output: Path | None, force: bool, json: bool, given: dict[str, Any]) -> None:
+def _plan(
+    checkpoint: Path | None, output: Path | None, force: bool, json: bool, given: dict[str, Any]
+) -> None:
     from ttcompress.commands.compress import plan_file
     from ttcompress.files.output import check_output
     from ttcompress.planning.plan_file import write_plan
@@ -131,12 +137,16 @@ def finetune_command(
     target = output or default_output(model, recipe)
     with progress_bar(leads()) as progress:
         log = None if progress else log_epoch
-        done = finetune_file(model, target, recipe, plan, force=force, resume=resume, progress=progress, log=log)
+        done = finetune_file(
+            model, target, recipe, plan, force=force, resume=resume, progress=progress, log=log
+        )
     _show(done, target, json)
 
 
 @commands.command(
-    epilog=examples("evaluate resnet20.th --data cifar10:data", "evaluate net-tt.safetensors --data imagefolder:val")
+    epilog=examples(
+        "evaluate resnet20.th --data cifar10:data", "evaluate net-tt.safetensors --data imagefolder:val"
+    )
 )
 @cloup.argument("model", type=PATH, help="A dense checkpoint or a compressed file.")
 @takes("evaluate")
@@ -170,7 +180,9 @@ def report_command(files: tuple[Path, ...], json: bool) -> None:
         print_table(text.render_side_by_side(reports) if several else text.render(reports[0]))
 
 
-@commands.command(epilog=examples("expand net-tt.safetensors -o dense.pt", "expand shards-tt -o shards-dense"))
+@commands.command(
+    epilog=examples("expand net-tt.safetensors -o dense.pt", "expand shards-tt -o shards-dense")
+)
 @cloup.argument("file", type=PATH, help="A compressed file, or a folder of shards.")
 @takes("expand")
 def expand(file: Path, output: Path, force: bool) -> None:
@@ -178,11 +190,14 @@ def expand(file: Path, output: Path, force: bool) -> None:
     from ttcompress.commands.expand import expand_file
 
     done = expand_file(file, output, force)
-    print_lines([f"{output}: {len(done.plan.layers)} weights rebuilt, {done.plan.params_before:,} parameters"])
+    print_lines(
+        [f"{output}: {len(done.plan.layers)} weights rebuilt, {done.plan.params_before:,} parameters"]
+    )
 
 
 @commands.command(
-    "export", epilog=examples("export net-tt.safetensors --onnx net.onnx", "export vgg16.pt --onnx vgg16.onnx")
+    "export",
+    epilog=examples("export net-tt.safetensors --onnx net.onnx", "export vgg16.pt --onnx vgg16.onnx"),
 )
 @cloup.argument("file", type=PATH, help="A compressed file or a dense checkpoint.")
 @takes("export")
@@ -199,7 +214,9 @@ def export_command(file: Path, onnx: Path, json: bool, **given: Any) -> None:
 
 
 @commands.command(
-    epilog=examples("bench net-tt.safetensors", "bench net-tt.safetensors --batch-sizes 1,8 --device cuda --save")
+    epilog=examples(
+        "bench net-tt.safetensors", "bench net-tt.safetensors --batch-sizes 1,8 --device cuda --save"
+    )
 )
 @cloup.argument("file", type=PATH, help="A compressed file.")
 @takes("bench")

@@ -96,9 +96,13 @@ PATTERNS = Kind("a list of patterns", _each(_is_text), "texts")
 COUNT = Kind("a whole number above 0", _is_count, "int")
 COUNTS = Kind("a list of whole numbers above 0", _each(_is_count), "ints")
 FROM_ZERO = Kind("a whole number, 0 or above", lambda value: _is_int(value) and 0 <= value < LARGEST, "int")
-SEED = Kind("a whole number from 0 to below 2**63", lambda value: _is_int(value) and 0 <= value < LARGEST, "int")
+SEED = Kind(
+    "a whole number from 0 to below 2**63", lambda value: _is_int(value) and 0 <= value < LARGEST, "int"
+)
 RANKS = Kind(
-    "a whole number above 0 or a list of them", lambda value: _is_count(value) or _each(_is_count)(value), "ranks"
+    "a whole number above 0 or a list of them",
+    lambda value: _is_count(value) or _each(_is_count)(value),
+    "ranks",
 )
 ABOVE_ONE = Kind("above 1", lambda value: _is_number(value) and value > 1, "float")
 ABOVE_ZERO = Kind("a number above 0", lambda value: _is_number(value) and value > 0, "float")

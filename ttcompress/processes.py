@@ -96,7 +96,9 @@ def joined(device: torch.device, patience: timedelta | None = None) -> Iterator[
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     store = _meeting_point(place)
-    distributed.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=patience)
+    distributed.init_process_group(
+        backend, store=store, rank=place.rank, world_size=place.size, timeout=patience
+    )
     try:
         yield World(device, place.rank, place.size)
     finally:
@@ -121,5 +123,7 @@ def _meeting_point(place: Place) -> Any:
 def _own_gpu(place: Place) -> torch.device:
     count = torch.cuda.device_count()
     if place.local_rank >= count:
-        raise PlanError(f"process {place.local_rank} of this machine has no GPU of its own, there are {count}")
+        raise PlanError(
+            f"process {place.local_rank} of this machine has no GPU of its own, there are {count}"
+        )
     return torch.device("cuda", place.local_rank)

@@ -224,7 +224,9 @@ def _known(table: Mapping[str, Any], names: Iterable[str]) -> tuple[dict[str, An
     return {name: known[name] for name in names if name in known}, problems
 
 
-def _problems(values: Mapping[str, Any], kinds: Mapping[str, Kind], label: Callable[[str], str] = str) -> list[str]:
+def _problems(
+    values: Mapping[str, Any], kinds: Mapping[str, Kind], label: Callable[[str], str] = str
+) -> list[str]:
     """What is wrong with the values that are stated, a line each."""
     stated = {name: value for name, value in values.items() if name in kinds and value not in (None, ())}
     return [

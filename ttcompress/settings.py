@@ -65,4 +65,6 @@ class Settings:
 
         own = {field.name for field in fields(cls)} - {"recipe"}
         # An empty tuple stands for a list that nobody states.
-        return cls(recipe, **{name: getattr(recipe, name) if values[name] is None else values[name] for name in own})
+        return cls(
+            recipe, **{name: getattr(recipe, name) if values[name] is None else values[name] for name in own}
+        )

@@ -35,11 +35,15 @@ def own_place() -> Place:
 
     stated = [os.environ[name] for name in (*NUMBERS, "MASTER_PORT")]
     if not all(text.isascii() and text.isdigit() and len(text) < 10 for text in stated):
-        raise PlanError(f"the environment contradicts itself: {_listing()} have to be numbers, as torchrun sets them")
+        raise PlanError(
+            f"the environment contradicts itself: {_listing()} have to be numbers, as torchrun sets them"
+        )
 
     rank, size, local_rank, local_size, port = map(int, stated)
     if not (rank < size and local_rank < local_size <= size and local_rank <= rank and 0 < port < 2**16):
-        raise PlanError(f"the environment contradicts itself: {_listing()}; start with torchrun, or unset them")
+        raise PlanError(
+            f"the environment contradicts itself: {_listing()}; start with torchrun, or unset them"
+        )
     return Place(rank, size, local_rank, local_size, f"{os.environ['MASTER_ADDR']}:{port}")
 
 

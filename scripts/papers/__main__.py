@@ -17,7 +17,19 @@ from pathlib import Path
 
 from scripts.papers import cost, garipov, int8, mnist, modern, vgg, wide
 from scripts.papers.headlines import with_headlines
-from scripts.papers.rows import DOCS, PAGE, README, RESULTS, Group, Row, Where, append, hardware, paragraph, read
+from scripts.papers.rows import (
+    DOCS,
+    PAGE,
+    README,
+    RESULTS,
+    Group,
+    Row,
+    Where,
+    append,
+    hardware,
+    paragraph,
+    read,
+)
 from ttcompress.errors import TTCompressError
 
 GROUPS = {
@@ -33,14 +45,20 @@ GROUPS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("groups", nargs="*", metavar="GROUP", choices=[[], *GROUPS], help=", ".join(GROUPS))
     parser.add_argument("--row", help="only this one")
     parser.add_argument("--cifar10", help="cifar10:ROOT")
     parser.add_argument("--mnist", help="mnist:ROOT")
     parser.add_argument("--checkpoints", type=Path, help="folder of the published CIFAR-10 ResNets")
-    parser.add_argument("--epochs", type=int, default=Where.epochs, help="of conv, conv-fc and wide, in all (100)")
-    parser.add_argument("--work", type=Path, default=Where.work, help="keeps networks and the states of trainings")
+    parser.add_argument(
+        "--epochs", type=int, default=Where.epochs, help="of conv, conv-fc and wide, in all (100)"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Where.work, help="keeps networks and the states of trainings"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     where = Where(arguments.cifar10, arguments.mnist, arguments.checkpoints, arguments.work, arguments.epochs)
@@ -104,7 +122,12 @@ def page(rows: Sequence[Row]) -> str:
             where = ", ".join(dict.fromkeys(row["hardware"] for row in own))
             text = "\n".join(group.section(own)).rstrip("\n")
             count = f"{len(own)} row{'s' * (len(own) > 1)}"
-            lines += [text, "", f"Group `{name}`: {count}, {minutes:.0f} minutes ({where}). One row again:", ""]
+            lines += [
+                text,
+                "",
+                f"Group `{name}`: {count}, {minutes:.0f} minutes ({where}). One row again:",
+                "",
+            ]
             lines += [f"    {command(name, group, own[-1])}", ""]
         else:
             lines += [f"Not run: `python -m scripts.papers {name}`.", ""]
@@ -120,15 +143,24 @@ def command(name: str, group: Group, row: Row) -> str:
         "work": "EMPTY-FOLDER",
         "epochs": row.get("epochs"),
     }
-    options = {"row": shlex.quote(row["row"]), **{need: values[need] for need in group.needs}, "results": "FILE"}
-    return " ".join([f"python -m scripts.papers {name}", *(f"--{key} {value}" for key, value in options.items())])
+    options = {
+        "row": shlex.quote(row["row"]),
+        **{need: values[need] for need in group.needs},
+        "results": "FILE",
+    }
+    return " ".join(
+        [f"python -m scripts.papers {name}", *(f"--{key} {value}" for key, value in options.items())]
+    )
 
 
 def charts(rows: Sequence[Row]) -> dict[str, str]:
     """The pictures of the page by file name."""
     own = {name: [row for row in rows if row["group"] == name] for name in GROUPS}
     return {
-        file: chart for name, group in GROUPS.items() if own[name] for file, chart in group.charts(own[name]).items()
+        file: chart
+        for name, group in GROUPS.items()
+        if own[name]
+        for file, chart in group.charts(own[name]).items()
     }
 
 

@@ -135,7 +135,8 @@ def section(rows: Sequence[Row]) -> Iterator[str]:
         take the time of their operations, not of their sizes, which flattens the slopes.
         """)
     yield from header(
-        "what grows", *(f"{name}: paper's, ours" for name in ("forward", "its memory", "backward", "its memory"))
+        "what grows",
+        *(f"{name}: paper's, ours" for name in ("forward", "its memory", "backward", "its memory")),
     )
     for series, (symbol, fixed) in SERIES.items():
         points = [row for row in rows if row["row"].startswith(series)]

@@ -9,7 +9,15 @@ from math import sqrt
 from pathlib import Path
 
 from scripts.papers.rows import Group, Row, Runs, Where, cells, header, minutes, paragraph, variance, wins
-from scripts.papers.training import dense, dense_error, from_pretrained, from_scratch, measured, recipe_of, trained
+from scripts.papers.training import (
+    dense,
+    dense_error,
+    from_pretrained,
+    from_scratch,
+    measured,
+    recipe_of,
+    trained,
+)
 from ttcompress.commands.compress import compress_file
 from ttcompress.commands.expand import expand_file
 from ttcompress.recipe import Recipe

@@ -17,7 +17,9 @@ def headlines(rows: Sequence[Row]) -> list[str]:
     if fc6 := found.get(("vgg", "vgg16 TT4 FC FC")):
         dense = found["vgg", "vgg16 FC FC FC"]
         size = f"{format_bytes(dense['file_bytes'])} to {format_bytes(fc6['file_bytes'])}"
-        lines.append(f"VGG-16, the largest layer at TT-rank 4: {fc6['layers']:,.0f}x, as in the paper; file {size}")
+        lines.append(
+            f"VGG-16, the largest layer at TT-rank 4: {fc6['layers']:,.0f}x, as in the paper; file {size}"
+        )
     if tt := found.get(("mnist", "TT 4x8x8x4 rank 8, from scratch")):
         dense = found["mnist", "dense"]
         errors = f"{tt['error']:.2f} % wrong (dense {dense['error']:.2f})"
@@ -26,7 +28,9 @@ def headlines(rows: Sequence[Row]) -> list[str]:
     for row in sorted(read(FINETUNED), key=lambda row: float(row["ratio"])):
         if row["network"].startswith("resnet20") and row["ratio"] in (2, 3) and not row["options"]:
             change = f"{row['dense']:.2f} -> {row['before']:.2f} without training, {row['compressed']:.2f}"
-            lines.append(f"ResNet-20, CIFAR-10, {row['ratio']:g}x: top-1 {change} after {row['epochs']} epochs")
+            lines.append(
+                f"ResNet-20, CIFAR-10, {row['ratio']:g}x: top-1 {change} after {row['epochs']} epochs"
+            )
     if small := found.get(("int8", "resnet20 2x int8")):
         file, tensors = (small["dense_bytes"] / small[name] for name in ("file_bytes", "tensor_bytes"))
         lines.append(

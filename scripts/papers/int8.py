@@ -56,7 +56,10 @@ def section(rows: Sequence[Row]) -> Iterator[str]:
         yield cells(
             row["row"],
             f"{ours['compressed']:.2f} (dense {ours['dense']:.2f})",
-            *(format_bytes(ours[name]) for name in ("dense_bytes", "tensor_bytes", "file_bytes", "zstd_bytes")),
+            *(
+                format_bytes(ours[name])
+                for name in ("dense_bytes", "tensor_bytes", "file_bytes", "zstd_bytes")
+            ),
             *(f"{ours['dense_bytes'] / ours[name]:.1f}x" for name in ("tensor_bytes", "file_bytes")),
         )
 

@@ -74,7 +74,9 @@ def pretrained_row(where: Where, recipe: str) -> Row:
 def t3f_row(where: Where) -> Row:
     recipe, data = recipe_of("mnist/t3f-r16"), where.need("mnist")
     source = dense(where.work / "mnist-t3f-dense.pt", recipe, data, T3F_EPOCHS)
-    report, errors = from_pretrained(source, recipe, data, T3F_EPOCHS, where.work / "mnist-t3f-pretrained", LR)
+    report, errors = from_pretrained(
+        source, recipe, data, T3F_EPOCHS, where.work / "mnist-t3f-pretrained", LR
+    )
     paper = {"dense_error": 2.86, "decomposed": 35.57, "error": 2.35, "params": 21845}
     return {"paper": paper, **measured("mnist/t3f-r16", report, {**errors, **counts(report)}, 2 * T3F_EPOCHS)}
 

@@ -17,7 +17,10 @@ PUBLISHED = {
     ("resnet20", 2): "PSTRN 90.80 (-0.45) at 2.25x",
     ("resnet20", 3): "SPARK 92.50 (+1.25) at 3.4x, with an unstructured sparse part; TRP 90.62 (-1.12)",
     ("resnet20", 4): "ALDS 90.92 (-0.47), 182 epochs",
-    ("resnet20", 6): "PSTRN 89.30 (-1.95) at 6.76x; SPARK 92.13 (+0.88) at 6.8x, with an unstructured sparse part",
+    (
+        "resnet20",
+        6,
+    ): "PSTRN 89.30 (-1.95) at 6.76x; SPARK 92.13 (+0.88) at 6.8x, with an unstructured sparse part",
     ("resnet32", 6): "T-Basis 91.85 at 5.57x, 1,000 epochs",
     ("resnet32", 10): "T-Basis 90.24 at 10.5x, 1,000 epochs",
     ("resnet32", 3): "ADMM-Tucker 93.29 (+0.80) at 2.81x, ADMM-TT 93.05 (+0.56) at 2.78x, 400 epochs",
@@ -40,7 +43,11 @@ def measured(where: Where, network: str, ratio: int, formats: str) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         report = compress_file(source, Path(folder) / "out.safetensors", recipe)
     accuracy = report.accuracy or {}
-    ours = {"dense": accuracy["dense"], "compressed": accuracy["compressed"], "compression": report.plan.compression}
+    ours = {
+        "dense": accuracy["dense"],
+        "compressed": accuracy["compressed"],
+        "compression": report.plan.compression,
+    }
     return {"ours": ours, "n": accuracy["n"], "seeds": 1, "epochs": 0}
 
 
@@ -78,7 +85,9 @@ def section(rows: Sequence[Row]) -> Iterator[str]:
             yield cells(
                 network,
                 f"{ratio:g}x",
-                f"{known['dense']:.2f}" + (f" ({control['compressed']:.2f})" if control else "") if known else "-",
+                f"{known['dense']:.2f}" + (f" ({control['compressed']:.2f})" if control else "")
+                if known
+                else "-",
                 *(f"{row['ours']['compressed']:.2f}" if row else "not run" for row in both),
                 f"{after['before']:.2f}, {after['compressed']:.2f}" if after else "not run",
                 PUBLISHED.get((network, ratio), "-"),

@@ -42,7 +42,10 @@ def chart(title: str, x_label: str, y_label: str, series: Mapping[str, Points], 
         lines.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         lines += [f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"/>' for x, y in placed]
         y = TOP + 10 + 20 * index
-        lines += [f'<circle cx="{right + 16}" cy="{y}" r="4" fill="{colour}"/>', _text(right + 26, y + 4, name)]
+        lines += [
+            f'<circle cx="{right + 16}" cy="{y}" r="4" fill="{colour}"/>',
+            _text(right + 26, y + 4, name),
+        ]
     return "\n".join([*lines, "</svg>", ""])
 
 

@@ -20,7 +20,13 @@ def trained(output: Path, recipe: Recipe, source: Path | None = None, origin: Pa
     """`finetune`, going on with what an interrupted call has left."""
     output.parent.mkdir(exist_ok=True)
     return finetune_file(
-        source, output, recipe, force=True, resume=state_file(output).exists(), origin=origin, log=_told(output)
+        source,
+        output,
+        recipe,
+        force=True,
+        resume=state_file(output).exists(),
+        origin=origin,
+        log=_told(output),
     )
 
 
@@ -57,7 +63,9 @@ def from_pretrained(
     start = stem.with_name(f"{stem.name}-start.safetensors")
     plain = compressed(source, stem.with_name(f"{stem.name}-plain.safetensors"), goal)
     calibrated = compressed(source, start, replace(goal, calib=data))
-    training = Recipe(train=data, data=data, epochs=epochs, lr=lr, distill=distill, augment=recipe.augment, seed=0)
+    training = Recipe(
+        train=data, data=data, epochs=epochs, lr=lr, distill=distill, augment=recipe.augment, seed=0
+    )
     report = trained(stem.with_name(f"{stem.name}.safetensors"), training, start, source)
     errors = {"decomposed": error(plain), "calibrated": error(calibrated), "error": error(report)}
     return report, {"dense_error": round(100 - float((report.accuracy or {})["dense"]), 2), **errors}

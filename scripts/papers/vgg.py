@@ -34,7 +34,12 @@ def runs(where: Where) -> Runs:
     for index, name in enumerate(("vgg16", "vgg19")):
         for row, (layers, *networks, errors16, errors19) in PAPER.items():
             errors = (errors16, errors19)[index]
-            paper = {"layers": layers, "network": networks[index], "top1_error": errors[0], "top5_error": errors[1]}
+            paper = {
+                "layers": layers,
+                "network": networks[index],
+                "top1_error": errors[0],
+                "top5_error": errors[1],
+            }
             yield f"{name} {row}", partial(measured, name, row, paper)
 
 
@@ -48,11 +53,16 @@ def measured(name: str, row: str, paper: Row) -> Row:
         dense = source.stat().st_size
         if row == "FC FC FC":
             params = sum(parameter.numel() for parameter in network.parameters())
-            return {"paper": paper, "ours": {"params": params, "file_bytes": dense, "layers": 1.0, "network": 1.0}}
+            return {
+                "paper": paper,
+                "ours": {"params": params, "file_bytes": dense, "layers": 1.0, "network": 1.0},
+            }
         recipe = f"{name}-{row.lower().replace(' ', '-')}"
         report = compress_file(source, output, Recipe.from_toml(ROOT / "recipes" / f"{recipe}.toml"))
         plan = report.plan
-        before, after = (sum(getattr(each, side) for each in plan.layers) for side in ("params_before", "params_after"))
+        before, after = (
+            sum(getattr(each, side) for each in plan.layers) for side in ("params_before", "params_after")
+        )
         ours = {
             "params": plan.params_after,
             "file_bytes": output.stat().st_size,

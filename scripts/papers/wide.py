@@ -95,5 +95,8 @@ def section(rows: Sequence[Row]) -> Iterator[str]:
 
 
 GROUP = Group(
-    "Wide and shallow (Novikov et al. 2015, section 6.2.1)", runs, section, needs=("cifar10", "epochs", "work")
+    "Wide and shallow (Novikov et al. 2015, section 6.2.1)",
+    runs,
+    section,
+    needs=("cifar10", "epochs", "work"),
 )

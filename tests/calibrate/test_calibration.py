@@ -26,7 +26,7 @@ from ttcompress.calibrate.observe import layer_inputs
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.statistics import LayerStatistics, measure
 from ttcompress.calibrate.sweeps import fit_layer, input_pairs, sweep_layers
-from ttcompress.data.calibration_images import DEFAULT_IMAGES, Calibration, draw
+from ttcompress.data.calibration_images import DEFAULT_IMAGES, Calibration, draw_calibration
 from ttcompress.errors import DataError
 from ttcompress.networks.surgery import apply_plan
 from ttcompress.planning.planner import make_plan
@@ -81,7 +81,11 @@ class Tokens(nn.Module):
         return self.head((x + self.down(functional.gelu(self.up(x)))).mean(1))  # type: ignore[no-any-return]
 
 
-ORDER = {"images": ["first", "inner", "twice", "body", "head"], "tokens": ["up", "down", "head"], "vectors": ["0", "2"]}
+ORDER = {
+    "images": ["first", "inner", "twice", "body", "head"],
+    "tokens": ["up", "down", "head"],
+    "vectors": ["0", "2"],
+}
 nets = pytest.mark.parametrize("name", ORDER)
 
 
@@ -98,7 +102,9 @@ def toy(name: str, count: int = 48, seed: int = 0) -> tuple[nn.Module, Calibrati
 
 
 def calibrated(inputs: Tensor, size: int = 16) -> Calibration:
-    return draw("toy", len(inputs), None, 0, lambda indices: inputs[torch.tensor(indices)].split(size))
+    return draw_calibration(
+        "toy", len(inputs), None, 0, lambda indices: inputs[torch.tensor(indices)].split(size)
+    )
 
 
 def columns(module: Any, x: Tensor) -> Full:
@@ -154,10 +160,14 @@ def is_same(model: nn.Module, state: dict[str, Tensor]) -> bool:
 
 
 @settings(max_examples=100, deadline=None)
-@given(available=st.integers(16, 300), share=st.one_of(st.none(), st.floats(0, 1)), seed=st.integers(0, 2**40))
-def test_images_are_drawn_once_and_ordered_anew_for_every_pass(available: int, share: float | None, seed: int) -> None:
+@given(
+    available=st.integers(16, 300), share=st.one_of(st.none(), st.floats(0, 1)), seed=st.integers(0, 2**40)
+)
+def test_images_are_drawn_once_and_ordered_anew_for_every_pass(
+    available: int, share: float | None, seed: int
+) -> None:
     asked = None if share is None else round(16 + share * (available - 16))
-    one, other = (draw("toy", available, asked, seed, lambda indices: indices) for _ in range(2))  # type: ignore[arg-type, return-value]
+    one, other = (draw_calibration("toy", available, asked, seed, lambda indices: indices) for _ in range(2))  # type: ignore[arg-type, return-value]
     fitting, held_out = [*one.fitting(0)], [*one.held_out()]
     assert (len(fitting), len(held_out)) == (one.num_images, one.num_held_out)
     assert one.num_held_out == (asked or available) // 8
@@ -171,7 +181,7 @@ def test_images_are_drawn_once_and_ordered_anew_for_every_pass(available: int, s
 
 
 def test_another_seed_draws_other_images() -> None:
-    drawn = [{*draw("toy", 200, 50, seed, lambda indices: indices).fitting(0)} for seed in (0, 1)]  # type: ignore[arg-type, return-value]
+    drawn = [{*draw_calibration("toy", 200, 50, seed, lambda indices: indices).fitting(0)} for seed in (0, 1)]  # type: ignore[arg-type, return-value]
     assert drawn[0] != drawn[1]
 
 
@@ -185,11 +195,11 @@ def test_another_seed_draws_other_images() -> None:
 )
 def test_too_few_images(available: int, asked: int | None, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        draw("toy", available, asked, 0, lambda indices: [])
+        draw_calibration("toy", available, asked, 0, lambda indices: [])
 
 
 def test_only_so_many_images_unless_asked() -> None:
-    drawn = draw("toy", 10**6, None, 0, lambda indices: [])
+    drawn = draw_calibration("toy", 10**6, None, 0, lambda indices: [])
     assert drawn.num_images + drawn.num_held_out == DEFAULT_IMAGES
 
 
@@ -225,7 +235,9 @@ def test_a_weight_times_its_columns_is_the_output(
     stride=PAIR,
     offset=st.integers(0),
 )
-def test_large_maps_are_sampled_on_a_grid(most: int, height: int, aspect: float, stride: Any, offset: int) -> None:
+def test_large_maps_are_sampled_on_a_grid(
+    most: int, height: int, aspect: float, stride: Any, offset: int
+) -> None:
     conv = nn.Conv2d(1, 1, (3, 2), stride, 1)
     x = torch.randn(2, 1, height, round(aspect * height))
     with pytest.MonkeyPatch.context() as patch:
@@ -264,7 +276,10 @@ def test_moments_are_those_of_all_that_the_layers_see(name: str, monkeypatch: py
     statistics = measure(model, sorted(ORDER[name]), calibration, 0)
     assert [*statistics] == ORDER[name]
     for fqn, each in statistics.items():
-        for moments, batches in ((each.inputs, calibration.fitting(0)), (each.held_out, calibration.held_out())):
+        for moments, batches in (
+            (each.inputs, calibration.fitting(0)),
+            (each.held_out, calibration.held_out()),
+        ):
             x, _ = seen(model, fqn, batches)
             close(moments.own, second(x, x))
             close(moments.means[0], x.mean(1))
@@ -272,14 +287,18 @@ def test_moments_are_those_of_all_that_the_layers_see(name: str, monkeypatch: py
         values = np.linalg.eigvalsh(each.outputs.own.numpy())
         assert values[-1] > 0
         assert values[0] >= -1e-12 * values[-1]
-        torch.testing.assert_close(each.outputs.own, each.outputs.own.T, rtol=0, atol=1e-12 * float(values[-1]))
+        torch.testing.assert_close(
+            each.outputs.own, each.outputs.own.T, rtol=0, atol=1e-12 * float(values[-1])
+        )
     assert is_same(model, state)
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
     assert hooks(model) == 0
 
 
 @nets
-def test_little_memory_takes_more_passes_but_gives_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_memory_takes_more_passes_but_gives_the_same(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, calibration = toy(name)
     at_once = measure(model, ORDER[name], calibration, 3)
     monkeypatch.setattr(calibrate, "GROUP_BYTES", 1)
@@ -311,7 +330,9 @@ def test_moments_take_no_more_memory_for_more_images(name: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("kind", ["vectors", "tokens", "images"])
-def test_squared_norms_in_the_metric_are_changes_of_the_network(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_squared_norms_in_the_metric_are_changes_of_the_network(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the mean over images, for a linear network and independent positions; a shift of all logits is no change."""
     monkeypatch.setattr(calibrate, "EVEN", 0.0)
     monkeypatch.setattr(whiten, "DAMPING", 0.0)
@@ -380,13 +401,19 @@ CASES: list[tuple[Any, ...]] = [
     ("lowrank", (6, 9)),
 ]
 drawn_layers = given(
-    case=st.sampled_from(CASES), cap=st.integers(1, 5), count=st.integers(1, 40), sketch=st.booleans(), seed=SEEDS
+    case=st.sampled_from(CASES),
+    cap=st.integers(1, 5),
+    count=st.integers(1, 40),
+    sketch=st.booleans(),
+    seed=SEEDS,
 )
 
 
 def planned(case: Sequence[Any], cap: int) -> LayerPlan:
     shape, tensorization = case[1], tensorize_shape(*case)
-    spec = LinearSpec(shape[1], shape[0], True) if len(shape) == 2 else ConvSpec(shape[1], shape[0], shape[2:])
+    spec = (
+        LinearSpec(shape[1], shape[0], True) if len(shape) == 2 else ConvSpec(shape[1], shape[0], shape[2:])
+    )
     ranks = tuple(min(cap, most) for most in tensorization.max_ranks())
     return LayerPlan("layer", spec, tensorization, ranks, "float64")
 
@@ -467,7 +494,9 @@ def compressed(name: str) -> tuple[nn.Module, nn.Module, CompressionPlan, Calibr
     dense, calibration = toy(name, 96)
     model = deepcopy(dense)
     include = tuple(ORDER[name])
-    plan = apply_plan(model, make_plan(dense, Recipe(ranks=2, conv_ranks=2, format="lowrank", include=include)))
+    plan = apply_plan(
+        model, make_plan(dense, Recipe(ranks=2, conv_ranks=2, format="lowrank", include=include))
+    )
     assert len(plan.layers) >= 2
     return dense, model, plan, calibration
 
@@ -480,7 +509,10 @@ def test_sweeps_change_cores_and_biases_only_and_bring_the_network_nearer(
     monkeypatch.setattr(observe, "POSITIONS", 10**9)
     dense, model, plan, calibration = compressed(name)
     statistics = measure(dense, ORDER[name], calibration, 0)
-    states, before = [deepcopy(each.state_dict()) for each in (dense, model)], network_error(dense, model, calibration)
+    states, before = (
+        [deepcopy(each.state_dict()) for each in (dense, model)],
+        network_error(dense, model, calibration),
+    )
     calls: list[str] = []
     reference = Reference(dense, statistics, calibration)
     sweep_layers(reference, model, plan, 1, lambda what, *_: calls.append(what))
@@ -542,7 +574,9 @@ def test_a_network_is_no_error_away_from_itself(name: str) -> None:
     assert output_errors(dense, deepcopy(dense), plan, calibration) == {layer.fqn: 0 for layer in plan.layers}
     for fqn, error in output_errors(dense, model, plan, calibration).items():
         (_, ours), (_, theirs) = (seen(each, fqn, calibration.held_out()) for each in (model, dense))
-        assert error == pytest.approx(sqrt(np.square(ours - theirs).sum() / np.square(theirs).sum()), rel=1e-9)
+        assert error == pytest.approx(
+            sqrt(np.square(ours - theirs).sum() / np.square(theirs).sum()), rel=1e-9
+        )
     assert hooks(dense) + hooks(model) == 0
 
 
@@ -591,7 +625,8 @@ def test_batch_norm_takes_the_statistics_of_the_images() -> None:
             close(norm.running_mean, np.mean([each.mean(1).numpy() for each in flat], 0))
             close(norm.running_var, np.mean([each.var(1).numpy() for each in flat], 0))
             batches = [
-                functional.softplus(functional.batch_norm(batch, None, None, training=True)) for batch in batches
+                functional.softplus(functional.batch_norm(batch, None, None, training=True))
+                for batch in batches
             ]
         assert [norm.momentum for norm in norms] == [0.3, None]
         assert not any(module.training for module in model.modules())

@@ -21,7 +21,7 @@ from ttcompress.calibrate.natural_gradient import NaturalGradient
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.refine import Schedule, augment, moved, refine
 from ttcompress.calibrate.statistics import LayerStatistics, Statistics, measure
-from ttcompress.data.calibration_images import Calibration, draw
+from ttcompress.data.calibration_images import Calibration, draw_calibration
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
 from ttcompress.networks.surgery import apply_plan
@@ -89,7 +89,9 @@ def test_what_is_no_image_is_mixed_in_pairs_only(shape: tuple[int, ...]) -> None
     assert bool((shares.sum(0) - own > 0).sum() > size / 2)
 
 
-def test_images_are_flipped_and_moved_by_whole_pixels_before_they_are_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_flipped_and_moved_by_whole_pixels_before_they_are_mixed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """With one image all mixtures of it show at most two of its variants."""
     image = torch.rand(1, 1, 16, 9) + 1
     variants = {}
@@ -162,7 +164,9 @@ def squared_norm(cores: Sequence[Tensor], metrics: Sequence[ModeMetric]) -> Tens
 
 
 @cases
-def test_natural_gradients_are_newton_steps_in_the_metric(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_natural_gradients_are_newton_steps_in_the_metric(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For every core alone: its Hessian of the squared norm times the natural gradient is the plain gradient."""
     monkeypatch.setattr(natural_gradient, "DAMPING", 0.0)
     layer, statistics = tt_layer(case)
@@ -184,7 +188,9 @@ def test_natural_gradients_point_downhill(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [*CASES[:2], CASES[3]], ids=str)
-def test_a_change_of_gauge_does_not_change_what_a_step_does(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_of_gauge_does_not_change_what_a_step_does(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An invertible matrix and its inverse between two cores: the weight changes as before, to first order."""
     monkeypatch.setattr(natural_gradient, "DAMPING", 1e-12)
     layer, statistics = tt_layer(case)
@@ -197,11 +203,15 @@ def test_a_change_of_gauge_does_not_change_what_a_step_does(case: Case, monkeypa
     for each in (layer, other):
         _, natural = natural_step(each, statistics)
         _, change = torch.autograd.functional.jvp(
-            lambda *cores: dense_weight(cores, case[1]), tuple(core.detach() for core in each.cores), tuple(natural)
+            lambda *cores: dense_weight(cores, case[1]),
+            tuple(core.detach() for core in each.cores),
+            tuple(natural),
         )
         changes.append(change)
     plain = [core.grad.norm() for core in layer.cores]
-    assert not torch.allclose(torch.stack(plain), torch.stack([core.grad.norm() for core in other.cores]), rtol=0.05)
+    assert not torch.allclose(
+        torch.stack(plain), torch.stack([core.grad.norm() for core in other.cores]), rtol=0.05
+    )
     torch.testing.assert_close(changes[1], changes[0], rtol=1e-6, atol=1e-6 * float(changes[0].abs().max()))
 
 
@@ -223,7 +233,10 @@ def test_what_the_cores_stand_between_is_looked_at_again(monkeypatch: pytest.Mon
 
 def test_a_step_along_one_core_goes_to_the_least_loss() -> None:
     """The output is linear in one core, so that a line search finds no better step."""
-    for case, images in ((CASES[1], torch.randn(20, 8).double()), (CASES[3], torch.randn(6, 4, 5, 5).double())):
+    for case, images in (
+        (CASES[1], torch.randn(20, 8).double()),
+        (CASES[3], torch.randn(6, 4, 5, 5).double()),
+    ):
         for trained in range(3):
             layer, statistics = tt_layer(case)
             for k, core in enumerate(layer.cores):
@@ -281,23 +294,31 @@ def toy(name: str) -> tuple[nn.Module, Calibration]:
     torch.manual_seed(0)
     if name == "images":
         body = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 12, 3, bias=False)]
-        model: nn.Module = nn.Sequential(*body, nn.BatchNorm2d(12), nn.Dropout(0.5), nn.Flatten(), nn.LazyLinear(5))
+        model: nn.Module = nn.Sequential(
+            *body, nn.BatchNorm2d(12), nn.Dropout(0.5), nn.Flatten(), nn.LazyLinear(5)
+        )
         inputs = torch.randn(128, 3, 8, 8).cumsum(2).cumsum(3) / 4
     elif name == "tokens":
         model, inputs = Tokens(), torch.randint(0, 11, (128, 5))
     else:
-        model = nn.Sequential(nn.Linear(12, 20, bias=False), nn.ReLU(), nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 5))
+        model = nn.Sequential(
+            nn.Linear(12, 20, bias=False), nn.ReLU(), nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 5)
+        )
         inputs = torch.randn(128, 12)
     model(inputs)
     [*model.parameters()][-2].data *= 5
-    calibration = draw("toy", 128, None, 0, lambda indices: inputs[torch.tensor(indices)].split(64))
+    calibration = draw_calibration(
+        "toy", 128, None, 0, lambda indices: inputs[torch.tensor(indices)].split(64)
+    )
     return model.eval().requires_grad_(False), calibration
 
 
 def perturbed(name: str) -> tuple[nn.Module, nn.Module, Statistics, Calibration]:
     dense, calibration = toy(name)
     model = deepcopy(dense)
-    plan = apply_plan(model, make_plan(dense, Recipe(ranks=3, conv_ranks=3, format="lowrank", include=LAYERS[name])))
+    plan = apply_plan(
+        model, make_plan(dense, Recipe(ranks=3, conv_ranks=3, format="lowrank", include=LAYERS[name]))
+    )
     assert [layer.fqn for layer in plan.layers] == [*LAYERS[name]]
     with torch.no_grad():
         for layer in plan.layers:
@@ -312,7 +333,10 @@ def test_refinement_brings_the_network_nearer_and_repeats_with_the_seed(
 ) -> None:
     monkeypatch.setattr(refinement, "STEP", 0.1)
     dense, start, statistics, calibration = perturbed(name)
-    before, states = network_error(dense, start, calibration), [deepcopy(each.state_dict()) for each in (dense, start)]
+    before, states = (
+        network_error(dense, start, calibration),
+        [deepcopy(each.state_dict()) for each in (dense, start)],
+    )
     models = [deepcopy(start) for _ in range(3)]
     calls: list[tuple[str, int, int]] = []
     for model, seed in zip(models, (3, 3, 4), strict=True):
@@ -361,7 +385,9 @@ def test_steps_that_do_not_bring_the_error_down_have_failed(rate: float, down: b
     images = next(iter(calibration.fitting(0)))
     natural, answered = NaturalGradient(layers, statistics), repeat((images, dense(images)))
     errors = [network_error(dense, model, calibration)]
-    assert refinement._descend(model.requires_grad_(), natural, answered, Schedule(30, rate, 0.0), None) == down
+    assert (
+        refinement._descend(model.requires_grad_(), natural, answered, Schedule(30, rate, 0.0), None) == down
+    )
     errors.append(network_error(dense, model, calibration))
     assert errors[1] < refinement.DIVERGED * errors[0]
     assert (errors[1] < errors[0]) == down

@@ -18,7 +18,7 @@ from ttcompress.calibrate.held_out_errors import network_error, output_errors
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.stages import Effort, Stages, adopt, compress_calibrated
 from ttcompress.calibrate.statistics import measure
-from ttcompress.data.calibration_images import Calibration, draw
+from ttcompress.data.calibration_images import Calibration, draw_calibration
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
 from ttcompress.networks.surgery import apply_plan, store_cores
@@ -85,7 +85,9 @@ class Toy:
     def calibration(self) -> Calibration:
         return self.reference.calibration
 
-    def compressed(self, effort: str = "default", seed: int = 0) -> tuple[nn.Module, CompressionPlan, list[Json]]:
+    def compressed(
+        self, effort: str = "default", seed: int = 0
+    ) -> tuple[nn.Module, CompressionPlan, list[Json]]:
         return compress_calibrated(self.reference, self.plan, effort, seed)
 
     def apart(self, model: nn.Module) -> float:
@@ -100,7 +102,9 @@ def make_toy(name: str) -> Toy:
     [*dense.parameters()][-2].data *= 5
     dense.eval().requires_grad_(False)
     plan = make_plan(dense, Recipe(ranks=3, conv_ranks=3, format="lowrank"))
-    calibration = draw("toy", 128, None, 0, lambda indices: inputs[torch.tensor(indices)].split(32))
+    calibration = draw_calibration(
+        "toy", 128, None, 0, lambda indices: inputs[torch.tensor(indices)].split(32)
+    )
     statistics = measure(dense, [layer.fqn for layer in plan.layers], calibration, 0)
     return Toy(Reference(dense, statistics, calibration), deepcopy(dense.state_dict()), plan)
 
@@ -122,7 +126,9 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 def outputs(model: nn.Module, fqn: str, batches: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
     found: list[Tensor] = []
-    handle = model.get_submodule(fqn).register_forward_hook(lambda *call: found.append(call[2].double().clone()))
+    handle = model.get_submodule(fqn).register_forward_hook(
+        lambda *call: found.append(call[2].double().clone())
+    )
     with torch.no_grad():
         for batch in batches:
             model(batch)
@@ -148,11 +154,15 @@ def test_the_result_is_the_best_of_the_stages(toy: Toy, done: Any) -> None:
 
 def test_the_dense_network_stays_as_it_is(toy: Toy, done: Any) -> None:
     assert all(torch.equal(value, toy.state[key]) for key, value in toy.dense.state_dict().items())
-    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in toy.dense.parameters())
+    assert not any(
+        parameter.requires_grad or parameter.grad is not None for parameter in toy.dense.parameters()
+    )
     shared = {tensor.data_ptr() for tensor in done[0].state_dict().values()}
     assert not shared & {tensor.data_ptr() for tensor in toy.dense.state_dict().values()}
     for network in (toy.dense, done[0]):
-        assert not any(each.training or each._forward_hooks or each._forward_pre_hooks for each in network.modules())
+        assert not any(
+            each.training or each._forward_hooks or each._forward_pre_hooks for each in network.modules()
+        )
 
 
 def test_the_plan_tells_the_errors(toy: Toy, done: Any) -> None:
@@ -161,8 +171,12 @@ def test_the_plan_tells_the_errors(toy: Toy, done: Any) -> None:
     assert [layer.fqn for layer in plan.layers] == [layer.fqn for layer in toy.plan.layers]
     assert len(plan.layers) >= 2
     for layer, planned in zip(plan.layers, toy.plan.layers, strict=True):
-        ours, theirs = (each.get_submodule(layer.fqn).weight.double().detach().numpy() for each in (model, toy.dense))  # type: ignore[operator]
-        assert layer.relative_error == pytest.approx(np.linalg.norm(theirs - ours) / np.linalg.norm(theirs), rel=1e-5)
+        ours, theirs = (
+            each.get_submodule(layer.fqn).weight.double().detach().numpy() for each in (model, toy.dense)
+        )  # type: ignore[operator]
+        assert layer.relative_error == pytest.approx(
+            np.linalg.norm(theirs - ours) / np.linalg.norm(theirs), rel=1e-5
+        )
         assert isinstance(model.get_submodule(layer.fqn), TTConv2d | TTLinear)
         assert (layer.tt_ranks, layer.params_after) == (planned.tt_ranks, planned.params_after)
         assert layer.output_error is not None
@@ -177,7 +191,9 @@ def test_the_first_stage_is_weight_only_compression(toy: Toy, done: Any) -> None
     plain = deepcopy(toy.dense)
     errors = output_errors(toy.dense, plain, apply_plan(plain, toy.plan), toy.calibration)
     assert log[0]["error"] == pytest.approx(toy.apart(plain), rel=1e-3)
-    assert {layer.fqn: layer.output_error["weights"] for layer in plan.layers} == pytest.approx(errors, rel=1e-3)
+    assert {layer.fqn: layer.output_error["weights"] for layer in plan.layers} == pytest.approx(
+        errors, rel=1e-3
+    )
 
 
 def test_the_same_seed_gives_the_same_network(toy: Toy, done: Any) -> None:
@@ -229,7 +245,9 @@ def test_a_stage_that_makes_it_worse_is_not_kept(
     (entry,) = [entry for entry in log if entry["stage"] == name]
     assert not entry["kept"]
     assert (entry["error"] is None) == (spoil is nan)
-    assert [entry for entry in log if entry["stage"] != name] == [each for each in without if each["stage"] != name]
+    assert [entry for entry in log if entry["stage"] != name] == [
+        each for each in without if each["stage"] != name
+    ]
 
 
 def test_progress_is_told(toy: Toy) -> None:
@@ -237,7 +255,11 @@ def test_progress_is_told(toy: Toy) -> None:
     compress_calibrated(toy.reference, toy.plan, "default", 0, lambda *call: calls.append(call))
     named = [layer.fqn for layer in toy.plan.layers]
     told = list(dict.fromkeys(call[0] for call in calls))
-    assert told == [*(f"decomposing {fqn}" for fqn in named), *(f"fitting {fqn}" for fqn in named), "refining"]
+    assert told == [
+        *(f"decomposing {fqn}" for fqn in named),
+        *(f"fitting {fqn}" for fqn in named),
+        "refining",
+    ]
     assert all(0 <= number <= total for _, number, total in calls)
 
 
@@ -298,7 +320,13 @@ def test_a_network_adopts_the_cores_as_they_are_and_all_else_in_its_own_types(
     values = compressed.state_dict()
     assert model.state_dict().keys() == values.keys()
     for key, value in model.state_dict().items():
-        wanted = (dtype or torch.float32) if ".cores." in key else own if value.is_floating_point() else value.dtype
+        wanted = (
+            (dtype or torch.float32)
+            if ".cores." in key
+            else own
+            if value.is_floating_point()
+            else value.dtype
+        )
         assert value.dtype == wanted
         assert torch.equal(value, values[key].to(wanted))
     layers = {layer.fqn for layer in plan.layers}
@@ -335,5 +363,7 @@ def test_what_is_kept_takes_the_refined_values(toy: Toy, done: Any) -> None:
     adopt(model, compressed, plan)
     kept = {name for name, _ in toy.dense.named_parameters()} & model.state_dict().keys()
     changed = {name for name in kept if not torch.equal(model.state_dict()[name], toy.state[name])}
-    assert bool(changed) == (log[-1]["kept"] or any(entry["kept"] for entry in log if entry["stage"] == "sweeps"))
+    assert bool(changed) == (
+        log[-1]["kept"] or any(entry["kept"] for entry in log if entry["stage"] == "sweeps")
+    )
     assert all(torch.equal(model.state_dict()[name], compressed.state_dict()[name]) for name in kept)

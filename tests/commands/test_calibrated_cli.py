@@ -64,7 +64,9 @@ def test_same_seed_same_bytes_and_labels_do_not_matter(folder: Path, tmp_path: P
     other = calibrate(folder, tmp_path, "other.safetensors", "--calib-images", 64, "--seed", 1)
     assert one.read_bytes() == again.read_bytes()
     assert one.read_bytes() != other.read_bytes()
-    labelled = calibrate(folder, tmp_path, "labelled.safetensors", "--calib-images", 64, calib="labelled/plain.npz")
+    labelled = calibrate(
+        folder, tmp_path, "labelled.safetensors", "--calib-images", 64, calib="labelled/plain.npz"
+    )
     assert one.read_bytes() == labelled.read_bytes()
 
 
@@ -98,7 +100,9 @@ def test_a_calibrated_plan_can_be_written_and_compressed(folder: Path, tmp_path:
     ttcompress("compress", folder / "digits.pt", *given, cwd=tmp_path)
     one, other = (read_metadata(file) for file in (direct, tmp_path / "planned.safetensors"))
     assert one["calibration"] == other["calibration"]
-    forgotten = [{key: value for key, value in layer.items() if key != "predicted_error"} for layer in one["layers"]]
+    forgotten = [
+        {key: value for key, value in layer.items() if key != "predicted_error"} for layer in one["layers"]
+    ]
     assert forgotten == [
         {key: value for key, value in layer.items() if key != "predicted_error"} for layer in other["layers"]
     ]

@@ -170,9 +170,15 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "name",
-    ["resnet20", "mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("squeezenet", "mobilenet"))],
+    [
+        "resnet20",
+        "mlp",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("squeezenet", "mobilenet")),
+    ],
 )
-def test_a_fresh_process_with_only_the_file_gives_the_same_logits(folder: Path, tmp_path: Path, name: str) -> None:
+def test_a_fresh_process_with_only_the_file_gives_the_same_logits(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
     network = open_dense(folder / f"{name}.pt")
     pipeline.compress_network(network, Settings.of(RECIPES[name]))
     x, alone = images(name), tmp_path / "alone"
@@ -224,10 +230,15 @@ def test_expanding_what_was_expanded_is_refused(folder: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["mlp", pytest.param("resnet20", marks=pytest.mark.slow)])
-def test_same_input_and_seed_give_the_same_bytes_in_any_process(folder: Path, tmp_path: Path, name: str) -> None:
+def test_same_input_and_seed_give_the_same_bytes_in_any_process(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
     """Also with another number of threads, hash seed, working folder and output name."""
     option = {"mlp": ["--ratio", "2"], "resnet20": ["--conv-ranks", "6"]}[name]
-    environments: list[dict[str, str]] = [{"PYTHONHASHSEED": "1"}, {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "2"}]
+    environments: list[dict[str, str]] = [
+        {"PYTHONHASHSEED": "1"},
+        {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "2"},
+    ]
     for number, environment in enumerate(environments):
         cwd = tmp_path / str(number)
         cwd.mkdir()
@@ -254,7 +265,9 @@ def test_threads_are_put_back(folder: Path, tmp_path: Path) -> None:
 
 @every_network
 @pytest.mark.parametrize("dtype", [None, "float16", "bfloat16", "float64"])
-def test_written_is_what_the_plan_promised(folder: Path, tmp_path: Path, name: str, dtype: str | None) -> None:
+def test_written_is_what_the_plan_promised(
+    folder: Path, tmp_path: Path, name: str, dtype: str | None
+) -> None:
     recipe = replace(RECIPES[name], dtype=dtype)
     promised = pipeline.plan_file(folder / f"{name}.pt", recipe)
     done = pipeline.compress_file(folder / f"{name}.pt", tmp_path / "out.safetensors", recipe)
@@ -263,7 +276,11 @@ def test_written_is_what_the_plan_promised(folder: Path, tmp_path: Path, name: s
     assert promised.plan.params_after == done.plan.params_after < done.plan.params_before
     assert promised.plan.params_before == sum(p.numel() for p in NETWORKS[name]().parameters())
     assert sum(info.num_bytes for info in infos.values()) == promised.bytes_after == done.bytes_after
-    assert sum(t.numel() * t.element_size() for t in source.values()) == promised.bytes_before == done.bytes_before
+    assert (
+        sum(t.numel() * t.element_size() for t in source.values())
+        == promised.bytes_before
+        == done.bytes_before
+    )
     buffers = {key for key, _ in NETWORKS[name]().named_buffers()}
     assert sum(info.params for key, info in infos.items() if key not in buffers) == promised.plan.params_after
     for layer in promised.plan.layers:
@@ -295,7 +312,9 @@ def test_narrow_cores_run_and_their_error_counts_the_cast(tmp_path: Path, dtype:
     assert layer.relative_error == pytest.approx(error, rel=0.05)
     ttcompress.save(compressed, report, tmp_path / "narrow.safetensors")
     loaded = ttcompress.load(tmp_path / "narrow.safetensors", factory=NETWORKS["mlp"])
-    torch.testing.assert_close(logits_of(loaded, images("mlp")), logits_of(module, images("mlp")), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(
+        logits_of(loaded, images("mlp")), logits_of(module, images("mlp")), rtol=0.05, atol=0.05
+    )
 
 
 def test_measured_errors_are_those_of_the_file(folder: Path) -> None:
@@ -414,7 +433,10 @@ def test_tied_weights_hidden_buffers_and_absent_counters(
     expanded = open_dense(tmp_path / f"dense{suffix}", arch)
     assert expanded.tensors.keys() == state.keys()
     torch.testing.assert_close(
-        logits_of(expanded.model, images("mlp")), logits_of(network.model, images("mlp")), rtol=1e-4, atol=1e-5
+        logits_of(expanded.model, images("mlp")),
+        logits_of(network.model, images("mlp")),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
@@ -423,7 +445,9 @@ def test_tied_weights_hidden_buffers_and_absent_counters(
 
 def storages(module: nn.Module) -> set[int]:
     return {
-        tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers()) if tensor.numel()
+        tensor.untyped_storage().data_ptr()
+        for tensor in (*module.parameters(), *module.buffers())
+        if tensor.numel()
     }
 
 
@@ -470,7 +494,9 @@ def test_in_memory_save_and_load_in_a_fresh_process(tmp_path: Path, name: str) -
     with pytest.raises(ArchitectureError, match="factory="):
         ttcompress.load(path)
     factory = {"mlp": f"zoo.Mlp(**{WIDTHS})", "resnet20": "zoo.CifarResNet(3)"}[name]
-    script = "from ttcompress.networks import zoo\n" + LOAD.replace("argv[1])", f"argv[1], factory=lambda: {factory})")
+    script = "from ttcompress.networks import zoo\n" + LOAD.replace(
+        "argv[1])", f"argv[1], factory=lambda: {factory})"
+    )
     torch.save(images(name), tmp_path / "x")
     python(script, path, "x", "y", torch.get_num_threads(), cwd=tmp_path)
     assert torch.equal(torch.load(tmp_path / "y"), logits_of(compressed, images(name)))
@@ -634,7 +660,9 @@ def test_another_schema_is_refused_naming_it(folder: Path, tmp_path: Path, schem
 
 def test_a_minor_schema_is_read(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "minor.safetensors"
-    rewrite(folder / "mlp-tt.safetensors", path, lambda metadata: metadata.update(schema="ttcompress/1.3", news=1))
+    rewrite(
+        folder / "mlp-tt.safetensors", path, lambda metadata: metadata.update(schema="ttcompress/1.3", news=1)
+    )
     assert torch.equal(
         logits_of(ttcompress.load(path), images("mlp")),
         logits_of(ttcompress.load(folder / "mlp-tt.safetensors"), images("mlp")),
@@ -666,7 +694,9 @@ LIES: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
-def test_metadata_that_lies_never_loads(folder: Path, tmp_path: Path, lie: Callable[[dict[str, Any]], object]) -> None:
+def test_metadata_that_lies_never_loads(
+    folder: Path, tmp_path: Path, lie: Callable[[dict[str, Any]], object]
+) -> None:
     path = tmp_path / "lie.safetensors"
     rewrite(folder / "mlp-tt.safetensors", path, lie)
 
@@ -699,12 +729,20 @@ def test_tensors_that_do_not_fit_the_metadata(folder: Path, tmp_path: Path, chan
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The path of every value in a JSON document."""
     yield path
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, inner in (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    ):
         yield from places(inner, (*path, key))
 
 
 SMALL = (
-    st.none() | st.booleans() | st.integers(-3, 9) | st.floats(-2, 2) | st.text(max_size=3) | st.just([]) | st.just({})
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 9)
+    | st.floats(-2, 2)
+    | st.text(max_size=3)
+    | st.just([])
+    | st.just({})
 )
 VALUES = SMALL | st.lists(SMALL, max_size=2) | st.dictionaries(st.text(max_size=2), SMALL, max_size=2)
 
@@ -747,7 +785,9 @@ def test_canonical_metadata_has_no_time_and_no_path(folder: Path) -> None:
 @pytest.mark.parametrize(
     "recipe", [Recipe(), Recipe(ratio=1e6), Recipe(ranks=4, include=("none",)), Recipe(ranks=4, device="tpu")]
 )
-def test_a_failure_writes_nothing_and_keeps_the_old_file(folder: Path, tmp_path: Path, recipe: Recipe) -> None:
+def test_a_failure_writes_nothing_and_keeps_the_old_file(
+    folder: Path, tmp_path: Path, recipe: Recipe
+) -> None:
     output = tmp_path / "out.safetensors"
     output.write_text("old")
     with pytest.raises(TTCompressError):
@@ -769,6 +809,9 @@ def test_evaluating_a_compressed_file_agrees_with_its_report(folder: Path, tmp_p
     compressed, _ = evaluate_file(output, Recipe(data="digits"))
     dense, _ = evaluate_file(folder / "mlp.pt", Recipe(data="digits"))
     assert (dense.top1, dense.top5) == (report.accuracy["dense"], report.accuracy["dense_top5"])
-    assert (compressed.top1, compressed.top5) == (report.accuracy["compressed"], report.accuracy["compressed_top5"])
+    assert (compressed.top1, compressed.top5) == (
+        report.accuracy["compressed"],
+        report.accuracy["compressed_top5"],
+    )
     assert list(compressed.interval) == report.accuracy["interval"]
     assert compressed.n == 360

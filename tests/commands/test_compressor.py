@@ -29,7 +29,11 @@ class Plain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.left, self.right = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(16, 24, 1)
+        self.stem, self.left, self.right = (
+            nn.Conv2d(3, 16, 3),
+            nn.Conv2d(16, 24, 3, padding=1),
+            nn.Conv2d(16, 24, 1),
+        )
         self.body, self.head = nn.Linear(24, 32), nn.Linear(32, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,7 +106,12 @@ def test_calibration_brings_every_kind_of_network_nearer(name: str) -> None:
     assert sum(parameter.numel() for parameter in small.parameters()) == report.plan.params_after
     assert report.plan.compression >= 2
     assert report.calibration is not None
-    assert [report.calibration[key] for key in ("data", "images", "held_out", "effort")] == ["calib", 224, 32, "fast"]
+    assert [report.calibration[key] for key in ("data", "images", "held_out", "effort")] == [
+        "calib",
+        224,
+        32,
+        "fast",
+    ]
     for layer in report.plan.layers:
         assert isinstance(small.get_submodule(layer.fqn), TTLinear | TTConv2d)
         assert layer.output_error is not None
@@ -148,7 +157,9 @@ def test_calibration_takes_tensors_batches_and_pairs_alike() -> None:
 def test_the_seed_draws_the_images() -> None:
     inputs, dense = pictures(96, 1), make("linear")
     one, again, other = (
-        ttcompress.compress(dense, ranks=4, calib=inputs, calib_images=32, effort="fast", seed=seed)[0].state_dict()
+        ttcompress.compress(dense, ranks=4, calib=inputs, calib_images=32, effort="fast", seed=seed)[
+            0
+        ].state_dict()
         for seed in (3, 3, 4)
     )
     assert all(torch.equal(value, again[key]) for key, value in one.items())
@@ -183,7 +194,9 @@ def test_a_layer_that_does_not_run_is_named() -> None:
     model = Idle(nn.Linear(768, 32), nn.Linear(32, 48), nn.Linear(48, 32), nn.Linear(32, 10))
     with pytest.raises(DataError, match="does not run 1, 2 on the calibration data: exclude it"):
         ttcompress.compress(model, ratio=1.2, calib=pictures(32, 1))
-    _, report = ttcompress.compress(model, ratio=1.2, calib=pictures(32, 1), exclude=["1", "2"], effort="fast")
+    _, report = ttcompress.compress(
+        model, ratio=1.2, calib=pictures(32, 1), exclude=["1", "2"], effort="fast"
+    )
     assert [layer.fqn for layer in report.plan.layers] == ["0"]
 
 
@@ -200,7 +213,10 @@ def batches() -> dict[str, list[tuple[Tensor, Tensor]]]:
     """Normalised and labelled, by split."""
     known = open_data("digits@train").statistics()
     made = {split: open_data(f"digits@{split}").batches(known, 512) for split in ("train", "test")}
-    return {split: [(images, labels) for images, labels in each if labels is not None] for split, each in made.items()}
+    return {
+        split: [(images, labels) for images, labels in each if labels is not None]
+        for split, each in made.items()
+    }
 
 
 def top1(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
@@ -214,7 +230,9 @@ def test_the_search_finds_the_border(
 ) -> None:
     monkeypatch.setattr(compression, "SEARCH_STEP", 1.2)
     options = {"calib": batches["train"], "calib_images": 128, "effort": "fast"} if calibrated else {}
-    small, report = ttcompress.compress(digits, max_drop=1.0, val=batches["test"], data=batches["test"], **options)
+    small, report = ttcompress.compress(
+        digits, max_drop=1.0, val=batches["test"], data=batches["test"], **options
+    )
     dense = top1(digits, batches["test"])
     assert dense - top1(small, batches["test"]) <= 1.0
     kept = [point for point in report.search if point["drop"] <= 1.0]
@@ -229,7 +247,9 @@ def test_the_search_finds_the_border(
     assert report.plan.compression > 4
 
 
-def test_calibration_reaches_further(digits: nn.Module, batches: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_reaches_further(
+    digits: nn.Module, batches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compression, "SEARCH_STEP", 1.2)
     calibrated = {"calib": batches["train"], "calib_images": 128, "effort": "fast"}
     reached = [
@@ -271,7 +291,9 @@ def test_a_search_needs_images_and_a_network_that_can_lose(digits: nn.Module, ba
         ttcompress.compress(digits, ratio=2, val=batches["test"])
     state = deepcopy(digits.state_dict())
     answers = [(images, digits(images).argmax(1)) for images, _ in batches["test"]]
-    with pytest.raises(PlanError, match=r"keeps the drop within 0 points; the mildest tried: .*x loses .* points"):
+    with pytest.raises(
+        PlanError, match=r"keeps the drop within 0 points; the mildest tried: .*x loses .* points"
+    ):
         ttcompress.compress(digits, max_drop=0, val=answers, include=["fc1"], format="matrix")
     assert all(torch.equal(value, state[key]) for key, value in digits.state_dict().items())
 
@@ -289,7 +311,9 @@ def test_a_search_goes_by_any_metric_in_its_own_unit(digits: nn.Module, batches:
     assert any(point["drop"] > 3.0 for point in report.search)
     assert "lost" in str(report)
     # By val where both are given.
-    _, by_val = ttcompress.compress(digits, max_drop=3.0, metric=agreement, val=batches["test"], include=["fc*"])
+    _, by_val = ttcompress.compress(
+        digits, max_drop=3.0, metric=agreement, val=batches["test"], include=["fc*"]
+    )
     assert by_val.search[0]["accuracy"] > 0 > report.search[0]["accuracy"]
 
 

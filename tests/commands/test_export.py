@@ -76,7 +76,9 @@ def found(path: Path, x: Tensor) -> Tensor:
     return torch.from_numpy(output)
 
 
-def difference(path: Path, model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> float:
+def difference(
+    path: Path, model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> float:
     """The largest at batches that the tool itself does not try, over the largest output."""
     worst = 0.0
     for batch in (1, 2, 5, 7):
@@ -118,7 +120,9 @@ def test_every_format_and_geometry(weight_format: str, folder: Path) -> None:
     small, report = ttcompress.compress(build().eval(), conv_ranks=3, format=weight_format, **options)
     assert len(report.plan.layers) >= (5 if linear else 4)
     ttcompress.save(small, report, folder / "small.safetensors")
-    done = export.export_file(Path("small.safetensors"), Path("out.onnx"), arch=reference, input_size=(7, 9, 8))
+    done = export.export_file(
+        Path("small.safetensors"), Path("out.onnx"), arch=reference, input_size=(7, 9, 8)
+    )
     assert difference(folder / "out.onnx", small, (7, 9, 8)) < 1e-5
     assert done.difference is not None
     assert done.difference < 1e-5
@@ -183,7 +187,9 @@ def test_cores_of_another_type_than_the_network(dtype: str, folder: Path) -> Non
     ("dtype", "computes_in", "tolerance"),
     [(torch.float16, "float16", 1e-2), (torch.bfloat16, "float32", 3e-2), (torch.float64, "float32", 1e-5)],
 )
-def test_a_network_of_another_type(folder: Path, dtype: torch.dtype, computes_in: str, tolerance: float) -> None:
+def test_a_network_of_another_type(
+    folder: Path, dtype: torch.dtype, computes_in: str, tolerance: float
+) -> None:
     write_dense(folder / "mlp.pt", mlp(dtype).state_dict())
     compress_file(folder / "mlp.pt", folder / "small.safetensors", Recipe(ranks=4))
     done = export.export_file(folder / "small.safetensors", folder / "out.onnx")
@@ -222,7 +228,10 @@ def test_an_existing_file_stays(compressed: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit) as caught:
         cli.main(["export", compressed.name, "--onnx", "out.onnx"])
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "ttcompress: out.onnx: exists; choose another name, or --force to replace it\n"
+    assert (
+        capsys.readouterr().err
+        == "ttcompress: out.onnx: exists; choose another name, or --force to replace it\n"
+    )
     assert compressed.with_name("out.onnx").read_text() == "mine"
 
 
@@ -289,7 +298,9 @@ FIXED_BATCH = BRANCHES.replace("y if y.sum() > 0 else -y", "y.reshape(2, 3)")
     ],
     ids=["branches", "fixed batch", "two outputs"],
 )
-def test_networks_that_do_not_export(source: str, message: str, kind: type[TTCompressError], folder: Path) -> None:
+def test_networks_that_do_not_export(
+    source: str, message: str, kind: type[TTCompressError], folder: Path
+) -> None:
     reference, build = builder(folder, source)
     write_dense(folder / "net.pt", build().state_dict())
     refused(folder / "net.pt", message, kind, arch=reference, input_size=(4,))
@@ -298,7 +309,10 @@ def test_networks_that_do_not_export(source: str, message: str, kind: type[TTCom
 def test_operators_outside_the_standard_are_named() -> None:
     import onnx_ir
 
-    nodes = [onnx.helper.make_node("Relu", ["x"], ["y"]), onnx.helper.make_node("Gelu", ["y"], ["z"], domain="my.own")]
+    nodes = [
+        onnx.helper.make_node("Relu", ["x"], ["y"]),
+        onnx.helper.make_node("Gelu", ["y"], ["z"], domain="my.own"),
+    ]
     values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xz"]
     graph = onnx.helper.make_graph(nodes, "g", values[:1], values[1:])
     opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("my.own", 1)]

@@ -44,7 +44,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "alone").mkdir()
     for output in (folder / "digits-tt.safetensors", folder / "alone" / "digits-tt.safetensors"):
         pipeline.compress_file(folder / "digits.pt", output, Recipe(ratio=20, data="digits", device="cpu"))
-    (pixels, _), *_ = [*open_data("digits@train").training_batches(known(), [(np.arange(600), torch.zeros(600, 5))])]
+    (pixels, _), *_ = [
+        *open_data("digits@train").training_batches(known(), [(np.arange(600), torch.zeros(600, 5))])
+    ]
     np.savez(folder / "plain.npz", images=pixels[:, 0].numpy())
     return folder
 
@@ -173,7 +175,9 @@ def test_unusual_networks_come_out_as_they_went_in(tmp_path: Path, name: str, su
     model = open_fresh(arch).model
     initialise(model)
     write_dense(source, {key: each.clone() for key, each in model.state_dict().items()})
-    output, report = tuned(source, tmp_path, f"out{suffix}", arch=arch, epochs=4, lr=0.1, distill=0, data="digits")
+    output, report = tuned(
+        source, tmp_path, f"out{suffix}", arch=arch, epochs=4, lr=0.1, distill=0, data="digits"
+    )
     state = load_file(output) if suffix == ".safetensors" else torch.load(output, weights_only=True)
     model.load_state_dict(state)
     assert report.accuracy["compressed"] > 60
@@ -219,7 +223,9 @@ def test_narrow_types_are_trained_in_more_and_written_as_they_were(folder: Path,
     pipeline.compress_file(tmp_path / "half.pt", tmp_path / "half-tt.safetensors", recipe)
     output, report = tuned(tmp_path / "half-tt.safetensors", tmp_path, data="digits")
     before, after = (load_file(path) for path in (tmp_path / "half-tt.safetensors", output))
-    assert {name: value.dtype for name, value in after.items()} == {name: each.dtype for name, each in before.items()}
+    assert {name: value.dtype for name, value in after.items()} == {
+        name: each.dtype for name, each in before.items()
+    }
     assert not same(before, after)
     accuracy, _ = evaluate_file(output, Recipe(data="digits", device="cpu"))
     assert accuracy.top1 == report.accuracy["compressed"]
@@ -318,7 +324,9 @@ def refused(*arguments: object, cwd: Path) -> str:
 
 def stopped(*arguments: object, cwd: Path, by: signal.Signals) -> tuple[str, str]:
     """What a training prints that a signal stops after its second epoch."""
-    started = subprocess.Popen(command(*arguments), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(
+        command(*arguments), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert started.stderr is not None
     while '"epoch": 2' not in started.stderr.readline():
         assert started.poll() is None
@@ -358,7 +366,9 @@ def test_everything_in_one_go_goes_on_where_it_was_stopped(folder: Path, tmp_pat
     assert [epoch["epoch"] for epoch in history] == [*range(21)]
 
 
-def test_compression_is_for_one_process(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compression_is_for_one_process(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in as_torchrun(0, 2, 29500).items():
         monkeypatch.setenv(name, value)
     err = refused("compress", folder / "digits.pt", "--ratio", 20, cwd=tmp_path)
@@ -379,7 +389,9 @@ def whole(folder: Path) -> bytes:
 @pytest.mark.slow
 def test_stopped_and_resumed_on_the_command_line(folder: Path, whole: bytes, tmp_path: Path) -> None:
     source = folder / "digits-tt.safetensors"
-    out, err = stopped("finetune", source, *TRAINING, "-o", "stopped.safetensors", cwd=tmp_path, by=signal.SIGINT)
+    out, err = stopped(
+        "finetune", source, *TRAINING, "-o", "stopped.safetensors", cwd=tmp_path, by=signal.SIGINT
+    )
     assert out == ""
     (line,) = [line for line in err.splitlines() if not line.startswith("{")]
     assert line.startswith("ttcompress: stopped in epoch ")
@@ -448,19 +460,32 @@ def test_nothing_is_replaced_unless_asked(folder: Path, tmp_path: Path) -> None:
         assert (tmp_path / name).read_text() == "mine"
         (tmp_path / name).unlink()
     with pytest.raises(CheckpointError, match="nothing to resume"):
-        finetune_file(folder / "digits-tt.safetensors", tmp_path / "out.safetensors", Recipe(**QUICK), resume=True)
+        finetune_file(
+            folder / "digits-tt.safetensors", tmp_path / "out.safetensors", Recipe(**QUICK), resume=True
+        )
 
 
 # -------------------------------------------------------------------------------------------- other images, two runs
 
 
 @pytest.mark.parametrize("change", ["pixels", "labels", "one pixel", "val"])
-def test_other_images_of_the_same_name_and_number_are_not_resumed_on(folder: Path, tmp_path: Path, change: str) -> None:
+def test_other_images_of_the_same_name_and_number_are_not_resumed_on(
+    folder: Path, tmp_path: Path, change: str
+) -> None:
     draw = np.random.default_rng(0)
     pixels, labels = draw.integers(0, 256, (64, 8, 8), dtype=np.uint8), np.arange(64) % 10
     np.savez(tmp_path / "t.npz", images=pixels, labels=labels)
     np.savez(tmp_path / "v.npz", images=pixels, labels=labels)
-    given = ["finetune", folder / "digits-tt.safetensors", "--train", "npz:t.npz", "--val", "npz:v.npz", "--epochs", 1]
+    given = [
+        "finetune",
+        folder / "digits-tt.safetensors",
+        "--train",
+        "npz:t.npz",
+        "--val",
+        "npz:v.npz",
+        "--epochs",
+        1,
+    ]
     given += ["-o", "out.safetensors"]
     run(*given, cwd=tmp_path)
     state = (tmp_path / "out.safetensors.training").read_bytes()

@@ -44,7 +44,9 @@ def test_a_compressed_module_wins_its_accuracy_back() -> None:
     assert accuracy(dense) > 95
     small, _ = ttcompress.compress(dense, ranks=1, include=["*"], format="lowrank", device="cpu")
     before = accuracy(small)
-    history = ttcompress.finetune(small, loader(), teacher=dense, epochs=20, lr=0.05, val=loader(), device="cpu")
+    history = ttcompress.finetune(
+        small, loader(), teacher=dense, epochs=20, lr=0.05, val=loader(), device="cpu"
+    )
     assert accuracy(small) > before
     assert accuracy(small) == max(epoch["val"] for epoch in history)
     assert [epoch["epoch"] for epoch in history] == list(range(21))

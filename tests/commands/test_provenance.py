@@ -52,7 +52,16 @@ def compressed(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, st
 
 
 def finetuned(output: Path, *options: object) -> dict[str, Any]:
-    common = ("--train", "digits", "--epochs", 1, "--data", "digits", "-o", output.with_name("ft.safetensors"))
+    common = (
+        "--train",
+        "digits",
+        "--epochs",
+        1,
+        "--data",
+        "digits",
+        "-o",
+        output.with_name("ft.safetensors"),
+    )
     done = run_command("finetune", output, *common, *options, cwd=output.parent)
     assert done.code == 0, done.err
     return dict(read_metadata(output.with_name("ft.safetensors")))
@@ -67,17 +76,23 @@ def test_training_learns_from_and_is_compared_with_that_network(compressed: tupl
     assert after["finetuning"]["teacher"] == "the dense network"
 
 
-def test_another_key_is_refused(compressed: tuple[Path, str], run: Callable[..., Done], tmp_path: Path) -> None:
+def test_another_key_is_refused(
+    compressed: tuple[Path, str], run: Callable[..., Done], tmp_path: Path
+) -> None:
     output, key = compressed
     other = {"model_ema": "model", "state_dict": "best_state_dict", "a.b": "model"}[key]
-    done = run("finetune", output, "--key", other, "--train", "digits", "--epochs", "1", "-o", "ft.safetensors")
+    done = run(
+        "finetune", output, "--key", other, "--train", "digits", "--epochs", "1", "-o", "ft.safetensors"
+    )
     assert done.code == 2
     assert f"--key {other} of run.pt is not what" in done.err
     assert repr(key) in done.err
     assert not (tmp_path / "ft.safetensors").exists()
 
 
-def test_a_checkpoint_that_was_written_anew_is_not_taken_for_it(compressed: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_written_anew_is_not_taken_for_it(
+    compressed: tuple[Path, str], tmp_path: Path
+) -> None:
     output, _ = compressed
     torch.save({"state_dict": early()}, tmp_path / "run.pt")
     after = finetuned(output)
@@ -87,7 +102,9 @@ def test_a_checkpoint_that_was_written_anew_is_not_taken_for_it(compressed: tupl
     assert all(layer.get("relative_error") is None for layer in after["layers"])
 
 
-def test_a_file_that_does_not_say_which_is_not_guessed_at(compressed: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_file_that_does_not_say_which_is_not_guessed_at(
+    compressed: tuple[Path, str], tmp_path: Path
+) -> None:
     from ttcompress.files.checkpoint import load_compressed
 
     output, key = compressed
@@ -97,4 +114,7 @@ def test_a_file_that_does_not_say_which_is_not_guessed_at(compressed: tuple[Path
     assert finetuned(tmp_path / "older.safetensors")["finetuning"]["teacher"] is None
     (tmp_path / "ft.safetensors").unlink()
     (tmp_path / "ft.safetensors.training").unlink()
-    assert finetuned(tmp_path / "older.safetensors", "--key", key)["finetuning"]["teacher"] == "the dense network"
+    assert (
+        finetuned(tmp_path / "older.safetensors", "--key", key)["finetuning"]["teacher"]
+        == "the dense network"
+    )

@@ -29,7 +29,10 @@ from ttcompress.records.layers import executions
 pytestmark = pytest.mark.usefixtures("one_thread")
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet20": (lambda: CifarResNet(3), (3, 32, 32)),
-    "linear": (lambda: nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256), nn.Linear(256, 10)), (256,)),
+    "linear": (
+        lambda: nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256), nn.Linear(256, 10)),
+        (256,),
+    ),
     "tokens": (lambda: Tokens(), (17, 64)),
 }
 
@@ -143,7 +146,9 @@ def test_from_scratch_in_few_multiply_adds(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(
         "from ttcompress.networks.zoo import Mlp\nbuild = lambda: Mlp(width0=64, width1=96, width2=10)\n"
     )
-    recipe = Recipe(arch=f"{tmp_path}/net.py:build", from_scratch=True, train="digits", epochs=1, macs_ratio=2.0)
+    recipe = Recipe(
+        arch=f"{tmp_path}/net.py:build", from_scratch=True, train="digits", epochs=1, macs_ratio=2.0
+    )
     with pytest.raises(PlanError, match="the size of an input is not known"):
         finetune_file(None, tmp_path / "out.safetensors", recipe)
     report = finetune_file(None, tmp_path / "out.safetensors", recipe.override(input_size=(1, 8, 8)))
@@ -155,7 +160,11 @@ def test_from_scratch_in_few_multiply_adds(tmp_path: Path) -> None:
 def test_the_ways_that_there_are() -> None:
     for kind, dense, known in (
         (TTLinear, nn.Linear(16, 16), {"matrix": "contract", "lowrank": "contract"}),
-        (TTConv2d, nn.Conv2d(4, 4, 3), {"matrix": "contract", "chain": "chain", "naive": "chain", "lowrank": "chain"}),
+        (
+            TTConv2d,
+            nn.Conv2d(4, 4, 3),
+            {"matrix": "contract", "chain": "chain", "naive": "chain", "lowrank": "chain"},
+        ),
     ):
         for weight_format, way in known.items():
             layer = kind.from_dense(dense, weight_format, 2)

@@ -39,7 +39,9 @@ NETWORKS: list[tuple[Callable[[], nn.Module], dict[str, Any]]] = [
     (mlp, {"ranks": 3, "dtype": "float16", "data": [(torch.randn(8, 64), torch.arange(8))]}),
     (lambda: CifarResNet(3), {"conv_ranks": 4}),
 ]
-every_network = pytest.mark.parametrize(("build", "options"), NETWORKS, ids=["mlp", "int8", "float16", "resnet20"])
+every_network = pytest.mark.parametrize(
+    ("build", "options"), NETWORKS, ids=["mlp", "int8", "float16", "resnet20"]
+)
 
 
 @every_network
@@ -94,7 +96,11 @@ def test_types_and_bytes_are_those_of_the_module(tmp_path: Path) -> None:
 
 def test_a_report_of_another_module_is_refused(tmp_path: Path) -> None:
     small, report = ttcompress.compress(mlp(), ranks=3)
-    others = [mlp(), ttcompress.compress(mlp(), ranks=2)[0], ttcompress.compress(mlp(), ranks=3, include=["3"])[0]]
+    others = [
+        mlp(),
+        ttcompress.compress(mlp(), ranks=2)[0],
+        ttcompress.compress(mlp(), ranks=3, include=["3"])[0],
+    ]
     for other in others:
         with pytest.raises(PlanError, match="the report is of another module: 0 "):
             ttcompress.save(other, report, tmp_path / "a.safetensors")
@@ -114,7 +120,9 @@ def test_a_parameter_that_came_later_is_listed(tmp_path: Path) -> None:
     assert sum(kept.reason == "added after it was compressed" for kept in after.kept) == 2
 
 
-@pytest.mark.parametrize("inside", [lambda small: small, lambda small: nn.Sequential(small, nn.Linear(10, 10))])
+@pytest.mark.parametrize(
+    "inside", [lambda small: small, lambda small: nn.Sequential(small, nn.Linear(10, 10))]
+)
 def test_a_second_round_is_refused(inside: Callable[[nn.Module], nn.Module]) -> None:
     small, _ = ttcompress.compress(mlp(), ranks=3)
     for function in (ttcompress.compress, ttcompress.plan):

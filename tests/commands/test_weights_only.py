@@ -116,7 +116,9 @@ def test_shards_become_shards_with_cores_in_the_place_of_weights(compressed: Pat
     for layer in LAYERS:
         assert f"{layer}.weight" not in merged
         assert index["weight_map"][f"{layer}.cores.0"] == HOMES[f"{layer}.weight"]
-    untouched = {name: tensor for name, tensor in TENSORS.items() if name.removesuffix(".weight") not in LAYERS}
+    untouched = {
+        name: tensor for name, tensor in TENSORS.items() if name.removesuffix(".weight") not in LAYERS
+    }
     assert untouched.keys() == {name for name in merged if ".cores." not in name}
     assert raw(untouched).items() <= raw(merged).items()
 
@@ -274,7 +276,9 @@ def test_what_cannot_be_leaves_nothing(
 
 
 @pytest.mark.parametrize("command", ["evaluate", "finetune"])
-def test_commands_that_need_a_network_say_so(shards: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+def test_commands_that_need_a_network_say_so(
+    shards: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
     option = "--data" if command == "evaluate" else "--train"
     with pytest.raises(SystemExit) as exit_:
         cli.main([command, str(shards), "--arch", "none", option, "digits"])
@@ -285,14 +289,24 @@ def test_commands_that_need_a_network_say_so(shards: Path, capsys: pytest.Captur
 def test_names_that_cores_would_take_are_refused(tmp_path: Path) -> None:
     save_file({"a.weight": matrix(32, 32, 0), "a.cores.1": torch.ones(2)}, tmp_path / "net.safetensors")
     with pytest.raises(PlanError, match=r"called as TT-cores would be: a\.cores\.1"):
-        compress_file(tmp_path / "net.safetensors", tmp_path / "out.safetensors", Recipe(arch="none", ranks=2))
+        compress_file(
+            tmp_path / "net.safetensors", tmp_path / "out.safetensors", Recipe(arch="none", ranks=2)
+        )
     assert [each.name for each in tmp_path.iterdir()] == ["net.safetensors"]
 
 
 @pytest.mark.parametrize(
-    "name", ["other.safetensors.index.json", "pytorch_model.bin.index.json", "adapter.safetensors", "x-9.safetensors"]
+    "name",
+    [
+        "other.safetensors.index.json",
+        "pytorch_model.bin.index.json",
+        "adapter.safetensors",
+        "x-9.safetensors",
+    ],
 )
-def test_force_does_not_take_the_folder_of_another_checkpoint(shards: Path, tmp_path: Path, name: str) -> None:
+def test_force_does_not_take_the_folder_of_another_checkpoint(
+    shards: Path, tmp_path: Path, name: str
+) -> None:
     compress_file(shards, tmp_path / "out", GOAL)
     before = content(tmp_path / "out")
     (tmp_path / "out" / name).write_text("mine")
@@ -302,7 +316,9 @@ def test_force_does_not_take_the_folder_of_another_checkpoint(shards: Path, tmp_
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_force_does_not_take_another_kind_for_an_earlier_run(shards: Path, compressed: Path, tmp_path: Path) -> None:
+def test_force_does_not_take_another_kind_for_an_earlier_run(
+    shards: Path, compressed: Path, tmp_path: Path
+) -> None:
     """The names of shards are the same everywhere: a dense checkpoint is not what compressing has written."""
     for source, force_over in ((shards, shards), (compressed, compressed)):
         other = tmp_path / f"other-{source.name}"
@@ -372,7 +388,9 @@ def child(source: Path, output: Path, function: str, after: int, rank: int, size
     compress_file(source, output, GOAL)
 
 
-def run_children(source: Path, output: Path, size: int, function: str = "", after: int = 0) -> list[int | None]:
+def run_children(
+    source: Path, output: Path, size: int, function: str = "", after: int = 0
+) -> list[int | None]:
     """Exit codes of so many processes, the last of which is killed where a function is named."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -413,7 +431,9 @@ def test_killed_it_goes_on_from_the_last_finished_tensor(
     assert [each.name for each in tmp_path.iterdir()] == ["net-tt"]
 
 
-def test_interrupted_while_writing_the_folder_needs_no_force(shards: Path, compressed: Path, tmp_path: Path) -> None:
+def test_interrupted_while_writing_the_folder_needs_no_force(
+    shards: Path, compressed: Path, tmp_path: Path
+) -> None:
     interrupted(shards, tmp_path / "net-tt", "encode_index", 0)
     assert len(content(tmp_path / "net-tt")) == 3
     compress_file(shards, tmp_path / "net-tt", GOAL)
@@ -468,7 +488,9 @@ def test_a_folder_of_someone_else_is_not_removed(
         (folder / "run.json").unlink()
     (folder / name).mkdir()
     before = results(folder)
-    with pytest.raises(CheckpointError, match=f"is not what a stopped run has left: it holds {name}; move it away"):
+    with pytest.raises(
+        CheckpointError, match=f"is not what a stopped run has left: it holds {name}; move it away"
+    ):
         compress_file(shards, tmp_path / "out", other, force=force)
     assert (folder / name).exists()
     assert results(folder) == before

@@ -12,7 +12,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ttcompress.data.augment import NUMBERS_PER_IMAGE, flipped, random_crop_box, random_numbers, shifted, shifts
+from ttcompress.data.augment import (
+    NUMBERS_PER_IMAGE,
+    flipped,
+    random_crop_box,
+    random_numbers,
+    shifted,
+    shifts,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,7 +51,13 @@ def number(seed: int, epoch: int, index: int, column: int) -> float:
 
 def test_the_oracle_is_splitmix64() -> None:
     """The outputs that implementations of it are commonly checked by, for the state 1234567."""
-    known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    known = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
     assert [splitmix64((1234567 + step * GOLDEN) % WORDS) for step in range(5)] == known
 
 
@@ -61,7 +74,9 @@ def test_numbers_are_the_hash_of_seed_epoch_and_index(seed: int, epoch: int, ind
 
 @settings(max_examples=60, deadline=None)
 @given(seed=SEEDS, epoch=EPOCHS, indices=st.lists(INDICES, min_size=2, max_size=12), data=st.data())
-def test_numbers_do_not_hang_on_order_or_grouping(seed: int, epoch: int, indices: list[int], data: Any) -> None:
+def test_numbers_do_not_hang_on_order_or_grouping(
+    seed: int, epoch: int, indices: list[int], data: Any
+) -> None:
     whole = dict(zip(indices, random_numbers(seed, epoch, indices).tolist(), strict=True))
     other = data.draw(st.permutations(indices))
     at = data.draw(st.integers(0, len(other)))
@@ -76,8 +91,12 @@ def test_numbers_do_not_hang_on_order_or_grouping(seed: int, epoch: int, indices
 @example(first=(1, 0, 0), second=(0, 1, 0))
 @example(first=(1, 0, 0), second=(0, 0, 1))
 @example(first=(2**53, 0, 0), second=(2**53 + 1, 0, 0))
-def test_numbers_hang_on_seed_epoch_and_index(first: tuple[int, int, int], second: tuple[int, int, int]) -> None:
-    one, other = (random_numbers(seed, epoch, [index]).flatten().tolist() for seed, epoch, index in (first, second))
+def test_numbers_hang_on_seed_epoch_and_index(
+    first: tuple[int, int, int], second: tuple[int, int, int]
+) -> None:
+    one, other = (
+        random_numbers(seed, epoch, [index]).flatten().tolist() for seed, epoch, index in (first, second)
+    )
     assert (set(one) & set(other) == set()) == (first != second)
     assert len(set(one)) == NUMBERS_PER_IMAGE
 
@@ -125,12 +144,18 @@ def images(shape: Sequence[int], dtype: type[Any]) -> NDArray[Any]:
 
 def batch_of(x: NDArray[Any], channels_last: bool) -> torch.Tensor:
     """The same values, stored channels first or, as image files are, channels last."""
-    return torch.from_numpy(x.transpose(0, 2, 3, 1).copy()).permute(0, 3, 1, 2) if channels_last else torch.tensor(x)
+    return (
+        torch.from_numpy(x.transpose(0, 2, 3, 1).copy()).permute(0, 3, 1, 2)
+        if channels_last
+        else torch.tensor(x)
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(shape=SHAPES, dtype=DTYPES, channels_last=st.booleans(), data=st.data())
-def test_chosen_images_are_mirrored(shape: tuple[int, ...], dtype: type[Any], channels_last: bool, data: Any) -> None:
+def test_chosen_images_are_mirrored(
+    shape: tuple[int, ...], dtype: type[Any], channels_last: bool, data: Any
+) -> None:
     which = data.draw(st.lists(st.booleans(), min_size=shape[0], max_size=shape[0]))
     x = images(shape, dtype)
     batch = batch_of(x, channels_last)
@@ -161,7 +186,9 @@ def test_images_move_and_zeros_move_in(
     down, right = data.draw(steps), data.draw(steps)
     x = images(shape, dtype)
     batch = batch_of(x, channels_last)
-    found = shifted(batch, torch.tensor(down, dtype=torch.int64), torch.tensor(right, dtype=torch.int64)).numpy()
+    found = shifted(
+        batch, torch.tensor(down, dtype=torch.int64), torch.tensor(right, dtype=torch.int64)
+    ).numpy()
     assert found.dtype == dtype
     assert found.shape == shape
     for image, rows, cols, out in zip(x, down, right, found, strict=True):
@@ -175,7 +202,9 @@ def test_all_shifts_are_alike(size: int, each: int) -> None:
     """Evenly spaced numbers, `each` a value, go to each of -size/8 ... size/8."""
     reach = size // 8
     count = each * (2 * reach + 1)
-    values, counts = np.unique(shifts((torch.arange(count).double() + 0.5) / count, size).numpy(), return_counts=True)
+    values, counts = np.unique(
+        shifts((torch.arange(count).double() + 0.5) / count, size).numpy(), return_counts=True
+    )
     assert values.tolist() == [*range(-reach, reach + 1)]
     assert set(counts.tolist()) == {each}
     assert shifts(torch.tensor([0.0, LAST], dtype=torch.float64), size).tolist() == [-reach, reach]
@@ -248,6 +277,7 @@ def test_all_places_are_alike(numbers: tuple[float, float, float, float], height
     for axis, places in enumerate((height - tall + 1, width - wide + 1)):
         spots = [(place + 0.5) / (2 * places) for place in range(2 * places)]
         found = [
-            random_crop_box([*numbers[:2], *[(spot, 0.5), (0.5, spot)][axis]], height, width)[axis] for spot in spots
+            random_crop_box([*numbers[:2], *[(spot, 0.5), (0.5, spot)][axis]], height, width)[axis]
+            for spot in spots
         ]
         assert found == [place // 2 for place in range(2 * places)]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ttcompress.data.augment import random_numbers
-from ttcompress.data.calibration_images import draw
+from ttcompress.data.calibration_images import draw_calibration
 from ttcompress.data.opening import open_data
 from ttcompress.data.sets import Images
 from ttcompress.errors import DataError
@@ -50,7 +50,12 @@ def refuses(complaint: str, reference: str) -> None:
 def test_npz_is_normalised_as_plain_numpy_does(tmp_path: Path) -> None:
     pixels = random_images(10, 5, 6, 3)
     images = open_data(f"npz:{save(tmp_path / 'some.npz', pixels, list(range(10)))}")
-    assert (images.name, len(images), images.num_classes, images.image_size) == ("npz:some.npz", 10, 10, (3, 5, 6))
+    assert (images.name, len(images), images.num_classes, images.image_size) == (
+        "npz:some.npz",
+        10,
+        10,
+        (3, 5, 6),
+    )
     batch, labels = all_of(images, COLOUR)
     expected = (pixels / 255 - np.array(COLOUR.mean)) / np.array(COLOUR.std)
     np.testing.assert_allclose(batch.numpy(), expected.transpose(0, 3, 1, 2), atol=1e-6)
@@ -162,7 +167,12 @@ def make_folder(folder: Path, sizes: dict[str, tuple[int, int]], mode: str = "RG
 def test_imagefolder_matches_the_transforms_of_torchvision(tmp_path: Path) -> None:
     make_folder(tmp_path, {"val/a/0.png": (300, 400), "val/b/1.png": (280, 260), "train/a/0.png": (8, 8)})
     images = open_data(f"imagefolder:{tmp_path}")
-    assert (images.name, len(images), images.num_classes, images.image_size) == ("imagefolder@val", 2, 2, None)
+    assert (images.name, len(images), images.num_classes, images.image_size) == (
+        "imagefolder@val",
+        2,
+        2,
+        None,
+    )
     transforms = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms()
     known = Preprocessing(tuple(transforms.mean), tuple(transforms.std), (3, 224, 224), 256)
     batch, labels = all_of(images, known)
@@ -202,7 +212,9 @@ def test_images_are_unlabelled_and_sorted_out(tmp_path: Path) -> None:
     batch, labels = all_of(images, COLOUR)
     assert batch.shape == (2, 3, 8, 8)
     assert labels == [None]
-    with pytest.raises(DataError, match=r"a folder, whose statistics are not computed: give --mean and --std"):
+    with pytest.raises(
+        DataError, match=r"a folder, whose statistics are not computed: give --mean and --std"
+    ):
         images.statistics()
 
 
@@ -252,7 +264,10 @@ def test_channels_have_to_match(tmp_path: Path) -> None:
         ({"images": np.zeros((3, 4, 4))}, r"images are float64 of shape \(3, 4, 4\)"),
         ({"images": np.zeros((3, 4), np.uint8)}, r"images are uint8 of shape \(3, 4\)"),
         ({"images": np.zeros((0, 4, 4), np.uint8), "labels": np.zeros(0, int)}, r"holds no images"),
-        ({"images": np.zeros((3, 4, 4), np.uint8), "labels": np.zeros(2, int)}, r"for 3 images they have to be"),
+        (
+            {"images": np.zeros((3, 4, 4), np.uint8), "labels": np.zeros(2, int)},
+            r"for 3 images they have to be",
+        ),
         ({"images": np.zeros((3, 4, 4), np.uint8), "labels": np.zeros(3)}, r"labels are float64"),
         ({"images": np.zeros((3, 4, 4), np.uint8), "labels": np.array([0, -1, 2])}, r"the smallest is -1"),
         ({"images": np.array([None, "pickle"])}, r"not a readable npz file of plain arrays"),
@@ -320,7 +335,9 @@ def test_names_hold_no_path(tmp_path: Path) -> None:
 
 
 def idx(values: NDArray, kind: int = 8) -> bytes:
-    header = struct.pack(">I", kind * 256 + values.ndim) + b"".join(struct.pack(">I", size) for size in values.shape)
+    header = struct.pack(">I", kind * 256 + values.ndim) + b"".join(
+        struct.pack(">I", size) for size in values.shape
+    )
     return header + values.tobytes()
 
 
@@ -389,20 +406,31 @@ def test_damaged_cifar10(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["npz", "cifar10", "mnist", "images", "imagefolder"])
 @pytest.mark.parametrize("name", ["x" * 300, "~nouser/x", "a\0b", "."])
-def test_paths_that_no_data_can_have(kind: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_that_no_data_can_have(
+    kind: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     refuses(r".", f"{kind}:{name}")
 
 
 def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
-    for name in ("a.npz", "cifar10-test.npz", "MNIST/raw/x", "set/class/x.png", "cifar/cifar-10-batches-py/test_batch"):
+    for name in (
+        "a.npz",
+        "cifar10-test.npz",
+        "MNIST/raw/x",
+        "set/class/x.png",
+        "cifar/cifar-10-batches-py/test_batch",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         os.mkfifo(tmp_path / name)
     refuses("no ordinary file", f"npz:{tmp_path / 'a.npz'}")
     refuses("no ordinary file", f"cifar10:{tmp_path}")
     refuses("no ordinary file", f"cifar10:{tmp_path / 'cifar'}")
     refuses("no ordinary file", f"mnist:{tmp_path}")
-    for images in (open_data(f"imagefolder:{tmp_path / 'set'}"), open_data(f"images:{tmp_path / 'set' / 'class'}")):
+    for images in (
+        open_data(f"imagefolder:{tmp_path / 'set'}"),
+        open_data(f"images:{tmp_path / 'set' / 'class'}"),
+    ):
         with pytest.raises(DataError, match=r"x.png is not a readable image: it is no ordinary file"):
             next(iter(images.batches(GREY, 4)))
         images.digest()
@@ -470,7 +498,13 @@ def test_digests_tell_images_of_the_same_name_apart(tmp_path: Path) -> None:
 def test_digests_of_folders_are_of_names_and_sizes(tmp_path: Path) -> None:
     digests = set()
     for number, files in enumerate(
-        ({"a/0.png": (8, 8)}, {"a/1.png": (8, 8)}, {"b/0.png": (8, 8)}, {"a/0.png": (9, 9)}, {"a/0.png": (8, 8)})
+        (
+            {"a/0.png": (8, 8)},
+            {"a/1.png": (8, 8)},
+            {"b/0.png": (8, 8)},
+            {"a/0.png": (9, 9)},
+            {"a/0.png": (8, 8)},
+        )
     ):
         make_folder(tmp_path / str(number), files)
         digests.add(open_data(f"imagefolder:{tmp_path / str(number)}").digest())
@@ -487,7 +521,7 @@ def test_batches_larger_than_any_set(tmp_path: Path, batch_size: int) -> None:
 
 @pytest.mark.parametrize("seed", [0, 2**31, 2**62, 2**63 - 1])
 def test_any_seed_draws(seed: int) -> None:
-    drawn = draw("x", 64, None, seed, lambda indices: [torch.tensor(indices)])
+    drawn = draw_calibration("x", 64, None, seed, lambda indices: [torch.tensor(indices)])
     orders = [torch.cat(list(drawn.fitting(number))).tolist() for number in (0, 1, 10**6)]
     assert len({tuple(order) for order in orders}) == 3
     assert [*map(sorted, orders)] == [sorted(orders[0])] * 3

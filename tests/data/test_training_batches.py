@@ -115,7 +115,9 @@ def test_an_epoch_visits_each_image_at_most_once(
 
 
 def test_the_order_is_another_in_every_epoch_and_for_every_seed(numbered: Images) -> None:
-    orders = [tuple(seen([*stream(numbered, seed=seed).epoch(epoch)])) for seed in range(5) for epoch in range(5)]
+    orders = [
+        tuple(seen([*stream(numbered, seed=seed).epoch(epoch)])) for seed in range(5) for epoch in range(5)
+    ]
     assert len({*orders, tuple(range(COUNT))}) == 26
     assert orders[7] == tuple(seen([*stream(numbered, seed=1).epoch(2)]))
 
@@ -154,7 +156,9 @@ def test_the_shards_of_all_processes_are_the_global_batch(
     """Shares differ by one image at most."""
     size = min(size, count, batch_size)
     images = numbered.chosen(range(count))
-    ranks = [stream(images, batch_size, augmentation=kind, rank=rank, size=size).epoch(3) for rank in range(size)]
+    ranks = [
+        stream(images, batch_size, augmentation=kind, rank=rank, size=size).epoch(3) for rank in range(size)
+    ]
     alone = stream(images, batch_size, augmentation=kind).epoch(3)
     for (whole, labels), *shards in zip(alone, *ranks, strict=True):
         assert labels is not None
@@ -168,7 +172,9 @@ def test_the_shards_of_all_processes_are_the_global_batch(
 
 
 @pytest.mark.parametrize("kind", ["none", "shift", "flip"])
-def test_images_in_memory_move_by_an_eighth_and_are_mirrored(numbered: Images, pixels: Pixels, kind: str) -> None:
+def test_images_in_memory_move_by_an_eighth_and_are_mirrored(
+    numbered: Images, pixels: Pixels, kind: str
+) -> None:
     """The oracle finds what was done to each image among all that may be done: 5 rows, 7 columns, mirrored or not."""
     ways = [*product(range(-2, 3), range(-3, 4), (1, -1))]
     sides = {turn: np.pad(pixels[:, :, ::turn], ((0, 0), (2, 2), (3, 3), (0, 0))) for turn in (1, -1)}
@@ -191,7 +197,8 @@ def test_images_are_normalised_as_plain_numpy_does(numbered: Images, pixels: Pix
     """Zeros that move in are black, not the mean."""
     for kind in ("none", "flip"):
         plain, normal = (
-            next(stream(numbered, COUNT, augmentation=kind, known=known).epoch(0)) for known in (AS_IT_IS, COLOUR)
+            next(stream(numbered, COUNT, augmentation=kind, known=known).epoch(0))
+            for known in (AS_IT_IS, COLOUR)
         )
         before = pixels_of(plain[0]) / 255
         assert (before.min() == 0) == (kind == "flip")
@@ -208,7 +215,14 @@ def test_images_are_normalised_as_plain_numpy_does(numbered: Images, pixels: Pix
 @with_and_without_workers
 @pytest.mark.parametrize("kind", ["none", "flip"])
 def test_files_give_the_same_as_memory(folder: Path, copied: Images, workers: int, kind: str) -> None:
-    options: dict[str, Any] = {"batch_size": 3, "seed": 5, "augmentation": kind, "known": COLOUR, "size": 2, "rank": 1}
+    options: dict[str, Any] = {
+        "batch_size": 3,
+        "seed": 5,
+        "augmentation": kind,
+        "known": COLOUR,
+        "size": 2,
+        "rank": 1,
+    }
     files = stream(open_data(f"imagefolder:{folder}"), workers=workers, **options)
     memory = stream(copied, **options)
     assert files.steps == memory.steps == 5
@@ -253,7 +267,9 @@ def crops(ramps: Images, kind: str) -> NDArray[np.float64]:
             wide = (red[:, 8, 14] - red[:, 8, 1]) * 8 / 13
             tall = (green[:, 14, 8] - green[:, 1, 8]) * 8 / 13
             area, aspect = np.abs(wide * tall) / 64**2, np.abs(wide) / tall
-            rows += [*np.stack([area, aspect, green.mean((1, 2)) / 2, red.mean((1, 2)) / 2, wide < 0], axis=1)]
+            rows += [
+                *np.stack([area, aspect, green.mean((1, 2)) / 2, red.mean((1, 2)) / 2, wide < 0], axis=1)
+            ]
     return np.array(rows)
 
 
@@ -314,7 +330,10 @@ def refuses(complaint: str, some: Stream) -> None:
 def test_channels_have_to_match(numbered: Images, folder: Path) -> None:
     grey, pair = Preprocessing((0.5,), (0.5,)), Preprocessing((0.5,) * 2, (0.5,) * 2)
     refuses(r"numbered\.npz .* with 3 channels, the normalisation is for 1", stream(numbered, known=grey))
-    refuses(r"1 or 3 channels, the normalisation is for 2", stream(open_data(f"images:{folder / 'a'}"), known=pair))
+    refuses(
+        r"1 or 3 channels, the normalisation is for 2",
+        stream(open_data(f"images:{folder / 'a'}"), known=pair),
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -325,7 +344,9 @@ def test_mean_and_std_need_one_value_a_channel_each(numbered: Images, count: int
 def bomb() -> bytes:
     """A PNG of a few bytes that says it is 60,000 x 60,000 pixels large."""
     chunks = [b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0), b"IDAT", b"IEND"]
-    packed = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
+    packed = [
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
@@ -338,6 +359,11 @@ def test_an_unreadable_file_is_one_line(tmp_path: Path, workers: int, damage: st
     content = bad.read_bytes()
     bad.unlink()
     if damage != "gone":
-        broken = {"empty": b"", "head": content[:20], "half": content[: len(content) // 2], "text": b"no image\n"}
+        broken = {
+            "empty": b"",
+            "head": content[:20],
+            "half": content[: len(content) // 2],
+            "text": b"no image\n",
+        }
         bad.write_bytes({**broken, "bomb": bomb()}[damage])
     refuses(r"001\.png is not a readable image", stream(images, 5, workers=workers))

@@ -93,7 +93,10 @@ def test_safetensors(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict", "ema"])
 def test_wrapped_state_dict(tmp_path: Path, save: Save, wrapper: str) -> None:
     path = tmp_path / "net.pt"
-    save({wrapper: STATE, "epoch": 3, "best_acc": 91.7, "optimizer": {"lr": 0.1, "groups": [1]}, "name": "x"}, path)
+    save(
+        {wrapper: STATE, "epoch": 3, "best_acc": 91.7, "optimizer": {"lr": 0.1, "groups": [1]}, "name": "x"},
+        path,
+    )
     assert equal(load_checkpoint(path).tensors, STATE)
 
 
@@ -189,7 +192,9 @@ def test_parameters_and_shared_storage_are_read_as_plain_tensors(tmp_path: Path)
 
 def test_averaged_models_of_torch_are_undone(tmp_path: Path) -> None:
     net = CifarResNet(3)
-    torch.save({"model_ema": 0, "model": torch.optim.swa_utils.AveragedModel(net).state_dict()}, tmp_path / "net.pt")
+    torch.save(
+        {"model_ema": 0, "model": torch.optim.swa_utils.AveragedModel(net).state_dict()}, tmp_path / "net.pt"
+    )
     assert equal(load_checkpoint(tmp_path / "net.pt").tensors, net.state_dict())
     others = {"n_averaged": torch.tensor(1), "head.weight": torch.ones(2)}
     torch.save(others, tmp_path / "other.pt")
@@ -205,10 +210,17 @@ def test_what_modules_add_to_a_state_dict_is_left_out_and_said(tmp_path: Path) -
 
 
 def test_the_digest_is_of_the_tensors_not_of_the_file(tmp_path: Path) -> None:
-    tensors = {**STATE, "one": torch.ones(3, 1)[:, 0], "view": torch.arange(12.0).view(3, 4).t(), "none": torch.ones(0)}
+    tensors = {
+        **STATE,
+        "one": torch.ones(3, 1)[:, 0],
+        "view": torch.arange(12.0).view(3, 4).t(),
+        "none": torch.ones(0),
+    }
     tensors |= {"c": torch.ones(2, dtype=torch.complex64), "scalar": torch.tensor(3, dtype=torch.bfloat16)}
     save_file({name: each.contiguous() for name, each in tensors.items()}, tmp_path / "net.safetensors")
-    torch.save({"state_dict": {f"module.{name}": tensors[name] for name in reversed(tensors)}}, tmp_path / "net.pt")
+    torch.save(
+        {"state_dict": {f"module.{name}": tensors[name] for name in reversed(tensors)}}, tmp_path / "net.pt"
+    )
     read = [load_checkpoint(tmp_path / f"net{suffix}").source for suffix in (".pt", ".safetensors")]
     assert {each["state_sha256"] for each in read} == {state_sha256(tensors)}
     changes: list[dict[str, Tensor]] = [
@@ -258,7 +270,11 @@ def test_programs_are_refused_by_name_and_with_the_way_out(tmp_path: Path) -> No
     torch.jit.script(net).save(str(tmp_path / "script.pt"))
     torch.jit.trace(net, torch.ones(1, 3)).save(str(tmp_path / "trace.pth"))
     torch.export.save(torch.export.export(net, (torch.ones(1, 3),)), tmp_path / "export.pt2")
-    for name, kind in (("script.pt", "TorchScript"), ("trace.pth", "TorchScript"), ("export.pt2", "torch.export")):
+    for name, kind in (
+        ("script.pt", "TorchScript"),
+        ("trace.pth", "TorchScript"),
+        ("export.pt2", "torch.export"),
+    ):
         text = refused(tmp_path / name)
         assert kind in text
         assert "state_dict" in text
@@ -288,7 +304,8 @@ def test_names_that_no_file_can_hold(tmp_path: Path, name: str, exact: bool) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["名前.weight", "x\ny.weight", "a\0b", "a/x", "a..weight", "_modules.weight", "__metadata__.weight"]
+    "name",
+    ["名前.weight", "x\ny.weight", "a\0b", "a/x", "a..weight", "_modules.weight", "__metadata__.weight"],
 )
 def test_other_odd_names_are_read_and_written(tmp_path: Path, name: str) -> None:
     state = {**STATE, name: torch.ones(2, 2)}
@@ -305,7 +322,9 @@ def test_types_that_no_file_can_hold(tmp_path: Path, dtype: torch.dtype) -> None
 
 @both_containers
 @pytest.mark.parametrize("shape", [(60_000, 60_000), (10**6, 10**6), (300_000_000,)])
-def test_views_that_stand_for_far_more_than_the_file_holds(tmp_path: Path, save: Save, shape: tuple[int, ...]) -> None:
+def test_views_that_stand_for_far_more_than_the_file_holds(
+    tmp_path: Path, save: Save, shape: tuple[int, ...]
+) -> None:
     save({**STATE, "wide": torch.zeros(1).expand(shape)}, tmp_path / "net.pt")
     text = refused(tmp_path / "net.pt")
     assert "at most 1,073,741,824 are read" in text
@@ -427,7 +446,9 @@ def test_nan_and_inf_are_named(tmp_path: Path, save: Save, value: float, dtype: 
 
 
 def test_nan_in_safetensors_is_named(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(2), "b.weight": torch.tensor([[1.0, float("nan")]])}, tmp_path / "net.safetensors")
+    save_file(
+        {"a": torch.ones(2), "b.weight": torch.tensor([[1.0, float("nan")]])}, tmp_path / "net.safetensors"
+    )
     assert "NaN or Inf in b.weight" in refused(tmp_path / "net.safetensors")
 
 
@@ -456,7 +477,9 @@ def test_nan_and_inf_where_nobody_decomposes_are_a_note(tmp_path: Path, name: st
     ],
     ids=["empty", "missing", "folder", "one byte", "text", "half a zip", "dangling link"],
 )
-def test_what_is_no_checkpoint(tmp_path: Path, suffix: str, make: Callable[[Path], object], wanted: str) -> None:
+def test_what_is_no_checkpoint(
+    tmp_path: Path, suffix: str, make: Callable[[Path], object], wanted: str
+) -> None:
     path = tmp_path / f"net{suffix}"
     make(path)
     assert wanted in refused(path)

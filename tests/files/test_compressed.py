@@ -100,7 +100,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         state[f"fc{number}.weight"], state[f"fc{number}.bias"] = torch.randn(out, width), torch.randn(out)
     torch.save(state, path / "mlp.pt")
     for name, dtype in (("tt", "float32"), ("int8", "int8"), ("half", "float16")):
-        words = ("compress", "mlp.pt", "--arch", "mlp", "--ranks", "4", "--dtype", dtype, "-o", f"{name}.safetensors")
+        words = (
+            "compress",
+            "mlp.pt",
+            "--arch",
+            "mlp",
+            "--ranks",
+            "4",
+            "--dtype",
+            dtype,
+            "-o",
+            f"{name}.safetensors",
+        )
         succeeded(*words, cwd=path)
     return path
 
@@ -146,7 +157,11 @@ LIES: dict[str, tuple[str, Callable[[File], object], str]] = {
     "codes without a sign": ("int8", typed(CORE, "U8"), f"{CORE} is U8"),
     "a scale renamed": ("int8", renamed("fc1.core_scales.1", "fc1.scales.1"), "lacks fc1.core_scales.1"),
     "a bias renamed": ("tt", renamed(BIAS, "fc2.b"), f"lacks {BIAS}"),
-    "a bias of another number": ("tt", lambda file: file.miscount(BIAS, 31), f"{BIAS} has 32 entries, not 31"),
+    "a bias of another number": (
+        "tt",
+        lambda file: file.miscount(BIAS, 31),
+        f"{BIAS} has 32 entries, not 31",
+    ),
     "a kept weight transposed": ("tt", shaped(KEPT, 32, 10), "other names, types or shapes"),
     "a kept weight flat": ("tt", shaped(KEPT, 320), "other names, types or shapes"),
     "a kept weight as whole numbers": ("tt", typed(KEPT, "I32"), "other names, types or shapes"),
@@ -158,12 +173,28 @@ LIES: dict[str, tuple[str, Callable[[File], object], str]] = {
         lambda file: file.add("fc1.weight", 32, 64),
         "fc1.weight is not to be",
     ),
-    "a layer left out": ("tt", lambda file: file.leave_out("layers", "fqn", "fc1"), "other names, types or shapes"),
-    "a layer listed twice": ("tt", lambda file: file.metadata["layers"].append(file.layer("fc1")), "once, not twice"),
+    "a layer left out": (
+        "tt",
+        lambda file: file.leave_out("layers", "fqn", "fc1"),
+        "other names, types or shapes",
+    ),
+    "a layer listed twice": (
+        "tt",
+        lambda file: file.metadata["layers"].append(file.layer("fc1")),
+        "once, not twice",
+    ),
     "a kept layer left out": ("tt", lambda file: file.leave_out("layers", "fqn", "fc3"), "other names"),
     "a bias left out": ("tt", lambda file: file.leave_out("kept_parameters", "name", BIAS), "other names"),
-    "layers that changed names": ("tt", lambda file: file.layer("fc2").update(fqn="fc5"), "lacks fc5.cores.0"),
-    "another type of the weight": ("int8", lambda file: file.layer("fc1").update(weight_dtype="float16"), "types"),
+    "layers that changed names": (
+        "tt",
+        lambda file: file.layer("fc2").update(fqn="fc5"),
+        "lacks fc5.cores.0",
+    ),
+    "another type of the weight": (
+        "int8",
+        lambda file: file.layer("fc1").update(weight_dtype="float16"),
+        "types",
+    ),
     "a tied name invented": ("tt", lambda file: file.metadata.update(tied={"fc4.bias": BIAS}), "other names"),
     "a tied name that is stored": (
         "tt",
@@ -183,7 +214,9 @@ SEEN_BY_NAMES = (
 @pytest.mark.parametrize(
     "lie", [lie for lie in LIES if lie not in ("a bias of another number", "a bias left out and stored")]
 )
-def test_metadata_and_tensors_that_disagree_are_refused_by_every_reader(lie: str, folder: Path, tmp_path: Path) -> None:
+def test_metadata_and_tensors_that_disagree_are_refused_by_every_reader(
+    lie: str, folder: Path, tmp_path: Path
+) -> None:
     of, tell, says = LIES[lie]
     file = File.read(folder / f"{of}.safetensors")
     tell(file)
@@ -230,7 +263,8 @@ def test_a_key_that_comes_twice_in_the_header(key: str, folder: Path, tmp_path: 
 
 @pytest.mark.parametrize("value", [nan, inf, -inf])
 @pytest.mark.parametrize(
-    ("of", "name"), [("tt", CORE), ("int8", "fc1.core_scales.0"), ("tt", BIAS), ("tt", KEPT), ("int8", "fc3.bias")]
+    ("of", "name"),
+    [("tt", CORE), ("int8", "fc1.core_scales.0"), ("tt", BIAS), ("tt", KEPT), ("int8", "fc3.bias")],
 )
 def test_values_that_are_not_finite_are_refused_by_whoever_reads_them(
     of: str, name: str, value: float, folder: Path, tmp_path: Path

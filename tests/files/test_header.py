@@ -19,7 +19,14 @@ from torch import Tensor
 
 from ttcompress.errors import CheckpointError, TTCompressError
 from ttcompress.files.checkpoint import load_compressed
-from ttcompress.files.header import ITEM_SIZE, TensorInfo, canonical_json, encode_header, read_header, read_metadata
+from ttcompress.files.header import (
+    ITEM_SIZE,
+    TensorInfo,
+    canonical_json,
+    encode_header,
+    read_header,
+    read_metadata,
+)
 from ttcompress.files.tensors import DTYPE_NAMES
 from ttcompress.files.writing import write_safetensors
 from ttcompress.report.text import read_report
@@ -89,7 +96,9 @@ def test_safetensors_reads_what_we_write(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPE_NAMES, ids=DTYPE_NAMES.values())
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 3), (2, 3)])
-def test_every_type_round_trips_through_safetensors(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_every_type_round_trips_through_safetensors(
+    tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
     path = tmp_path / "file.safetensors"
     tensor = torch.arange(6).reshape(2, 3).to(torch.float32).to(dtype)
     tensor = tensor if shape == (2, 3) else tensor.reshape(-1)[1].expand(shape).clone()
@@ -112,7 +121,15 @@ def test_every_type_round_trips_through_safetensors(tmp_path: Path, dtype: torch
         torch.tensor(2.0).expand(3, 4),
         torch.arange(24.0).reshape(1, 2, 3, 4).contiguous(memory_format=torch.channels_last),
     ],
-    ids=["one of stride 5", "none of stride 5", "one of stride 0", "transposed", "sliced", "expanded", "channels last"],
+    ids=[
+        "one of stride 5",
+        "none of stride 5",
+        "one of stride 0",
+        "transposed",
+        "sliced",
+        "expanded",
+        "channels last",
+    ],
 )
 def test_any_strides_are_written_row_major(tmp_path: Path, tensor: Tensor) -> None:
     path = tmp_path / "file.safetensors"
@@ -179,7 +196,9 @@ def test_reads_what_safetensors_writes(tmp_path: Path) -> None:
     save_file(TENSORS, path, metadata={"who": "they"})
     infos, metadata = read_header(path)
     assert metadata == {"who": "they"}
-    assert {name: info.shape for name, info in infos.items()} == {name: tuple(t.shape) for name, t in TENSORS.items()}
+    assert {name: info.shape for name, info in infos.items()} == {
+        name: tuple(t.shape) for name, t in TENSORS.items()
+    }
     assert {name: info.dtype for name, info in infos.items()} == {
         name: DTYPE_NAMES[t.dtype] for name, t in TENSORS.items()
     }
@@ -345,10 +364,16 @@ def test_any_other_byte_gives_our_error_or_a_consistent_file(
 
 
 NUMBERS = (
-    st.integers(-(2**65), 2**65) | st.integers(-2, 40) | st.floats() | st.booleans() | st.none() | st.text(max_size=3)
+    st.integers(-(2**65), 2**65)
+    | st.integers(-2, 40)
+    | st.floats()
+    | st.booleans()
+    | st.none()
+    | st.text(max_size=3)
 )
 JSON_VALUES = st.recursive(
-    NUMBERS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    NUMBERS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
 )
 
 

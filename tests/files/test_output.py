@@ -201,7 +201,9 @@ def test_a_run_may_write_its_output_in_several_steps(tmp_path: Path) -> None:
 
     with writing_alone(path):
         assert write("text", path, again=True) == "text again"
-        process = subprocess.run([sys.executable, "-c", WRITE, str(path)], capture_output=True, text=True, check=False)
+        process = subprocess.run(
+            [sys.executable, "-c", WRITE, str(path)], capture_output=True, text=True, check=False
+        )
         assert "another command is writing it" in process.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 

@@ -45,7 +45,8 @@ def test_folder_and_index_are_the_same_checkpoint(folder: Path, by: str) -> None
 
 def test_digest_is_that_of_sha256sum(folder: Path) -> None:
     lines = [
-        f"{hashlib.sha256((folder / shard).read_bytes()).hexdigest()}  {shard}\n" for shard in sorted({*HOMES.values()})
+        f"{hashlib.sha256((folder / shard).read_bytes()).hexdigest()}  {shard}\n"
+        for shard in sorted({*HOMES.values()})
     ]
     assert file_digest(folder) == hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -124,7 +125,10 @@ def test_written_shards_are_read_back_by_others_and_by_us(folder: Path, tmp_path
     assert {name: shard for shard, tensors in written.items() for name in tensors} == HOMES
     assert equal({name: tensors[name] for tensors in written.values() for name in tensors}, TENSORS)
     assert equal(load_compressed(tmp_path / "new"), TENSORS)
-    assert json.loads((tmp_path / "new" / INDEX).read_text()) == {"metadata": {"total_size": 66}, "weight_map": HOMES}
+    assert json.loads((tmp_path / "new" / INDEX).read_text()) == {
+        "metadata": {"total_size": 66},
+        "weight_map": HOMES,
+    }
     assert stored_bytes(tmp_path / "new") == sum(
         file.stat().st_size for file in (tmp_path / "new").glob("*.safetensors")
     )
@@ -148,7 +152,9 @@ def test_a_failure_leaves_no_index_and_no_half_shard(folder: Path) -> None:
 
 def test_a_type_that_cannot_be_written_leaves_the_old_checkpoint(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="no type"):
-        write_shards(folder, Index(folder / INDEX, HOMES), {**TENSORS, "a": torch.zeros(2, dtype=torch.complex128)})
+        write_shards(
+            folder, Index(folder / INDEX, HOMES), {**TENSORS, "a": torch.zeros(2, dtype=torch.complex128)}
+        )
     assert equal(load_checkpoint(folder).tensors, TENSORS)
 
 
@@ -194,7 +200,9 @@ def test_one_bin_file_in_a_folder_is_its_checkpoint(tmp_path: Path) -> None:
         ({**PICKLED_HOMES, "a": "../net/pytorch_model-2.bin"}, "must be bin files beside the index"),
     ],
 )
-def test_pickled_shards_that_do_not_fit_their_index(tmp_path: Path, homes: dict[str, str], wanted: str) -> None:
+def test_pickled_shards_that_do_not_fit_their_index(
+    tmp_path: Path, homes: dict[str, str], wanted: str
+) -> None:
     path = _pickled(tmp_path / "net", PICKLED_HOMES) / "pytorch_model.bin.index.json"
     path.write_text(json.dumps({"weight_map": homes}))
     assert wanted in refused(path)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ttcompress.errors import PlanError, ShapeError
-from ttcompress.layers import base, kept
+from ttcompress.layers import base
 from ttcompress.layers import execution as choosing
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
@@ -123,7 +123,16 @@ def test_a_convolution_at_full_rank_in_every_geometry(
 def test_a_convolution_keeps_the_attributes_of_the_dense_one(weight_format: str) -> None:
     dense = nn.Conv2d(8, 6, (3, 2), (2, 1), (1, 0), (1, 2), padding_mode="reflect", bias=False)
     layer = TTConv2d.from_dense(dense, weight_format)
-    names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode", "groups"]
+    names = [
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "padding_mode",
+        "groups",
+    ]
     assert [getattr(layer, name) for name in names] == [getattr(dense, name) for name in names]
     assert layer.bias is None
     assert layer.spec == layer_spec(dense)
@@ -270,7 +279,11 @@ def test_gradients_match_those_through_the_dense_weight(case: Any) -> None:
     layer, x = layer.double(), x.double().requires_grad_()
 
     def gradients(y: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad((y * torch.arange(y.numel()).view_as(y).sin()).sum(), [x, *layer.parameters()]))
+        return list(
+            torch.autograd.grad(
+                (y * torch.arange(y.numel()).view_as(y).sin()).sum(), [x, *layer.parameters()]
+            )
+        )
 
     conv = isinstance(dense, nn.Conv2d)
     y = nn.functional.conv2d(x, layer.weight, layer.bias, 2, 1) if conv else x @ layer.weight.T + layer.bias
@@ -296,7 +309,7 @@ def test_deepcopy_is_independent(case: Any) -> None:
 def fresh(layer: Any, x: Tensor) -> Tensor:
     """What the layer says with nothing kept from before."""
     twin = deepcopy(layer)
-    assert twin.kept_tensors() == []
+    assert twin.cached_tensors() == []
     with torch.no_grad():
         y: Tensor = twin(x)
     return y
@@ -347,10 +360,10 @@ def test_what_is_kept_for_evaluation_follows_the_cores(case: Any, change: str) -
         layer.execution = execution
         with torch.no_grad():
             before = layer(x)
-            made = [id(tensor) for tensor in layer.kept_tensors()]
+            made = [id(tensor) for tensor in layer.cached_tensors()]
             assert torch.equal(layer(x), before)
             assert made
-            assert [id(tensor) for tensor in layer.kept_tensors()] == made
+            assert [id(tensor) for tensor in layer.cached_tensors()] == made
         changes()[change](layer)
         with torch.no_grad():
             after = layer(x)
@@ -389,7 +402,9 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 @every_layer
 @settings(max_examples=25, deadline=None)
 @given(steps=st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.sampled_from(sorted(MODES))), max_size=8))
-def test_no_history_of_calls_and_changes_is_seen_in_the_result(case: Any, steps: list[tuple[str, str]]) -> None:
+def test_no_history_of_calls_and_changes_is_seen_in_the_result(
+    case: Any, steps: list[tuple[str, str]]
+) -> None:
     layer, _, x = small(case)
     layer.eval()
     for step, mode in steps:
@@ -495,7 +510,7 @@ def test_nothing_is_kept_where_gradients_flow_or_types_change(case: Any) -> None
         assert layer(x).dtype == torch.bfloat16
     assert close(layer(x), wanted)
     assert layer.double()(x.double()).dtype == torch.float64
-    assert layer.train().kept_tensors() == []
+    assert layer.train().cached_tensors() == []
 
 
 @every_layer
@@ -555,7 +570,9 @@ def test_compile_without_graph_breaks(case: Any) -> None:
 @every_layer
 def test_export_with_any_batch_size(case: Any) -> None:
     layer, _, x = small(case)
-    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+    program = torch.export.export(
+        layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},)
+    )
     more = torch.cat([x, x, x])
     assert close(program.module()(more), layer(more))
 
@@ -611,12 +628,12 @@ def test_an_execution_that_does_not_exist(case: Any) -> None:
 
 
 def test_a_batch_of_one_does_not_rebuild_the_weight() -> None:
-    """The factored way is the cheaper one for few rows; the dense one wins at full rank with many."""
+    """Running by the cores is the cheaper one for few rows; the dense one wins at full rank with many."""
     for weight_format in ("matrix", "lowrank"):
         layer = TTLinear.from_dense(seeded(lambda: nn.Linear(256, 256)), weight_format, 4)
-        assert layer._choice.cheaper(Calls(1, 1), kept=False, trains=True) == "contract"
+        assert layer._choice.cheaper(Calls(1, 1), cached=False, trains=True) == "contract"
     full = TTLinear.from_dense(seeded(lambda: nn.Linear(256, 256)))
-    assert full._choice.cheaper(Calls(100_000, 100_000), kept=False, trains=True) == "dense"
+    assert full._choice.cheaper(Calls(100_000, 100_000), cached=False, trains=True) == "dense"
 
 
 @pytest.mark.parametrize(
@@ -632,12 +649,17 @@ def test_a_batch_of_one_does_not_rebuild_the_weight() -> None:
 def test_a_network_moves_as_one_of_dense_layers(move: Callable[[nn.Module], nn.Module]) -> None:
     """Cores have five dimensions, which torch takes for volumes."""
     conv, linear = seeded(lambda: nn.Conv2d(3, 8, 3)), nn.Linear(8 * 6 * 6, 12)
-    first, last = TTConv2d.from_dense(conv, "chain", max_rank=4), TTLinear.from_dense(linear, "matrix", max_rank=3)
+    first, last = (
+        TTConv2d.from_dense(conv, "chain", max_rank=4),
+        TTLinear.from_dense(linear, "matrix", max_rank=3),
+    )
     net = nn.Sequential(first, nn.Flatten(), last)
     before, x = deepcopy(net.state_dict()), torch.randn(2, 3, 8, 8)
     wanted = net(x)
     move(net)
-    assert {name: each.shape for name, each in net.state_dict().items()} == {k: v.shape for k, v in before.items()}
+    assert {name: each.shape for name, each in net.state_dict().items()} == {
+        k: v.shape for k, v in before.items()
+    }
     shared = [each.is_shared() for each in net.parameters()]
     net.load_state_dict(before)
     torch.testing.assert_close(net(x), wanted)
@@ -659,9 +681,9 @@ def test_one_layer_serves_several_threads() -> None:
     made = set()
     for x in (few, many):
         layer(x)
-        made.add(layer._kept.call.execution)  # type: ignore[union-attr]
+        made.add(layer._cache.call.execution)  # type: ignore[union-attr]
     assert made == {"contract", "dense"}
-    files = {module.__file__ for module in (base, choosing, kept)}
+    files = {module.__file__ for module in (base, choosing, cache)}
     calls = 0
 
     def come_between(frame: FrameType, event: str, _: Any) -> Any:
@@ -671,7 +693,7 @@ def test_one_layer_serves_several_threads() -> None:
         if event == "line":
             calls += 1
             # Or a third thread came before it, with a third shape.
-            layer._kept.call = None
+            layer._cache.call = None
             layer(many if len(x) == 1 else few)
         return come_between
 

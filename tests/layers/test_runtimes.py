@@ -37,7 +37,7 @@ def difference(found: Tensor, wanted: Tensor) -> float:
 def test_compile_takes_few_graphs_for_all_batches(
     make: Callable[[], nn.Module], shape: tuple[int, ...], options: dict[str, Any]
 ) -> None:
-    """One for a batch of one, one for any, and few more where the choice between factored and dense changes."""
+    """One for a batch of one, one for any, and few more where the choice between cores and dense changes."""
     torch.compiler.reset()
     graphs = CompileCounter()
     model = compressed(make, options)
@@ -50,7 +50,9 @@ def test_compile_takes_few_graphs_for_all_batches(
 
 @every_network
 @torch.no_grad()
-def test_export_takes_any_batch(make: Callable[[], nn.Module], shape: tuple[int, ...], options: dict[str, Any]) -> None:
+def test_export_takes_any_batch(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], options: dict[str, Any]
+) -> None:
     model = compressed(make, options)
     any_batch = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(model, (torch.randn(2, *shape),), dynamic_shapes=any_batch).module()

@@ -66,7 +66,9 @@ def test_wilson_interval_bounds_solve_its_defining_equation(n: int, share: float
     low, high = wilson_interval(right, n)
     assert 0 <= low <= 100 * (right / n) <= high <= 100
     for bound in (low / 100, high / 100):
-        assert abs(right / n - bound) == pytest.approx(1.959964 * sqrt(max(0, bound * (1 - bound)) / n), abs=1e-6)
+        assert abs(right / n - bound) == pytest.approx(
+            1.959964 * sqrt(max(0, bound * (1 - bound)) / n), abs=1e-6
+        )
 
 
 def test_published_resnet20_interval() -> None:
@@ -217,7 +219,9 @@ def test_no_images_and_no_labels() -> None:
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
         MemoryError(),
     ],
 )
@@ -276,7 +280,9 @@ def test_what_a_loader_raises_and_what_is_no_batch() -> None:
 @given(n=st.integers(1, 30), classes=st.integers(1, 12), seed=st.integers(0, 99))
 def test_top5_is_never_below_top1(n: int, classes: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    accuracy = predict(Given(), batches(rng.normal(size=(n, classes)), rng.integers(0, classes, n))).accuracy()
+    accuracy = predict(
+        Given(), batches(rng.normal(size=(n, classes)), rng.integers(0, classes, n))
+    ).accuracy()
     low, high = accuracy.interval
     assert 0 <= low <= accuracy.top1 + 1e-12
     assert accuracy.top1 - 1e-12 <= high <= 100
@@ -287,7 +293,10 @@ def test_images_in_another_order_are_not_compared_one_by_one() -> None:
     """As from a DataLoader that shuffles: both accuracies are right, and agreement is not known."""
     logits, labels = made_up(40, 10)
     order = RNG.permutation(40)
-    one, other = predict(Given(), batches(logits, labels)), predict(Given(), batches(logits[order], labels[order]))
+    one, other = (
+        predict(Given(), batches(logits, labels)),
+        predict(Given(), batches(logits[order], labels[order])),
+    )
     comparison = compare(one, other, "data")
     assert comparison.dense == comparison.compressed
     assert comparison.to_json()["agreement"] is None

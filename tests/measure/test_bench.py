@@ -162,7 +162,9 @@ def test_the_layers_of_a_network_get_what_they_get_in_it() -> None:
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
-def test_saved_figures_leave_the_file_where_and_for_whom_it_was(file: Path, tmp_path: Path, mode: int) -> None:
+def test_saved_figures_leave_the_file_where_and_for_whom_it_was(
+    file: Path, tmp_path: Path, mode: int
+) -> None:
     (tmp_path / "links").mkdir()
     link = tmp_path / "links" / "net.safetensors"
     link.symlink_to(Path("..") / file.name)
@@ -175,7 +177,9 @@ def test_saved_figures_leave_the_file_where_and_for_whom_it_was(file: Path, tmp_
     assert [each.name for each in link.parent.iterdir()] == [link.name]
 
 
-@pytest.mark.parametrize("arguments", [["--batch-sizes", "1000000000000"], ["--batch-sizes", "1,99999999999999999999"]])
+@pytest.mark.parametrize(
+    "arguments", [["--batch-sizes", "1000000000000"], ["--batch-sizes", "1,99999999999999999999"]]
+)
 def test_batches_that_no_machine_has_are_one_line(
     file: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

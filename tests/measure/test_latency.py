@@ -11,7 +11,7 @@ from torch import nn
 import ttcompress
 from ttcompress.errors import DataError, PlanError
 from ttcompress.measure import latency, timing
-from ttcompress.measure.latency import Bed, within_latency
+from ttcompress.measure.latency import TimedNetwork, within_latency
 from ttcompress.measure.timing import Timings
 from ttcompress.networks.running import Example
 from ttcompress.planning.planner import make_plan
@@ -30,7 +30,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.Flatten(), nn.Linear(32 * 16, 40), nn.Linear(40, 5)
+        nn.Conv2d(3, 16, 3),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3),
+        nn.Flatten(),
+        nn.Linear(32 * 16, 40),
+        nn.Linear(40, 5),
     )
 
 
@@ -84,7 +89,7 @@ def test_a_network_that_no_tt_form_makes_faster() -> None:
 
 def test_ways_to_run_are_fixed_where_one_wins_at_every_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(ranks=2, conv_ranks=3)
-    bed = Bed(network(), Example((3, 8, 8)), torch.device("cpu"))
+    bed = TimedNetwork(network(), Example((3, 8, 8)), torch.device("cpu"))
     # Factored over dense: conv2 at batch 1, linear at batch 1, then both at batch 32.
     ratios = iter([0.5, 2.0, 0.6, 0.9])
     monkeypatch.setattr(latency, "by_turns", lambda *given: Timings([1.0], [next(ratios)]))
@@ -100,13 +105,13 @@ def test_the_bed_leaves_the_network_alone_and_needs_no_values() -> None:
     with torch.device("meta"):
         empty = network()
     for model in (network(), empty):
-        bed = Bed(model, Example((3, 8, 8)), torch.device("cpu"))
+        bed = TimedNetwork(model, Example((3, 8, 8)), torch.device("cpu"))
         measured = bed.latency(plan, 1.0)
         assert measured["dense"] > 0 < measured["compressed"]
         assert bed.tuned(plan).params_after == plan.params_after
         assert isinstance(model[4], nn.Linear)
     with pytest.raises(DataError, match="does not take"):
-        Bed(network(), Example((3, 9, 9)), torch.device("cpu"))
+        TimedNetwork(network(), Example((3, 9, 9)), torch.device("cpu"))
 
 
 def test_a_network_whose_layers_are_far_too_wide_meets_its_latency() -> None:

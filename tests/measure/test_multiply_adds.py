@@ -25,9 +25,16 @@ def test_published_counts() -> None:
     sides = [224, 224, 112, 112, 56, 56, 56, 28, 28, 28, 14, 14, 14]
     widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
     convs = sum(9 * a * b * side**2 for a, b, side in zip(widths[:-1], widths[1:], sides, strict=True))
-    assert usage_of(vgg, Example((3, 224, 224))).multiply_adds == convs + 25088 * 4096 + 4096 * 4096 + 4096 * 1000
+    assert (
+        usage_of(vgg, Example((3, 224, 224))).multiply_adds
+        == convs + 25088 * 4096 + 4096 * 4096 + 4096 * 1000
+    )
     stages = (
-        6 * 9 * 16 * 16 * 1024 + 9 * 16 * 32 * 256 + 5 * 9 * 32 * 32 * 256 + 9 * 32 * 64 * 64 + 5 * 9 * 64 * 64 * 64
+        6 * 9 * 16 * 16 * 1024
+        + 9 * 16 * 32 * 256
+        + 5 * 9 * 32 * 32 * 256
+        + 9 * 32 * 64 * 64
+        + 5 * 9 * 64 * 64 * 64
     )
     assert usage_of(CifarResNet(3), Example((3, 32, 32))).multiply_adds == 9 * 3 * 16 * 1024 + stages + 640
 

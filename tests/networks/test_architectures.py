@@ -231,7 +231,9 @@ def test_resolve_fills_in_classes() -> None:
 def test_stated_widths_have_to_be_those_of_the_checkpoint() -> None:
     shapes = shapes_of(models.build(MLP))
     assert models.resolve("mlp-784-300-10", shapes) == MLP
-    with pytest.raises(ArchitectureError, match=r"does not fit the checkpoint: other shapes: fc1\.bias is \(300,\)"):
+    with pytest.raises(
+        ArchitectureError, match=r"does not fit the checkpoint: other shapes: fc1\.bias is \(300,\)"
+    ):
         models.resolve("mlp-784-200-10", shapes)
 
 
@@ -274,13 +276,17 @@ def test_infer_without_match_names_the_nearest() -> None:
 
 def test_infer_with_several_matches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "ZOO", {"one": zoo.lenet5, "two": zoo.lenet5})
-    with pytest.raises(ArchitectureError, match="several architectures, zoo:one, zoo:two: choose with --arch") as error:
+    with pytest.raises(
+        ArchitectureError, match="several architectures, zoo:one, zoo:two: choose with --arch"
+    ) as error:
         models.infer(shapes_of(zoo.lenet5()))
     message(error)
 
 
 def test_infer_of_foreign_keys() -> None:
-    with pytest.raises(ArchitectureError, match=r"has the checkpoint's keys \(tok_embeddings\.weight\)") as error:
+    with pytest.raises(
+        ArchitectureError, match=r"has the checkpoint's keys \(tok_embeddings\.weight\)"
+    ) as error:
         models.infer({"tok_embeddings.weight": (100, 10)})
     message(error)
 
@@ -289,7 +295,9 @@ def test_factory(tmp_path: Path) -> None:
     file = network_file(tmp_path, "def build():\n    return nn.Linear(3, 2)\n")
     reference = f"{file}:build"
     architecture = models.resolve(reference, {"weight": (2, 3), "bias": (2,)})
-    assert architecture == Architecture("factory", "net.py:build", sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+    assert architecture == Architecture(
+        "factory", "net.py:build", sha256=hashlib.sha256(file.read_bytes()).hexdigest()
+    )
     model = models.build(architecture, factories.load_factory(reference))
     assert isinstance(model, nn.Linear)
     assert model.weight.device.type == "cpu"
@@ -313,7 +321,11 @@ def test_factory_file_may_define_dataclasses(tmp_path: Path) -> None:
         ("def other(): pass\n", "build", r"has no function 'build'; it has other"),
         ("1 / 0\n", "build", r"failed on import: ZeroDivisionError: division by zero"),
         ("def build(:\n", "build", r"failed on import: SyntaxError"),
-        ("def build():\n    raise ValueError('first\\nsecond')\n", "build", r"net\.py:build failed: ValueError: first"),
+        (
+            "def build():\n    raise ValueError('first\\nsecond')\n",
+            "build",
+            r"net\.py:build failed: ValueError: first",
+        ),
         ("def build(): return 3\n", "build", r"net\.py:build returned a int, it has to return an nn\.Module"),
         ("def build(): return nn.Linear(2, 2)\n", "build", r"net\.py:build does not fit .*unexpected: x"),
     ],
@@ -337,7 +349,9 @@ def test_factory_reference_errors(tmp_path: Path) -> None:
 def test_preprocessing() -> None:
     imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     assert models.preprocessing(models.resolve("vgg16")) == Preprocessing(*imagenet, (3, 224, 224), 256)
-    assert models.preprocessing(models.resolve("inception_v3")) == Preprocessing(*imagenet, (3, 299, 299), 342)
+    assert models.preprocessing(models.resolve("inception_v3")) == Preprocessing(
+        *imagenet, (3, 299, 299), 342
+    )
     assert models.preprocessing(models.resolve("resnet20")) == Preprocessing(*imagenet, (3, 32, 32))
     vit = models.preprocessing(models.resolve("vit_h_14"))
     assert vit is not None
@@ -351,7 +365,9 @@ def test_preprocessing() -> None:
 
 
 @pytest.mark.parametrize("file", ["resnet20-12fca82f.th", "resnet32-d509ac18.th"])
-def test_published_checkpoints_reach_their_accuracy(file: str, checkpoints: Path, small_cifar10_root: Path) -> None:
+def test_published_checkpoints_reach_their_accuracy(
+    file: str, checkpoints: Path, small_cifar10_root: Path
+) -> None:
     stored = torch.load(checkpoints / file, map_location="cpu", weights_only=True)["state_dict"]
     state = {key.removeprefix("module."): value for key, value in stored.items()}
     architecture = models.infer({key: tuple(value.shape) for key, value in state.items()})

@@ -52,17 +52,31 @@ FAILING = {
 
 
 @pytest.mark.parametrize("kind", FAILING)
-def test_a_factory_that_fails_is_one_line(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_factory_that_fails_is_one_line(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = written(tmp_path, FAILING[kind])
     torch.save(
-        nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).state_dict(), tmp_path / "c.pt"
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).state_dict(),
+        tmp_path / "c.pt",
     )
     output = tmp_path / "o.safetensors"
-    words = ["compress", str(tmp_path / "c.pt"), "--arch", f"{file}:build", "--ratio", "1.2", "-o", str(output)]
+    words = [
+        "compress",
+        str(tmp_path / "c.pt"),
+        "--arch",
+        f"{file}:build",
+        "--ratio",
+        "1.2",
+        "-o",
+        str(output),
+    ]
     assert "net.py" in refused(words, capsys)
     assert not output.exists()
     with pytest.raises(TTCompressError):
-        ttcompress.compress(architectures.build(architectures.resolve(f"{file}:build"), load_factory(f"{file}:build")))
+        ttcompress.compress(
+            architectures.build(architectures.resolve(f"{file}:build"), load_factory(f"{file}:build"))
+        )
 
 
 def test_a_file_imports_its_neighbours_early_and_late(tmp_path: Path) -> None:
@@ -91,12 +105,16 @@ def test_a_factory_may_be_named_as_that_of_a_module(
     assert "owned_models.small:build" in str(ttcompress.read_report("o.safetensors").architecture)
     main(["evaluate", "o.safetensors", "--arch", reference, "--data", "digits"])
     capsys.readouterr()
-    assert "has no function 'other'" in refused(["plan", "c.pt", "--arch", "owned_models.small:other"], capsys)
+    assert "has no function 'other'" in refused(
+        ["plan", "c.pt", "--arch", "owned_models.small:other"], capsys
+    )
     for unknown in ("owned_models.large:build", "owned_models", "no.such.module:build"):
         assert "unknown architecture" in refused(["plan", "c.pt", "--arch", unknown, "--ratio", "2"], capsys)
 
 
-@pytest.mark.parametrize("reference", ["mlp-1000000-1000000", "zoo:mlp-784-2000000-2000000-10", "mlp-9-2000000000"])
+@pytest.mark.parametrize(
+    "reference", ["mlp-1000000-1000000", "zoo:mlp-784-2000000-2000000-10", "mlp-9-2000000000"]
+)
 def test_networks_without_measure_are_refused(reference: str) -> None:
     with pytest.raises(ArchitectureError, match="at most 10,000,000,000"):
         architectures.build(architectures.resolve(reference), device="cpu")
@@ -128,7 +146,9 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_unknown_networks_are_refused_without_building_any(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_networks_are_refused_without_building_any(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     built = []
     real = architectures.build
 
@@ -151,4 +171,6 @@ def test_what_holds_no_network_and_what_transformers_wrote_are_told_apart(
     assert "holds no network" in refused(["compress", str(tmp_path / "stats.pt"), "--ratio", "2"], capsys)
     torch.save({f"h.{i}.weight": torch.ones(8, 8) for i in range(3)}, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text("{}")
-    assert "transformers" in refused(["compress", str(tmp_path / "pytorch_model.bin"), "--ratio", "2"], capsys)
+    assert "transformers" in refused(
+        ["compress", str(tmp_path / "pytorch_model.bin"), "--ratio", "2"], capsys
+    )

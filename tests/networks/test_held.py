@@ -132,7 +132,9 @@ def test_a_layer_that_is_held_elsewhere_stays_dense(how: str) -> None:
 def test_copies_hold_their_own_layers_or_are_refused(how: str) -> None:
     net = Net(KEPT[how])
     if how in SHARED:
-        with pytest.raises(ArchitectureError, match=r"a: held by .* which a copy of the network would go on to run"):
+        with pytest.raises(
+            ArchitectureError, match=r"a: held by .* which a copy of the network would go on to run"
+        ):
             copied(net)
         return
     twin = copied(net)

@@ -51,9 +51,12 @@ def test_layers_are_known_by_what_they_are(name: str, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "include"), [("scores", "*"), ("scores", "hidden"), ("x.cores.1", "*"), ("x.cores.1", "x.cores.1")]
+    ("name", "include"),
+    [("scores", "*"), ("scores", "hidden"), ("x.cores.1", "*"), ("x.cores.1", "x.cores.1")],
 )
-def test_accuracy_of_a_float64_network_whatever_its_layers_are_called(name: str, include: str, tmp_path: Path) -> None:
+def test_accuracy_of_a_float64_network_whatever_its_layers_are_called(
+    name: str, include: str, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     network = NETWORKS[name]().double()
     images, labels = torch.randn(8, 32, dtype=torch.float64), torch.arange(8)

@@ -47,7 +47,9 @@ def test_names_and_memory_are_those_of_the_checkpoint() -> None:
 
 
 def test_matrices_are_layers_with_the_bias_that_fits() -> None:
-    layers = {name: module for name, module in Weights(TENSORS).named_modules() if isinstance(module, nn.Linear)}
+    layers = {
+        name: module for name, module in Weights(TENSORS).named_modules() if isinstance(module, nn.Linear)
+    }
     assert layers.keys() == {"fc", "transposed"}
     assert (layers["fc"].in_features, layers["fc"].out_features) == (4, 6)
     assert layers["fc"].bias is not None
@@ -60,7 +62,9 @@ def test_what_counts_as_a_parameter() -> None:
 
 
 def test_every_kept_parameter_has_its_reason() -> None:
-    plan = make_plan(Weights({**TENSORS, "big.weight": torch.randn(32, 32)}), Recipe(ranks=1, include=("big",)))
+    plan = make_plan(
+        Weights({**TENSORS, "big.weight": torch.randn(32, 32)}), Recipe(ranks=1, include=("big",))
+    )
     assert [layer.fqn for layer in plan.layers] == ["big"]
     assert {kept.name: kept.reason for kept in plan.kept} == {
         "fc.weight": "not selected",
@@ -104,7 +108,12 @@ def test_default_candidates(name: str, kind: str) -> None:
 
 def test_tied_matrices_stay_dense_and_are_stored_once() -> None:
     table = torch.randn(32, 32)
-    tensors = {"a.weight": table, "b.weight": table.view(32, 32), "c.weight": table.T, "d.weight": torch.randn(32, 32)}
+    tensors = {
+        "a.weight": table,
+        "b.weight": table.view(32, 32),
+        "c.weight": table.T,
+        "d.weight": torch.randn(32, 32),
+    }
     model = Weights(tensors)
     assert tied_parameters(model) == {"b.weight": "a.weight"}
     assert stored_tensors(model, tensors).keys() == tensors.keys() - {"b.weight"}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import ttcompress
 from ttcompress.errors import DataError, PlanError
-from ttcompress.measure.latency import Bed
+from ttcompress.measure.latency import TimedNetwork
 from ttcompress.measure.multiply_adds import usage_of
 from ttcompress.networks.running import Example, batch_size, call, map_tensors, placed, tensors_of
 
@@ -69,7 +69,10 @@ OPTIONS: dict[str, Any] = {"ratio": 1.5, "include": ["*"], "batch_size": 32, "de
 
 
 def in_batches(inputs: Any) -> list[Any]:
-    return [(map_tensors(lambda each, at=at: each[at : at + 32], inputs), LABELS[at : at + 32]) for at in (0, 32, 64)]  # type: ignore[misc]
+    return [
+        (map_tensors(lambda each, at=at: each[at : at + 32], inputs), LABELS[at : at + 32])
+        for at in (0, 32, 64)
+    ]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("inputs", [(LEFT, RIGHT), [LEFT, RIGHT], {"right": RIGHT, "left": LEFT}])
@@ -86,7 +89,9 @@ def test_two_inputs_are_compressed_and_measured_as_one_tensor_of_both(inputs: An
 
 
 def test_one_mapping_is_calibration_by_itself_and_a_tuple_of_tensors_begins_with_its_inputs() -> None:
-    _, report = ttcompress.compress(pair(Pair), calib={"left": LEFT, "right": RIGHT}, effort="default", **OPTIONS)
+    _, report = ttcompress.compress(
+        pair(Pair), calib={"left": LEFT, "right": RIGHT}, effort="default", **OPTIONS
+    )
     assert report.calibration is not None
     assert report.calibration["images"] + report.calibration["held_out"] == COUNT
     first, _ = ttcompress.compress(pair(Packed), calib=torch.cat([LEFT, RIGHT], 1), **OPTIONS)
@@ -98,7 +103,9 @@ def test_one_mapping_is_calibration_by_itself_and_a_tuple_of_tensors_begins_with
 @pytest.mark.parametrize("effort", ["fast", "default"])
 def test_tokens_stay_whole_numbers_in_every_stage(inputs: Any, effort: str) -> None:
     batches = in_batches(inputs)
-    _, report = ttcompress.compress(pair(Tagger).double(), calib=batches, data=batches, effort=effort, **OPTIONS)
+    _, report = ttcompress.compress(
+        pair(Tagger).double(), calib=batches, data=batches, effort=effort, **OPTIONS
+    )
     assert report.calibration is not None
     assert report.calibration["stages"][0]["stage"] == "weights"
 
@@ -129,7 +136,7 @@ def test_counting_and_timing_take_an_example(given: Any) -> None:
     plan = ttcompress.plan(pair(Pair), macs_ratio=1.5, include=["*"], example=given)
     assert plan.multiply_adds is not None
     assert plan.multiply_adds[0] == products
-    bed = Bed(pair(Pair), Example(inputs=given), torch.device("cpu"))
+    bed = TimedNetwork(pair(Pair), Example(inputs=given), torch.device("cpu"))
     assert bed.latency(plan, 0.01)["dense"] > 0
     assert len(bed.tuned(plan).layers) == len(plan.layers)
 
@@ -151,7 +158,9 @@ class Rejecting(Tagger):
 def test_made_up_inputs_of_a_table_are_tokens() -> None:
     model = pair(Tagger)
     assert usage_of(model, Example((7,))).multiply_adds == 7 * 24 * 48 + 48 * 5
-    assert Bed(model, Example((7,)), torch.device("cpu")).tuned(ttcompress.plan(model, ranks=2)).layers
+    assert (
+        TimedNetwork(model, Example((7,)), torch.device("cpu")).tuned(ttcompress.plan(model, ranks=2)).layers
+    )
     with pytest.raises(DataError, match=r"three languages are needed; an example of its inputs says more"):
         usage_of(Rejecting(), Example((7,)))
 
@@ -161,7 +170,7 @@ def test_inputs_that_no_machine_has_memory_for_are_not_made(shape: tuple[int, ..
     with pytest.raises(DataError, match="more than this machine has memory for"):
         usage_of(pair(Packed), Example(shape))
     with pytest.raises(DataError, match="more than this machine has memory for"):
-        Bed(pair(Packed), Example(shape), torch.device("cpu"))
+        TimedNetwork(pair(Packed), Example(shape), torch.device("cpu"))
 
 
 def _raises(error: Exception) -> Callable[..., Tensor]:

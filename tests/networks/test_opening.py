@@ -44,14 +44,17 @@ def test_a_prefix_that_all_names_share_is_taken_off(
     assert network.tensors.keys() == net.state_dict().keys()
     assert (network.source or {})["state_sha256"] == state_sha256(net.state_dict())
     assert [
-        f"without the prefix '{part}.'" in line for part, line in zip(prefix.split("."), caplog.messages, strict=False)
+        f"without the prefix '{part}.'" in line
+        for part, line in zip(prefix.split("."), caplog.messages, strict=False)
     ]
     assert len(caplog.messages) == prefix.count(".")
 
 
 def test_a_prefix_that_the_network_has_itself_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "net.py").write_text(WRAPPED)
-    torch.save({f"model.{index}.{name}": torch.ones(shape) for index, name, shape in SHAPES}, tmp_path / "net.pt")
+    torch.save(
+        {f"model.{index}.{name}": torch.ones(shape) for index, name, shape in SHAPES}, tmp_path / "net.pt"
+    )
     network = open_dense(tmp_path / "net.pt", f"{tmp_path / 'net.py'}:build")
     assert "model.0.weight" in network.tensors
     assert not caplog.messages
@@ -63,14 +66,25 @@ SHAPES: list[tuple[int, str, tuple[int, ...]]] = [
 
 
 def test_what_fits_neither_way_is_refused_as_it_is_named(tmp_path: Path) -> None:
-    torch.save({f"model.{name}": value for name, value in nn.Linear(3, 5).state_dict().items()}, tmp_path / "net.pt")
+    torch.save(
+        {f"model.{name}": value for name, value in nn.Linear(3, 5).state_dict().items()}, tmp_path / "net.pt"
+    )
     with pytest.raises(ArchitectureError, match=r"model\.weight"):
         open_dense(tmp_path / "net.pt", "lenet5")
     assert "model.weight" in open_weights(tmp_path / "net.pt").tensors
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2]
+    "dtype",
+    [
+        torch.int8,
+        torch.uint8,
+        torch.int64,
+        torch.bool,
+        torch.complex64,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    ],
 )
 @pytest.mark.parametrize("which", ["all", "weights", "one bias"])
 def test_numbers_that_no_network_computes_with(tmp_path: Path, dtype: torch.dtype, which: str) -> None:
@@ -81,7 +95,9 @@ def test_numbers_that_no_network_computes_with(tmp_path: Path, dtype: torch.dtyp
     }
     changed = [name for name, value in state.items() if value.dtype == dtype]
     torch.save(state, tmp_path / "net.pt")
-    with pytest.raises((CheckpointError, ArchitectureError), match=str(dtype).removeprefix("torch.")) as error:
+    with pytest.raises(
+        (CheckpointError, ArchitectureError), match=str(dtype).removeprefix("torch.")
+    ) as error:
         open_dense(tmp_path / "net.pt")
     assert any(name in str(error.value) for name in changed)
 

@@ -42,7 +42,8 @@ def test_a_file_that_would_answer_otherwise_is_not_written(
     )
     torch.manual_seed(0)
     torch.save(
-        nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).state_dict(), tmp_path / "c.pt"
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).state_dict(),
+        tmp_path / "c.pt",
     )
     output = tmp_path / "o.safetensors"
     target = [] if "--macs-ratio" in more else ["--ratio", "1.2"]

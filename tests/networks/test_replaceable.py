@@ -79,7 +79,9 @@ class Parsed(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("more", [{}, {"calib": torch.ones(64, 64).cumsum(0).sin()}], ids=["weights", "calibrated"])
+@pytest.mark.parametrize(
+    "more", [{}, {"calib": torch.ones(64, 64).cumsum(0).sin()}], ids=["weights", "calibrated"]
+)
 def test_attributes_of_a_layer_go_along(more: dict[str, Any], tmp_path: Path) -> None:
     small, report = ttcompress.compress(Parsed(), ratio=1.3, include=["*"], **more)
     assert report.plan.layers
@@ -91,7 +93,9 @@ def test_attributes_of_a_layer_go_along(more: dict[str, Any], tmp_path: Path) ->
     torch.testing.assert_close(expand_layers(again)(x), wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("frozen", [["0.weight"], ["0.bias", "2.weight"], ["0.weight", "0.bias"], ["4.weight"]])
+@pytest.mark.parametrize(
+    "frozen", [["0.weight"], ["0.bias", "2.weight"], ["0.weight", "0.bias"], ["4.weight"]]
+)
 def test_what_is_frozen_stays_so_through_a_file(frozen: list[str], tmp_path: Path) -> None:
     def build() -> nn.Module:
         model = net()

@@ -39,7 +39,9 @@ def plan_at_full_rank(model: nn.Sequential, linear: str, conv: str) -> Compressi
     """Every layer at its largest ranks, which no planner would choose since it saves nothing."""
     layers = []
     for layer in make_plan(model, Recipe(ranks=1, conv_ranks=1, include=("*",))).layers:
-        tensorization = tensorize_shape(linear if layer.spec.kind == "linear" else conv, layer.spec.weight_shape)
+        tensorization = tensorize_shape(
+            linear if layer.spec.kind == "linear" else conv, layer.spec.weight_shape
+        )
         ranks = tensorization.max_ranks()
         layers.append(LayerPlan(layer.fqn, layer.spec, tensorization, ranks, layer.weight_dtype))
     names = {f"{layer.fqn}.weight" for layer in layers}
@@ -79,7 +81,9 @@ def test_counts_and_errors_are_what_the_plan_says(recipe: Recipe, dtype: str | N
     plan = plan.with_layers([replace(layer, core_dtype=dtype) for layer in plan.layers])
     done = apply_plan(model, plan)
     assert done.layers
-    assert sum(parameter.numel() for parameter in model.parameters()) == plan.params_after == done.params_after
+    assert (
+        sum(parameter.numel() for parameter in model.parameters()) == plan.params_after == done.params_after
+    )
     for layer in done.layers:
         new = model.get_submodule(layer.fqn)
         assert isinstance(new, TTLinear | TTConv2d)

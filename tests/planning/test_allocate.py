@@ -48,7 +48,9 @@ def tensorizations(shape: tuple[int, ...]) -> list[Tensorization]:
 def options_of(shape: tuple[int, ...], seed: int = 0) -> LayerOptions:
     weight = torch.tensor(weight_of(shape, seed))
     candidates = [Candidate(each, squared_spectra(weight, each)) for each in tensorizations(shape)]
-    return LayerOptions(weight.numel(), tuple({each.tensorization.modes: each for each in candidates}.values()))
+    return LayerOptions(
+        weight.numel(), tuple({each.tensorization.modes: each for each in candidates}.values())
+    )
 
 
 @cache
@@ -209,7 +211,10 @@ def test_fewest_params_is_no_larger_than_the_same_share_of_eps_for_every_cut(
             values = np.linalg.svd(viewed.reshape(prod(viewed.shape[:k]), -1), compute_uv=False) ** 2
             tails = [values[rank:].sum() / values.sum() for rank in range(len(values) + 1)]
             ranks.append(next(rank for rank in range(1, len(tails)) if tails[rank] <= share))
-        plain = sum(left * size * right for left, size, right in zip(ranks, viewed.shape, [*ranks[1:], 1], strict=True))
+        plain = sum(
+            left * size * right
+            for left, size, right in zip(ranks, viewed.shape, [*ranks[1:], 1], strict=True)
+        )
         assert choice.cost <= min(plain, options.dense_params)
 
 

@@ -87,7 +87,9 @@ def check_window(model: nn.Module, ratio: float) -> None:
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize("name", ["resnet20", pytest.param("vgg16", marks=pytest.mark.slow), "resnet50", "vit_b_16"])
+@pytest.mark.parametrize(
+    "name", ["resnet20", pytest.param("vgg16", marks=pytest.mark.slow), "resnet50", "vit_b_16"]
+)
 @pytest.mark.usefixtures("spectra_once")
 def test_ratio_is_met_from_above_within_two_percent(name: str, ratio: float) -> None:
     model = network(name)
@@ -134,6 +136,8 @@ def test_a_tighter_budget_never_has_less_error() -> None:
     totals = []
     for ratio in RATIOS:
         plan = make_plan(network("resnet20"), Recipe(ratio=ratio))
-        totals.append(sum(layer.predicted_error**2 for layer in plan.layers if layer.predicted_error is not None))
+        totals.append(
+            sum(layer.predicted_error**2 for layer in plan.layers if layer.predicted_error is not None)
+        )
     assert totals == sorted(totals)
     assert totals[0] < totals[-1]

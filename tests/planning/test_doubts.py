@@ -13,9 +13,10 @@ from torch.nn.utils import parametrizations, prune, spectral_norm
 
 import ttcompress
 from ttcompress.errors import PlanError
-from ttcompress.planning.doubts import WARNING, find_normed_layers
+from ttcompress.planning.doubts import find_normed_layers
 from ttcompress.planning.planner import make_plan
 from ttcompress.recipe import Recipe
+from ttcompress.records.common import WARNING
 from ttcompress.records.plan import CompressionPlan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,7 +51,9 @@ class Recurrent(nn.Module):
         (spectral_norm(nn.Linear(32, 64)), "Linear whose weight is computed", 2_112),
     ],
 )
-def test_what_holds_the_parameters_is_said_in_plans_and_errors(core: nn.Module, kind: str, count: int) -> None:
+def test_what_holds_the_parameters_is_said_in_plans_and_errors(
+    core: nn.Module, kind: str, count: int
+) -> None:
     net = Recurrent(core)
     (note,) = ttcompress.plan(net, ranks=2, include=["out"]).notes
     assert "% of the parameters cannot be compressed here: Embedding 16,000" in note or kind in note
@@ -85,7 +88,9 @@ def test_a_layer_whose_weight_is_computed_stays_dense_under_its_own_name(
     net(torch.ones(2, 32))  # Old ones leave a tensor with a history behind.
     options: dict[str, Any] = {"calib": torch.randn(64, 32), "effort": "default"} if calibrated else {}
     small, report = ttcompress.compress(net, ratio=1.2, include=["1", "2"], **options)
-    kept = {each.reason for each in report.plan.kept if each.name.startswith("0.") and "bias" not in each.name}
+    kept = {
+        each.reason for each in report.plan.kept if each.name.startswith("0.") and "bias" not in each.name
+    }
     assert kept == {reason}
     assert small.eval()(torch.ones(2, 32)).isfinite().all()
     with pytest.raises(PlanError, match="0 cannot be compressed \\(weight is computed"):
@@ -93,7 +98,9 @@ def test_a_layer_whose_weight_is_computed_stays_dense_under_its_own_name(
 
 
 def test_every_layer_that_cannot_be_chosen_has_its_reason() -> None:
-    net = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), parametrizations.weight_norm(nn.Linear(8, 8)))
+    net = nn.Sequential(
+        nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), parametrizations.weight_norm(nn.Linear(8, 8))
+    )
     with pytest.raises(PlanError, match=r"0: groups=2; 2: weight is computed by a parametrization"):
         ttcompress.plan(net, ratio=2)
     with pytest.raises(PlanError, match=r"include \* matches only layers that cannot be compressed: 0: gr"):
@@ -123,7 +130,9 @@ def test_plus_adds_to_the_default() -> None:
 
 def test_out_of_reach_says_what_including_more_would_give() -> None:
     net = mlp(64, 64, 512)
-    with pytest.raises(PlanError, match=r"is 1\.1\dx \(.*include \+1 would let the parameters reach") as caught:
+    with pytest.raises(
+        PlanError, match=r"is 1\.1\dx \(.*include \+1 would let the parameters reach"
+    ) as caught:
         ttcompress.plan(net, ratio=3)
     reach = float(str(caught.value).rsplit("reach ", 1)[1].removesuffix("x"))
     assert reach <= ttcompress.plan(net, ratio=reach, include=["+1"]).compression
@@ -171,7 +180,9 @@ def normed(width: int = 32, depth: int = 4, scale: float = 1.0) -> nn.Sequential
 
 def test_layers_under_a_batch_norm_are_those_that_it_follows() -> None:
     assert find_normed_layers(normed(depth=2)) == ["1", "4"]
-    apart = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.Linear(8, 4), nn.BatchNorm1d(4))
+    apart = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.Linear(8, 4), nn.BatchNorm1d(4)
+    )
     assert find_normed_layers(apart) == ["3"]
     assert find_normed_layers(mlp(8, 8)) == []
 
@@ -186,9 +197,12 @@ def test_much_lost_under_batch_norms_is_warned_of_and_little_is_not(scale: float
 
 
 @pytest.mark.parametrize(
-    ("build", "ratio"), [(lambda: mlp(64, 64, 64, 64, 10), 6), (normed, 30), (lambda: mlp(96, 64, 96, 10), 25)]
+    ("build", "ratio"),
+    [(lambda: mlp(64, 64, 64, 64, 10), 6), (normed, 30), (lambda: mlp(96, 64, 96, 10), 25)],
 )
-def test_a_layer_that_keeps_under_a_fifth_of_its_norm_is_warned_of(build: Callable[[], nn.Module], ratio: int) -> None:
+def test_a_layer_that_keeps_under_a_fifth_of_its_norm_is_warned_of(
+    build: Callable[[], nn.Module], ratio: int
+) -> None:
     plan = ttcompress.plan(build(), ratio=ratio, include=["*"])
     worst = [layer.fqn for layer in plan.layers if (layer.predicted_error or 0) > 0.98]
     faded = [note for note in warnings_of(plan) if "under a fifth" in note]
@@ -211,7 +225,9 @@ def test_what_is_left_out_by_default_is_offered_and_a_plan_is_warned_of_once() -
 
 
 @pytest.mark.parametrize(("rows", "columns", "rank"), [(256, 256, 4), (512, 128, 3), (128, 384, 6)])
-def test_ranks_by_hand_that_lose_everything_name_the_format_that_does_not(rows: int, columns: int, rank: int) -> None:
+def test_ranks_by_hand_that_lose_everything_name_the_format_that_does_not(
+    rows: int, columns: int, rank: int
+) -> None:
     torch.manual_seed(rank)
     layer = nn.Linear(columns, rows, bias=False)
     layer.weight.data = torch.randn(rows, rank) @ torch.randn(rank, columns)

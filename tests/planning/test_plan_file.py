@@ -23,7 +23,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plans")
     shapes = {"fc1": (32, 64), "fc2": (32, 32), "fc3": (10, 32)}
     weights = {f"{fqn}.weight": torch.randn(shape) for fqn, shape in shapes.items()}
-    torch.save({**weights, **{f"{fqn}.bias": torch.zeros(out) for fqn, (out, _) in shapes.items()}}, path / "mlp.pt")
+    torch.save(
+        {**weights, **{f"{fqn}.bias": torch.zeros(out) for fqn, (out, _) in shapes.items()}}, path / "mlp.pt"
+    )
     succeeded("plan", "mlp.pt", "--ranks", "2", "-o", "plan.json", cwd=path)
     return path
 
@@ -45,7 +47,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             b'{"schema": "ttcompress-plan/1", "layers": [], "kept_parameters": [], "x": 1e999}',
             "x must be a finite number",
         ),
-        (b'{"schema": "ttcompress-plan/1", "layers": [], "kept_parameters": []}', "from 1 to 2^53 parameters"),
+        (
+            b'{"schema": "ttcompress-plan/1", "layers": [], "kept_parameters": []}',
+            "from 1 to 2^53 parameters",
+        ),
     ],
 )
 def test_contents_that_are_no_plan(content: bytes, says: str, tmp_path: Path) -> None:
@@ -59,7 +64,13 @@ def test_contents_that_are_no_plan(content: bytes, says: str, tmp_path: Path) ->
 
 
 def test_paths_that_are_no_file(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "none.json", tmp_path / ("x" * 300), Path("/dev/null"), tmp_path / "a\0b"):
+    for path in (
+        tmp_path,
+        tmp_path / "none.json",
+        tmp_path / ("x" * 300),
+        Path("/dev/null"),
+        tmp_path / "a\0b",
+    ):
         with pytest.raises(PlanError) as error:
             read_plan(path)
         assert "cannot be read: " in str(error.value)

@@ -126,9 +126,13 @@ def test_include_replaces_the_candidates_and_exclude_is_subtracted_last(
 
 
 @pytest.mark.parametrize("option", ["include", "exclude"])
-@pytest.mark.parametrize(("pattern", "near"), [("bdy.0", "body.0"), ("*feature.2*", "features.2"), ("haed", "head")])
+@pytest.mark.parametrize(
+    ("pattern", "near"), [("bdy.0", "body.0"), ("*feature.2*", "features.2"), ("haed", "head")]
+)
 def test_a_pattern_that_matches_nothing_names_near_layers(option: str, pattern: str, near: str) -> None:
-    with pytest.raises(PlanError, match=rf"{re.escape(repr(pattern))} matches no .*near ones: .*{re.escape(near)}"):
+    with pytest.raises(
+        PlanError, match=rf"{re.escape(repr(pattern))} matches no .*near ones: .*{re.escape(near)}"
+    ):
         make_plan(net(), Recipe(ranks=2, **{option: (pattern,)}))
 
 
@@ -229,7 +233,9 @@ def test_subclasses_stay() -> None:
 
 
 def test_a_network_that_is_one_layer_stays() -> None:
-    with pytest.raises(PlanError, match=r"no layer is left to compress \(the network: it is the whole network"):
+    with pytest.raises(
+        PlanError, match=r"no layer is left to compress \(the network: it is the whole network"
+    ):
         make_plan(nn.Linear(64, 64), Recipe(ranks=2))
     with pytest.raises(PlanError, match=r"only layers that cannot be compressed: .*it is the whole network"):
         make_plan(nn.Linear(64, 64), Recipe(ranks=2, include=("*",)))
@@ -251,7 +257,9 @@ def test_nothing_to_compress(model: nn.Module, recipe: Recipe) -> None:
 
 def test_a_pattern_of_layers_that_cannot_be_compressed() -> None:
     recipe = Recipe(conv_ranks=2, include=("re:features.3|.*x",))
-    with pytest.raises(PlanError, match=r"matches only layers that cannot be compressed: features.3: groups=2"):
+    with pytest.raises(
+        PlanError, match=r"matches only layers that cannot be compressed: features.3: groups=2"
+    ):
         make_plan(net(), recipe)
 
 
@@ -284,7 +292,10 @@ def test_every_parameter_is_listed_once_and_applying_gives_the_promised_count(re
 def test_ranks_by_hand_need_no_weights() -> None:
     with torch.device("meta"):
         model = Net()
-    plan, real = make_plan(model, Recipe(ranks=2, conv_ranks=3)), make_plan(net(), Recipe(ranks=2, conv_ranks=3))
+    plan, real = (
+        make_plan(model, Recipe(ranks=2, conv_ranks=3)),
+        make_plan(net(), Recipe(ranks=2, conv_ranks=3)),
+    )
     assert plan == real
     with pytest.raises(PlanError, match="need the weights"):
         make_plan(model, Recipe(eps=0.1))
@@ -365,7 +376,9 @@ def test_ranks_by_hand_count_towards_the_budget() -> None:
 FAR = [
     lambda: decaying(nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 30), nn.Linear(30, 7))),
     net,
-    lambda: decaying(nn.Sequential(nn.Linear(7, 20, bias=False), nn.Linear(20, 20, bias=False), nn.Linear(20, 1))),
+    lambda: decaying(
+        nn.Sequential(nn.Linear(7, 20, bias=False), nn.Linear(20, 20, bias=False), nn.Linear(20, 1))
+    ),
     lambda: decaying(nn.Sequential(nn.Linear(1024, 1021, bias=False), nn.Linear(10, 1, bias=False))),
 ]
 
@@ -497,7 +510,9 @@ def test_a_plan_comes_back_as_it_was_written(plan_file: Path) -> None:
 def test_an_edited_plan_is_recounted_and_its_old_errors_are_forgotten(plan_file: Path) -> None:
     model = net()
     inner = len(read_plan(plan_file).layers[-1].tensorization.modes) - 1
-    plan = adopt_plan(model, Recipe(), read_plan(edited(plan_file, lambda entry: entry.update(tt_ranks=[1] * inner))))
+    plan = adopt_plan(
+        model, Recipe(), read_plan(edited(plan_file, lambda entry: entry.update(tt_ranks=[1] * inner)))
+    )
     (layer,) = (layer for layer in plan.layers if layer.fqn == "body.1")
     assert set(layer.tt_ranks) == {1}
     assert layer.params_after == sum(prod(mode) for mode in layer.tensorization.modes)
@@ -515,8 +530,16 @@ def test_ranks_edited_beyond_the_feasible_are_clipped(plan_file: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "error", "message"),
     [
-        (lambda entry: entry.update(tt_ranks=[1, 2, 2, 2, 2, 2, 2, 1]), PlanError, r"layers\[\d\]: .* inner TT-ranks"),
-        (lambda entry: entry.update(tt_ranks=[0]), PlanError, r"tt_ranks\[0\] must be a whole number from 1, not 0"),
+        (
+            lambda entry: entry.update(tt_ranks=[1, 2, 2, 2, 2, 2, 2, 1]),
+            PlanError,
+            r"layers\[\d\]: .* inner TT-ranks",
+        ),
+        (
+            lambda entry: entry.update(tt_ranks=[0]),
+            PlanError,
+            r"tt_ranks\[0\] must be a whole number from 1, not 0",
+        ),
         (
             lambda entry: entry.update(out_modes=[2, 2], in_modes=[2, 2], window_modes=[1, 1]),
             PlanError,
@@ -578,7 +601,9 @@ def test_a_plan_is_known_again_in_what_was_done(plan_file: Path) -> None:
     assert is_made_by(done, given)
     assert not is_made_by(done, low)
     assert not is_made_by(done, given.with_layers(given.layers[1:]))
-    assert is_made_by(wide.with_layers([replace(layer, tt_ranks=feasible(layer)) for layer in wide.layers]), wide)
+    assert is_made_by(
+        wide.with_layers([replace(layer, tt_ranks=feasible(layer)) for layer in wide.layers]), wide
+    )
 
 
 def feasible(layer: LayerPlan) -> tuple[int, ...]:

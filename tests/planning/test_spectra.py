@@ -60,7 +60,9 @@ def test_a_norm_is_at_least_the_trusted_share_of_that_in_the_whole_metric(share:
 
     plain, found = layer_spectra(weight, [whole, other]), layer_spectra(weight, [whole, other], metric)
     norm = float(np.linalg.norm(weight))
-    assert [each.norm for each in found.tensorizations] == pytest.approx([norm, max(share, TRUSTED) * norm], rel=1e-9)
+    assert [each.norm for each in found.tensorizations] == pytest.approx(
+        [norm, max(share, TRUSTED) * norm], rel=1e-9
+    )
     for ours, theirs in zip(found.tensorizations, plain.tensorizations, strict=True):
         for one, another in zip(ours.cuts, theirs.cuts, strict=True):
             torch.testing.assert_close(one, another, rtol=1e-6, atol=1e-12)
@@ -71,7 +73,9 @@ def test_spectra_come_back_from_a_file_as_they_were(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     layers = [
         TensorizationSpectra(
-            tuple(torch.rand(number + 2, generator=generator, dtype=torch.float64) for _ in range(number % 4)),
+            tuple(
+                torch.rand(number + 2, generator=generator, dtype=torch.float64) for _ in range(number % 4)
+            ),
             number / 3,
         )
         for number in range(13)

@@ -65,13 +65,17 @@ WRONG: dict[Place, list[tuple[object, str]]] = {
         (-0.5, "layers[0].predicted_error must be a number from 0"),
         (inf, "layers[0].predicted_error must be a finite number, not Infinity"),
     ],
-    ("layers", 0, "spec", "in_features"): [(0, "layers[0].spec.in_features must be a whole number from 1, not 0")],
+    ("layers", 0, "spec", "in_features"): [
+        (0, "layers[0].spec.in_features must be a whole number from 1, not 0")
+    ],
     ("layers", 0, "spec", "bias"): [(1, "layers[0].spec.bias must be true or false, not 1")],
     ("layers", 0, "spec", "evil"): [(1, "layers[0].spec.evil is not known")],
     ("kept_parameters", 0, "name"): [
         ("fc1.weight", 'layers and kept_parameters must name "fc1.weight" once, not twice')
     ],
-    ("kept_parameters", 0, "params"): [(-1, "kept_parameters[0].params must be a whole number from 0, not -1")],
+    ("kept_parameters", 0, "params"): [
+        (-1, "kept_parameters[0].params must be a whole number from 0, not -1")
+    ],
     ("notes",): [("abc", 'notes must be a list, not "abc"'), ([3], "notes[0] must be a text, not 3")],
     ("multiply_adds",): [
         ([3], "multiply_adds must be a list of length 2, not [3]"),
@@ -92,7 +96,10 @@ WRONG_FILE: dict[Place, list[tuple[object, str]]] = {
     ("params_before",): [(3, "params_before must be 3466, as the shapes have it, not 3")],
     ("compression",): [(3.5, "compression must be 2.19")],
     ("version",): [(1, "version must be a text, not 1")],
-    ("seed",): [(-1, "seed must be a whole number from 0, not -1"), (2**63, "seed must be a whole number below 2^63")],
+    ("seed",): [
+        (-1, "seed must be a whole number from 0, not -1"),
+        (2**63, "seed must be a whole number below 2^63"),
+    ],
     ("source", "file"): [([], "source.file must be a text, not []")],
     ("recipe",): [([], "recipe must be an object, not []")],
     ("recipe", "x"): [({"a.b": [nan]}, 'recipe.x["a.b"][0] must be a finite number, not NaN')],
@@ -101,10 +108,16 @@ WRONG_FILE: dict[Place, list[tuple[object, str]]] = {
         ({"a.weight": "b.weight"}, 'tied["a.weight"] must be a parameter of the network, not "b.weight"'),
         ({"fc1.bias": "fc2.bias"}, 'tied must not name "fc1.bias", a parameter of its own'),
     ],
-    ("bytes_after",): [(MISSING, "bytes_after is missing"), (True, "bytes_after must be a whole number, not true")],
+    ("bytes_after",): [
+        (MISSING, "bytes_after is missing"),
+        (True, "bytes_after must be a whole number, not true"),
+    ],
     ("architecture", "kind"): [("os", 'architecture.kind must be zoo, torchvision or factory, not "os"')],
     ("architecture", "arguments"): [
-        ({"weights": "DEFAULT"}, 'every entry of architecture.arguments must be a whole number, not {"weights": "DEF')
+        (
+            {"weights": "DEFAULT"},
+            'every entry of architecture.arguments must be a whole number, not {"weights": "DEF',
+        )
     ],
     ("preprocessing", "std"): [
         ([0.0], "preprocessing.std[0] must be a number above 0"),
@@ -115,10 +128,14 @@ WRONG_FILE: dict[Place, list[tuple[object, str]]] = {
     ("accuracy", "dense"): [(101.0, "accuracy.dense must be a number up to 100")],
     ("accuracy", "interval"): [([1.0], "accuracy.interval must be a list of length 2, not [1.0]")],
     ("accuracy", "metric"): [(3, "accuracy.metric must be a text, not 3")],
-    ("calibration", "stages", 0, "kept"): [("yes", 'calibration.stages[0].kept must be true or false, not "yes"')],
+    ("calibration", "stages", 0, "kept"): [
+        ("yes", 'calibration.stages[0].kept must be true or false, not "yes"')
+    ],
     ("search", 0, "ratio"): [(True, "search[0].ratio must be a number, not true")],
     ("finetuning", "best"): [(9, "finetuning.best must be an epoch of finetuning.history, not 9")],
-    ("finetuning", "history", 1, "epoch"): [(3, "finetuning.history must have the epochs from 0 on, not [0, 3]")],
+    ("finetuning", "history", 1, "epoch"): [
+        (3, "finetuning.history must have the epochs from 0 on, not [0, 3]")
+    ],
     ("finetuning", "before", "n"): [(0, "finetuning.before.n must be a whole number from 1, not 0")],
     ("bench", "batches", 1, "layers", 0, "multiply_adds", "dense"): [
         (1.5, "bench.batches[1].layers[0].multiply_adds.dense must be a whole number, not 1.5")
@@ -137,7 +154,9 @@ def test_a_wrong_field_of_a_file_is_named(path: Place, value: object, says: str)
 
 
 @pytest.mark.parametrize(("path", "value", "says"), cases)
-def test_a_wrong_field_of_a_plan_is_named_with_the_file(path: Place, value: object, says: str, tmp_path: Path) -> None:
+def test_a_wrong_field_of_a_plan_is_named_with_the_file(
+    path: Place, value: object, says: str, tmp_path: Path
+) -> None:
     if path[:1] == ("layers",) and says.endswith('"fc3.weight" once, not twice'):
         says = says.replace("fc3", "fc2")
         value = "fc2"
@@ -158,7 +177,11 @@ def test_a_wrong_field_of_a_plan_is_named_with_the_file(path: Place, value: obje
         (("kernel_size",), [3, 3, 3], "layers[0].spec.kernel_size must be a list of length 2, not [3, 3, 3]"),
         (("kernel_size",), [2**40, 2**40], "layers[0]"),
         (("stride", 0), 0, "layers[0].spec.stride[0] must be a whole number from 1, not 0"),
-        (("padding_mode",), "mirror", "layers[0].spec.padding_mode must be zeros, reflect, replicate or circular,"),
+        (
+            ("padding_mode",),
+            "mirror",
+            "layers[0].spec.padding_mode must be zeros, reflect, replicate or circular,",
+        ),
     ],
 )
 def test_a_wrong_geometry_is_named(path: Place, value: object, says: str) -> None:
@@ -224,7 +247,11 @@ def test_any_other_value_in_a_plan_is_refused_or_valid(data: st.DataObject) -> N
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.recursive(SMALL | EDGES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20))
+@given(
+    st.recursive(
+        SMALL | EDGES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20
+    )
+)
 def test_any_json_in_the_place_of_a_part(value: object) -> None:
     for key in ("layers", "recipe", "finetuning", "news"):
         check_quick(Report.from_json, changed(FILE, (key,), value))

@@ -27,7 +27,12 @@ CONV = ConvSpec(64, 128, (3, 3), (2, 2), (1, 1))
 PLAN = CompressionPlan(
     layers=(
         LayerPlan(
-            "classifier.0", LinearSpec(25088, 4096, True), FC6, (1, 4, 4, 4, 4, 4, 1), "float32", relative_error=0.98765
+            "classifier.0",
+            LinearSpec(25088, 4096, True),
+            FC6,
+            (1, 4, 4, 4, 4, 4, 1),
+            "float32",
+            relative_error=0.98765,
         ),
         LayerPlan(
             "features.5",
@@ -78,7 +83,9 @@ def write_header(path: Path, report: Report) -> None:
     metadata = {"format": "pt", "ttcompress": canonical_json(report.metadata())}
     start, _ = encode_header({**core_infos(report), **kept}, metadata)
     path.write_bytes(start)
-    os.truncate(path, len(start) + sum(info.num_bytes for info in (*core_infos(report).values(), *kept.values())))
+    os.truncate(
+        path, len(start) + sum(info.num_bytes for info in (*core_infos(report).values(), *kept.values()))
+    )
 
 
 def line_of(text: str, start: str) -> list[str]:
@@ -206,7 +213,9 @@ def test_side_by_side(tmp_path: Path) -> None:
     assert line_of(text, "parameters after") == [f"{report.params_after:,}" for report in data]
     assert line_of(text, "parameters before") == [f"{report.params_before:,}" for report in data]
     assert line_of(text, "tensors") == ["142.1", "MB", "500", "B"]
-    assert line_of(text, "file") == [part for report in data for part in format_bytes(report.file_bytes).split()]
+    assert line_of(text, "file") == [
+        part for report in data for part in format_bytes(report.file_bytes).split()
+    ]
     assert line_of(text, "layers replaced") == ["2", "1"]
     assert line_of(text, "largest relative error") == ["0.988", "1.23e-06"]
     assert line_of(text, "accuracy dense") == ["91.73", "%", "-"]
@@ -228,12 +237,19 @@ def test_read_report_is_the_report_that_was_written(tmp_path: Path) -> None:
     assert report == read_report(str(path)) == with_file(REPORT, path)
     assert (report.file, report.file_bytes) == ("file.safetensors", path.stat().st_size)
     assert replace(report, file=None, file_bytes=None) == REPORT
-    assert report.to_json() == {**REPORT.metadata(), "file": "file.safetensors", "file_bytes": path.stat().st_size}
+    assert report.to_json() == {
+        **REPORT.metadata(),
+        "file": "file.safetensors",
+        "file_bytes": path.stat().st_size,
+    }
     assert Report.from_json(report.to_json()) == report
 
 
 def test_a_report_is_read_by_attributes() -> None:
-    assert (report_counts := (REPORT.params_before, REPORT.params_after)) == (PLAN.params_before, PLAN.params_after)
+    assert (report_counts := (REPORT.params_before, REPORT.params_after)) == (
+        PLAN.params_before,
+        PLAN.params_after,
+    )
     assert REPORT.compression == report_counts[0] / report_counts[1]
     assert [layer.fqn for layer in REPORT.layers] == ["classifier.0", "features.5"]
     assert [kept.name for kept in REPORT.kept][-1] == "classifier.0.bias"

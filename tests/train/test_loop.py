@@ -76,7 +76,9 @@ def expected_loss(logits: Tensor, aims: Tensor, answers: Tensor | None, options:
     return options.distill * options.temperature**2 * divergence + (1 - options.distill) * loss
 
 
-def by_hand(model: nn.Module, master: nn.Module | None, source: Stream, options: TrainingOptions) -> list[Json]:
+def by_hand(
+    model: nn.Module, master: nn.Module | None, source: Stream, options: TrainingOptions
+) -> list[Json]:
     """All as in a textbook."""
     layers = [module for module in model.modules() if isinstance(module, TTConv2d | TTLinear)]
     cores = [core for layer in layers for core in layer.cores]
@@ -100,7 +102,9 @@ def by_hand(model: nn.Module, master: nn.Module | None, source: Stream, options:
             optimizer.zero_grad()
             loss.backward()
             norm = math.sqrt(sum(float(each.grad.square().sum()) for each in model.parameters()))
-            rate = expected_rate(epoch * source.steps + step, options.epochs * source.steps, options, source.steps)
+            rate = expected_rate(
+                epoch * source.steps + step, options.epochs * source.steps, options, source.steps
+            )
             for group in optimizer.param_groups:
                 group["lr"] = rate
             for each in model.parameters():
@@ -128,7 +132,10 @@ def test_the_steps_are_those_of_a_loop_written_by_hand(name: str, folder: Path) 
     assert apart(model.state_dict(), other.state_dict()) < 1e-6
     assert state.history[0] == {"epoch": 0, "val": accuracy(network().eval())}
     for found, expected in zip(state.history[1:], records, strict=True):
-        assert found == {"val": found["val"], **{key: pytest.approx(each, rel=1e-5) for key, each in expected.items()}}
+        assert found == {
+            "val": found["val"],
+            **{key: pytest.approx(each, rel=1e-5) for key, each in expected.items()},
+        }
     assert state.history[-1]["val"] == accuracy(model.eval())
     assert [{key: each for key, each in line.items() if key != "seconds"} for line in logged] == state.history
     assert logged[0]["seconds"] is None
@@ -149,7 +156,9 @@ def test_a_batch_in_parts_is_the_batch(parts: int, folder: Path) -> None:
     assert apart(ends[1][1], ends[0][1]) < 1e-6
 
 
-def test_the_average_counts_and_the_trained_network_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_average_counts_and_the_trained_network_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(training, "CHECK_EVERY", 1)
     model = network()
     trail, scored = [frozen_copy(model.state_dict())], []
@@ -159,14 +168,19 @@ def test_the_average_counts_and_the_trained_network_goes_on(folder: Path, monkey
         scored.append(frozen_copy(scored_model.state_dict()))
         return float(len(scored))
 
-    told = training_setup(folder, score=score, progress=lambda *_: trail.append(frozen_copy(model.state_dict())))
+    told = training_setup(
+        folder, score=score, progress=lambda *_: trail.append(frozen_copy(model.state_dict()))
+    )
     state = train(model, replace(EVERYTHING, ema=0.7), told)
     assert len(trail) == 1 + 3 * STEPS
     averages = [{name: value.double().numpy() for name, value in trail[0].items()}]
     for number, values in enumerate(trail[1:], 1):
         decay = min(0.7, (1 + number) / (10 + number))
         former = averages[-1]
-        now = {name: decay * former[name] + (1 - decay) * value.double().numpy() for name, value in values.items()}
+        now = {
+            name: decay * former[name] + (1 - decay) * value.double().numpy()
+            for name, value in values.items()
+        }
         whole = {name: value.numpy() for name, value in values.items() if not value.is_floating_point()}
         averages.append({**now, **whole})
     for found, expected in zip([*scored, state.values, state.best], [*averages[::STEPS], averages[-1], averages[-1]],
@@ -179,7 +193,9 @@ def test_the_average_counts_and_the_trained_network_goes_on(folder: Path, monkey
     assert equal(frozen_copy(plain.state_dict()), trail[-1])
 
 
-@pytest.mark.parametrize("scores", [[3, 1, 5, 5, 2], [9, 9, 9, 9, 9], [-5, -3, -4, -2, -9], [0, 0, 0, 0, 1]], ids=str)
+@pytest.mark.parametrize(
+    "scores", [[3, 1, 5, 5, 2], [9, 9, 9, 9, 9], [-5, -3, -4, -2, -9], [0, 0, 0, 0, 1]], ids=str
+)
 @pytest.mark.parametrize("ema", [0.0, 0.8])
 def test_the_best_is_the_first_of_the_highest_score(scores: list[float], ema: float, folder: Path) -> None:
     scored: list[dict[str, Tensor]] = []
@@ -189,7 +205,9 @@ def test_the_best_is_the_first_of_the_highest_score(scores: list[float], ema: fl
         return float(scores[len(scored) - 1])
 
     few = replace(stream(folder), batch_size=32)
-    state = train(network(), replace(EVERYTHING, epochs=4, ema=ema), training_setup(folder, stream=few, score=score))
+    state = train(
+        network(), replace(EVERYTHING, epochs=4, ema=ema), training_setup(folder, stream=few, score=score)
+    )
     assert [entry["val"] for entry in state.history] == scores
     assert equal(state.best, scored[int(np.argmax(scores))])
 
@@ -199,7 +217,9 @@ def test_the_start_is_the_best_only_where_it_counts(counts: bool, epoch: int, fo
     scores = iter([9.0, 1.0, 3.0, 2.0])
     model = network()
     start = frozen_copy(model.state_dict())
-    state = train(model, EVERYTHING, training_setup(folder, score=lambda _: next(scores), start_counts=counts))
+    state = train(
+        model, EVERYTHING, training_setup(folder, score=lambda _: next(scores), start_counts=counts)
+    )
     assert best_epoch(state.history, counts)["epoch"] == epoch
     assert equal(state.best, start) == counts
 
@@ -218,7 +238,11 @@ def test_without_labels_the_teacher_alone_counts(folder: Path) -> None:
     assert apart(ends[1][0], ends[0][0]) < 1e-6
     twins = [network(seed, norm=False, dropout=0) for seed in (7, 7)]
     alike = training_setup(folder, teacher=twins[0], stream=stream(folder / "unlabelled"))
-    assert train(twins[1], replace(options, lr=0.0), alike).history[1]["train"] == 100 > state.history[1]["train"]
+    assert (
+        train(twins[1], replace(options, lr=0.0), alike).history[1]["train"]
+        == 100
+        > state.history[1]["train"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,7 +252,9 @@ def test_other_layouts_and_precisions_train_alike(options: dict[str, Any], most:
     ends = []
     for given in ({}, options):
         model = network(dropout=0)
-        state = train(model, replace(PLAIN, **given), training_setup(folder, stream=stream(folder, batch_size=16)))
+        state = train(
+            model, replace(PLAIN, **given), training_setup(folder, stream=stream(folder, batch_size=16))
+        )
         ends.append((model.state_dict(), state.history[-1]["loss"]))
     assert {value.dtype for value in ends[1][0].values()} == {torch.float32, torch.int64}
     assert apart(ends[1][0], ends[0][0]) < most

@@ -27,7 +27,9 @@ def test_losses_against_numpy(labelled: bool, taught: bool) -> None:
     divergence = 2.5**2 * (np.exp(theirs) * (theirs - log_softmax(logits / 2.5))).sum(1).mean()
     expected = {(True, True): 0.3 * divergence + 0.7 * own, (True, False): own, (False, True): divergence}
     given = torch.from_numpy(labels) if labelled else None, torch.from_numpy(answers) if taught else None
-    assert float(training_loss(torch.from_numpy(logits), *given, options)) == pytest.approx(expected[labelled, taught])
+    assert float(training_loss(torch.from_numpy(logits), *given, options)) == pytest.approx(
+        expected[labelled, taught]
+    )
 
 
 def test_neither_labels_nor_a_teacher_is_refused() -> None:

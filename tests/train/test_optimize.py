@@ -165,7 +165,9 @@ def test_a_group_may_be_empty(name: str) -> None:
 
 @optimizers
 @pytest.mark.parametrize(
-    "make", [lambda: nn.LayerNorm((4, 5)), lambda: nn.MultiheadAttention(8, 2, add_bias_kv=True)], ids=["norm", "bias"]
+    "make",
+    [lambda: nn.LayerNorm((4, 5)), lambda: nn.MultiheadAttention(8, 2, add_bias_kv=True)],
+    ids=["norm", "bias"],
 )
 def test_norms_and_biases_of_more_axes_do_not_decay(name: str, make: Any) -> None:
     assert decayed_by(make(), name) <= {"in_proj_weight", "out_proj.weight"}
@@ -207,7 +209,9 @@ def beside_dense(name: str, rate: float, decay: float, steps: int) -> tuple[floa
         for each in both.parameters():
             each.grad = torch.zeros_like(each)
         update(both, optimizer, [tt], 1.0, decay, optimizer.step)
-    ours, theirs = (float(each.weight.detach().norm()) / norm for each, norm in zip((tt, dense), norms, strict=True))
+    ours, theirs = (
+        float(each.weight.detach().norm()) / norm for each, norm in zip((tt, dense), norms, strict=True)
+    )
     return ours, theirs
 
 
@@ -237,7 +241,9 @@ def test_too_much_decay_ends_at_zero() -> None:
 
 
 def network() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), tt_layer(("lowrank", (2, 4), None, None))).double()
+    return nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4), tt_layer(("lowrank", (2, 4), None, None))
+    ).double()
 
 
 def scramble(model: nn.Module, random: np.random.Generator) -> dict[str, NDArray[Any]]:
@@ -250,7 +256,11 @@ def scramble(model: nn.Module, random: np.random.Generator) -> dict[str, NDArray
 
 
 @settings(max_examples=40, deadline=None)
-@given(decay=st.one_of(st.sampled_from([0.0, 0.9999]), st.floats(0, 0.9999)), updates=st.integers(0, 30), seed=SEEDS)
+@given(
+    decay=st.one_of(st.sampled_from([0.0, 0.9999]), st.floats(0, 0.9999)),
+    updates=st.integers(0, 30),
+    seed=SEEDS,
+)
 def test_the_average_is_that_of_numpy(decay: float, updates: int, seed: int) -> None:
     """Exponential, with a decay of (1 + n) / (10 + n) at most at its n-th update; counters are the last."""
     random, model = np.random.default_rng(seed), network()

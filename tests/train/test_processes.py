@@ -107,7 +107,9 @@ def run(norm: nn.Module, batch: Tensor) -> dict[str, Tensor]:
     [{}, {"momentum": None}, {"momentum": 0.7, "eps": 0.1}, {"momentum": 0.0}, {"affine": False}],
     ids=str,
 )
-def test_reduced_batch_norm_is_batch_norm(shape: tuple[int, ...], options: dict[str, Any], group: None) -> None:
+def test_reduced_batch_norm_is_batch_norm(
+    shape: tuple[int, ...], options: dict[str, Any], group: None
+) -> None:
     theirs, ours = norms(len(shape), **options)
     assert isinstance(ours, ReducedBatchNorm)
     for mode in (True, True, True, False):
@@ -115,7 +117,9 @@ def test_reduced_batch_norm_is_batch_norm(shape: tuple[int, ...], options: dict[
         found, expected = (run(norm.train(mode), batch) for norm in (ours, theirs))
         assert found.keys() == expected.keys()
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: n + text)
+            torch.testing.assert_close(
+                found[name], value, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: n + text
+            )
 
 
 @pytest.mark.parametrize("mean", [1e1, 1e3, 1e5])
@@ -147,7 +151,9 @@ def test_one_value_has_no_variance_here_either(group: None) -> None:
 
 
 def test_other_norms_stay_as_they_are() -> None:
-    model = nn.Sequential(nn.GroupNorm(1, 3), nn.InstanceNorm2d(3, track_running_stats=True), nn.LayerNorm([3, 4, 4]))
+    model = nn.Sequential(
+        nn.GroupNorm(1, 3), nn.InstanceNorm2d(3, track_running_stats=True), nn.LayerNorm([3, 4, 4])
+    )
     kinds = [type(each) for each in model]
     reduce_batch_norms(model)
     assert [type(each) for each in model] == kinds
@@ -224,7 +230,12 @@ def trainings(folder: Path, world: World) -> dict[str, Any]:
         file = folder / f"{name} of {world.size}, {world.rank}.training"
         given = training_setup(folder, file, world=world, stream=share_of(world, source), teacher=a_teacher())
         state = train(model, options, given)
-        found[name] = {"end": model.state_dict(), "best": state.best, "average": state.values, "history": state.history}
+        found[name] = {
+            "end": model.state_dict(),
+            "best": state.best,
+            "average": state.values,
+            "history": state.history,
+        }
     return found
 
 
@@ -271,11 +282,15 @@ def long_training(folder: Path, world: World, file: Path, dropout: float, line: 
             line.recv()
 
     model.register_forward_pre_hook(wait)
-    given = training_setup(folder, file, world=world, stream=share_of(world, stream(folder)), teacher=a_teacher())
+    given = training_setup(
+        folder, file, world=world, stream=share_of(world, stream(folder)), teacher=a_teacher()
+    )
     train(model, replace(EVERYTHING, ema=0.9), given, resume)
 
 
-def run_child(line: Connection, rank: int, port: int, mode: str, folder: Path, file: Path, dropout: float) -> None:
+def run_child(
+    line: Connection, rank: int, port: int, mode: str, folder: Path, file: Path, dropout: float
+) -> None:
     torch.set_num_threads(1)
     os.environ.update(as_torchrun(rank, 2, port))
     with joined(CPU) as world:
@@ -288,7 +303,11 @@ def run_child(line: Connection, rank: int, port: int, mode: str, folder: Path, f
             return
         for each in (0.0, 0.3):
             long_training(folder, world, folder / f"whole {each}", each, None)
-        found = {"norm": norm_of_shares(world), "totals": totals(world), "trainings": trainings(folder, world)}
+        found = {
+            "norm": norm_of_shares(world),
+            "totals": totals(world),
+            "trainings": trainings(folder, world),
+        }
         torch.save({**found, "nan": a_nan(folder, world)}, folder / f"rank {rank}.pt")
 
 
@@ -355,10 +374,14 @@ def test_batch_norm_is_over_uneven_shares_as_over_the_whole(ranks: list[dict[str
             for rank, share in enumerate(shares):
                 found = sum(each[name] for each in shares) if name in ("weight's", "bias's") else share[name]
                 part = expected[rank::2] if name in ("output", "input's") else expected
-                torch.testing.assert_close(found, part, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: n + text)
+                torch.testing.assert_close(
+                    found, part, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: n + text
+                )
 
 
-@pytest.mark.parametrize("name", ["fifty steps", "adamw", "in parts", "local norms", "a half batch", "an odd batch"])
+@pytest.mark.parametrize(
+    "name", ["fifty steps", "adamw", "in parts", "local norms", "a half batch", "an odd batch"]
+)
 def test_two_processes_end_where_one_does(
     name: str, folder: Path, ranks: list[dict[str, Any]], single: dict[str, Any]
 ) -> None:

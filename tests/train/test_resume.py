@@ -64,7 +64,9 @@ def is_whole(file: Path, folder: Path, optimizer: str = "sgd") -> bool:
     return equal(saved(file), saved(folder / optimizer))
 
 
-def go_on(folder: Path, file: Path, actions: Actions, optimizer: str = "sgd", model: nn.Module | None = None) -> State:
+def go_on(
+    folder: Path, file: Path, actions: Actions, optimizer: str = "sgd", model: nn.Module | None = None
+) -> State:
     """Begin or resume; before some batch of the whole training, or while some epoch is scored, something happens."""
     resume = file.exists()
     model = model or network(99 if resume else 0)
@@ -105,7 +107,9 @@ def test_stopped_again_and_again_it_ends_as_if_it_never_was(
         with pytest.raises(TrainingStoppedError, match=r"^stopped in epoch \d; .* is in .*x\.training$"):
             go_on(folder, file, {place: raising(number)}, optimizer)
         assert position(file) == expected
-        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
+        assert [
+            signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        ] == handlers
     state = go_on(folder, file, {}, optimizer)
     assert is_whole(file, folder, optimizer)
     whole = saved(folder / optimizer)
@@ -174,7 +178,9 @@ def run_child(line: Connection, mode: str, folder: Path, file: Path, optimizer: 
     actions: Actions = {("batch", 16): lambda: (line.send("here"), line.recv())}
     if mode == "slow":
         vars(training).update(EAGER)
-        actions = {("batch", number): lambda: (line.send("here"), time.sleep(0.01)) for number in range(3 * STEPS)}
+        actions = {
+            ("batch", number): lambda: (line.send("here"), time.sleep(0.01)) for number in range(3 * STEPS)
+        }
     if mode == "half":
         vars(training).update(EAGER)
         torch.save, actions = half_save(torch.save, range(4)), {}
@@ -288,7 +294,11 @@ FOREIGN: dict[str, Any] = {
 def test_what_is_no_checkpoint_is_refused_in_one_line(kind: str, folder: Path, tmp_path: Path) -> None:
     file, model = tmp_path / "x.training", network()
     before, content = frozen_copy(model.state_dict()), (folder / "sgd").read_bytes()
-    parts = {"empty": [b""], "text": [b"{}"], "truncated": [content[: len(content) * k // 9] for k in range(1, 9)]}
+    parts = {
+        "empty": [b""],
+        "text": [b"{}"],
+        "truncated": [content[: len(content) * k // 9] for k in range(1, 9)],
+    }
     if kind == "folder":
         file.mkdir()
     for part in parts.get(kind, [b""]):
@@ -364,9 +374,9 @@ DAMAGE: dict[str, Callable[[Any], object]] = {
     "sums short": put("progress", "sums", value=[1.0]),
     "sums NaN": put("progress", "sums", value=[1.0, NAN, 1.0]),
     "no images seen": put("progress", "step", value=1),
-    "history of numbers": lambda content: put("progress", "history", value=[1] * len(content["progress"]["history"]))(
-        content
-    ),
+    "history of numbers": lambda content: put(
+        "progress", "history", value=[1] * len(content["progress"]["history"])
+    )(content),
     "history NaN": put("progress", "history", 0, "val", value=NAN),
     "history a text": put("progress", "history", 1, "loss", value="x"),
     "history empty": put("progress", "history", value=[]),
@@ -379,9 +389,9 @@ DAMAGE: dict[str, Callable[[Any], object]] = {
     "other parameters": put("optimizer", "param_groups", 0, "params", value=[7, 8]),
     "kept a list": put("optimizer", "state", value=[]),
     "kept of a text": put("optimizer", "state", value={"x": {}}),
-    "kept of no parameter": lambda content: put("optimizer", "state", 10**6, value=content["optimizer"]["state"][0])(
-        content
-    ),
+    "kept of no parameter": lambda content: put(
+        "optimizer", "state", 10**6, value=content["optimizer"]["state"][0]
+    )(content),
     "nothing kept of a parameter": put("optimizer", "state", 0, value={}),
     "kept of another shape": lambda content: content["optimizer"]["state"][0].update(
         {name: torch.ones(7, 7) for name in content["optimizer"]["state"][0]}
@@ -394,7 +404,9 @@ DAMAGE: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("optimizer", RATES)
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_state_is_refused_in_one_line(damage: str, optimizer: str, folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_state_is_refused_in_one_line(
+    damage: str, optimizer: str, folder: Path, tmp_path: Path
+) -> None:
     """And the network stays as it is."""
     content = saved(folder / optimizer)
     DAMAGE[damage](content)

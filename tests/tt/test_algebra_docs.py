@@ -79,7 +79,10 @@ def matrices_and_vector(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], Te
 
     def cores() -> list[Tensor]:
         ranks = [1, *draw(inner_ranks), 1]
-        return [torch.tensor(rng.standard_normal((ranks[k], m, n, ranks[k + 1]))) for k, (m, n) in enumerate(modes)]
+        return [
+            torch.tensor(rng.standard_normal((ranks[k], m, n, ranks[k + 1])))
+            for k, (m, n) in enumerate(modes)
+        ]
 
     return cores(), cores(), torch.tensor(rng.standard_normal(prod(n for _, n in modes)))
 

@@ -115,7 +115,9 @@ def test_scaling_and_adding_a_constant_are_those_of_the_full_tensor(a: Cores, c:
 def test_total_inner_and_norm_are_those_of_the_full_tensors(pair: tuple[Cores, Cores]) -> None:
     a, b = pair
     scale = magnitude(a) * magnitude(b)
-    assert tt.total(a) == pytest.approx(full(a).sum(), rel=1e-12, abs=1e-14 * magnitude(a) * np.sqrt(full(a).size))
+    assert tt.total(a) == pytest.approx(
+        full(a).sum(), rel=1e-12, abs=1e-14 * magnitude(a) * np.sqrt(full(a).size)
+    )
     assert tt.inner(a, b) == pytest.approx((full(a) * full(b)).sum(), rel=1e-12, abs=1e-14 * scale)
     assert tt.norm(a) == pytest.approx(np.linalg.norm(full(a)), rel=1e-12, abs=1e-14 * magnitude(a))
     for function, arguments in ((tt.total, [a]), (tt.inner, [a, b]), (tt.norm, [a])):
@@ -229,7 +231,9 @@ def test_rounding_to_a_cap_is_quasi_optimal(a: Cores, cap: int) -> None:
     result = tt.round_tt(a, max_rank=cap)
     assert max(tt_ranks(result)) <= cap
     flat = full([core.flatten(1, -2) for core in a])
-    spectra = [np.linalg.svd(flat.reshape(prod(flat.shape[:k]), -1), compute_uv=False) for k in range(1, len(a))]
+    spectra = [
+        np.linalg.svd(flat.reshape(prod(flat.shape[:k]), -1), compute_uv=False) for k in range(1, len(a))
+    ]
     bound = sum(float((values[cap:] ** 2).sum()) for values in spectra) ** 0.5
     assert np.linalg.norm(full(result) - full(a)) <= bound + 10 * tolerance(a) * magnitude(a)
 
@@ -301,7 +305,8 @@ def test_parts_of_very_different_scale_both_count() -> None:
     huge_first = make([(3,), (4,)], [1, 1, 1], 4, torch.float64)
     huge_last = make([(3,), (4,)], [1, 1, 1], 5, torch.float64)
     far = tt.add(
-        [huge_first[0] * 2.0**660, huge_first[1] * 2.0**-660], [huge_last[0] * 2.0**-660, huge_last[1] * 2.0**660]
+        [huge_first[0] * 2.0**660, huge_first[1] * 2.0**-660],
+        [huge_last[0] * 2.0**-660, huge_last[1] * 2.0**660],
     )
     expected = full(huge_first) + full(huge_last)
     assert tt.norm(far) == pytest.approx(np.linalg.norm(expected), rel=1e-12)

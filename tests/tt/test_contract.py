@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ttcompress.tt.contract import dense_weight, merge_all, merge_cores, pad_features, sweep
-from ttcompress.tt.cost import sweep_plan
+from ttcompress.tt.contract import contract, dense_weight, merge_all, merge_cores, pad_features
+from ttcompress.tt.cost import contraction_plan
 
 Full = NDArray[np.float64]
 Modes = list[tuple[int, int, int]]
@@ -69,18 +69,20 @@ def test_sweep_applies_the_matrix(cores: list[Tensor], rows: int, seed: int) -> 
     full = oracle(cores)[:, :, :, 0, 0]
     x = np.random.default_rng(seed).standard_normal((rows, full.shape[2]))
     expected = np.einsum("amn,bn->bam", full, x).reshape(rows, full.shape[0] * full.shape[1])
-    np.testing.assert_allclose(sweep(cores, torch.tensor(x)).numpy(), expected, rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(contract(cores, torch.tensor(x)).numpy(), expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("modes", [[(1, 90, 1), (70, 1, 1)], [(70, 1, 1), (1, 90, 1)]], ids=["in first", "out first"])
+@pytest.mark.parametrize(
+    "modes", [[(1, 90, 1), (70, 1, 1)], [(70, 1, 1), (1, 90, 1)]], ids=["in first", "out first"]
+)
 def test_sweep_starts_where_it_is_cheaper(modes: Modes) -> None:
     """Two factors of a matrix cost (N + M) r multiply-adds a row in either order, never N M r."""
     cores = make(modes, [1, 5, 1], 0)
     x = np.random.default_rng(1).standard_normal((3, 90))
-    cost = sweep_plan(tuple(tuple(core.shape) for core in cores)).cost(3)
+    cost = contraction_plan(tuple(tuple(core.shape) for core in cores)).cost(3)
     assert cost.multiply_adds == 3 * 5 * (90 + 70)
     expected = x @ oracle(cores)[0, :, :, 0, 0].T
-    np.testing.assert_allclose(sweep(cores, torch.tensor(x)).numpy(), expected, rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(contract(cores, torch.tensor(x)).numpy(), expected, rtol=1e-11, atol=1e-11)
 
 
 def test_merge_order_does_not_matter() -> None:

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
 from ttcompress.layers.spec import layer_spec
-from ttcompress.tt.contract import sweep_groups
-from ttcompress.tt.cost import MULTIPLY_ADDS, TIME, Calls, Cost, LayerCosts, SweepPlan
+from ttcompress.tt.contract import contract_groups
+from ttcompress.tt.cost import MULTIPLY_ADDS, TIME, Calls, ContractionPlan, Cost, LayerCosts
 from ttcompress.tt.shapes import FORMATS, Tensorization, feasible_ranks, tensorize_shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,7 +67,7 @@ def test_multiply_adds_are_those_that_torch_counts(pair: tuple[nn.Module, TTLine
     x, calls = inputs(dense)
     costs = LayerCosts(layer.spec.weight_shape, calls, MULTIPLY_ADDS)
     assert costs.dense().multiply_adds == counted(dense, x)
-    assert costs.factored(layer.tensorization, layer.tt_ranks).multiply_adds == counted(layer, x)
+    assert costs.by_cores(layer.tensorization, layer.tt_ranks).multiply_adds == counted(layer, x)
 
 
 def by_core(costs: LayerCosts, tensorization: Tensorization, ranks: tuple[int, ...]) -> Cost:
@@ -83,7 +83,7 @@ def test_the_cores_of_a_chain_add_up_to_it(pair: tuple[nn.Module, TTLinear | TTC
     for unit in (MULTIPLY_ADDS, TIME):
         costs = LayerCosts(layer.spec.weight_shape, calls, unit)
         parts = by_core(costs, layer.tensorization, layer.tt_ranks)
-        whole = costs.factored(layer.tensorization, layer.tt_ranks)
+        whole = costs.by_cores(layer.tensorization, layer.tt_ranks)
         if "chain" in layer.executions:
             images = calls.pixels * layer.spec.weight_shape[1] + calls.out_pixels * layer.spec.weight_shape[0]
             assert parts == (whole.multiply_adds, whole.elements - images)
@@ -91,14 +91,18 @@ def test_the_cores_of_a_chain_add_up_to_it(pair: tuple[nn.Module, TTLinear | TTC
 
 @settings(max_examples=60, deadline=None)
 @given(layers())
-def test_the_cores_of_a_matrix_add_up_to_a_sweep_without_merging(pair: tuple[nn.Module, TTLinear | TTConv2d]) -> None:
+def test_the_cores_of_a_matrix_add_up_to_a_sweep_without_merging(
+    pair: tuple[nn.Module, TTLinear | TTConv2d],
+) -> None:
     dense, layer = pair
     if isinstance(dense, nn.Conv2d):
         return
     x, calls = inputs(dense)
-    parts = by_core(LayerCosts(layer.spec.weight_shape, calls, MULTIPLY_ADDS), layer.tensorization, layer.tt_ranks)
-    plan = SweepPlan(tuple(range(len(layer.cores) + 1)), True, Cost(0, 0), Cost(0, 0))
+    parts = by_core(
+        LayerCosts(layer.spec.weight_shape, calls, MULTIPLY_ADDS), layer.tensorization, layer.tt_ranks
+    )
+    plan = ContractionPlan(tuple(range(len(layer.cores) + 1)), True, Cost(0, 0), Cost(0, 0))
     padded = torch.zeros(len(x), prod(layer.tensorization.in_modes))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        sweep_groups(list(layer.cores), padded, plan)
+        contract_groups(list(layer.cores), padded, plan)
     assert parts.multiply_adds == counter.get_total_flops() // 2

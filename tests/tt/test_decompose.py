@@ -161,7 +161,9 @@ def test_rank_caps_are_kept_and_infeasible_ones_clipped(tensor: Tensor, seed: in
 
 @settings(max_examples=100, deadline=None)
 @given(tensor=tensors(), max_rank=st.integers(1, 6))
-def test_the_error_lies_between_the_largest_tail_and_the_root_of_all_tails(tensor: Tensor, max_rank: int) -> None:
+def test_the_error_lies_between_the_largest_tail_and_the_root_of_all_tails(
+    tensor: Tensor, max_rank: int
+) -> None:
     """Oseledets 2011, theorem 2.2, and Eckart and Young: no TT of these ranks can beat any one unfolding's tail."""
     result = tt_svd(tensor, max_rank)
     exact = np.ldexp(tensor.double().numpy(), -exponent_of(tensor))
@@ -305,7 +307,9 @@ def test_ranks_that_do_not_fit(max_rank: int | tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("kind", ["normal", "decaying"])
 @pytest.mark.parametrize("shape", [(600, 700), (24, 25, 24, 25)])
-def test_a_few_of_many_singular_vectors_hold_as_much_as_the_exact_ones(kind: str, shape: tuple[int, ...]) -> None:
+def test_a_few_of_many_singular_vectors_hold_as_much_as_the_exact_ones(
+    kind: str, shape: tuple[int, ...]
+) -> None:
     """Of 600 equal-looking directions a Krylov space finds those 20 that hold most, but for a thousandth."""
     tensor = tensor_of(sample(kind, shape, 8), torch.float32)
     exact, result = tt_svd(tensor.double(), 20), tt_svd(tensor, 20)
@@ -326,7 +330,9 @@ def test_blocks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @settings(max_examples=80, deadline=None)
-@given(tensor=tensors(st.sampled_from([torch.float16, torch.float32, torch.float64]).filter(SCALES.__contains__)))
+@given(
+    tensor=tensors(st.sampled_from([torch.float16, torch.float32, torch.float64]).filter(SCALES.__contains__))
+)
 def test_squared_spectra_are_those_of_numpy(tensor: Tensor) -> None:
     exact = np.ldexp(tensor.double().numpy(), -exponent_of(tensor))
     spectra = squared_spectra(tensor)
@@ -399,7 +405,8 @@ def test_vgg_fc6_of_exact_rank_4_comes_back() -> None:
     rng = np.random.default_rng(0)
     ranks = (1, 4, 4, 4, 4, 4, 1)
     made = [
-        torch.tensor(rng.standard_normal((ranks[k], outs[k], ins[k], 1, ranks[k + 1])) / 4) for k in range(len(outs))
+        torch.tensor(rng.standard_normal((ranks[k], outs[k], ins[k], 1, ranks[k + 1])) / 4)
+        for k in range(len(outs))
     ]
     weight = torch.tensor(np.concatenate(list(rows_of(made))), dtype=torch.float32)
     result: TTSVD = decompose_weight(weight, tensorize_shape("matrix", (4096, 25088), outs, ins), max_rank=4)

@@ -51,7 +51,9 @@ def normal(seed: int, *shape: int) -> Full:
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-def moments(x: Full, t: Full | None = None, sketch: bool = False, dtype: torch.dtype = torch.float64) -> Moments:
+def moments(
+    x: Full, t: Full | None = None, sketch: bool = False, dtype: torch.dtype = torch.float64
+) -> Moments:
     with pytest.MonkeyPatch.context() as patch:
         if sketch:
             patch.setattr(whiten, "MATRIX_LIMIT", 0)
@@ -63,7 +65,9 @@ def moments(x: Full, t: Full | None = None, sketch: bool = False, dtype: torch.d
 class Layer:
     """A weight W, samples x of its inputs in the dense network and y in the compressed one, gradients g."""
 
-    def __init__(self, case: Case, seed: int, count: int = 0, moved: float = 0.3, weighted: bool = True) -> None:
+    def __init__(
+        self, case: Case, seed: int, count: int = 0, moved: float = 0.3, weighted: bool = True
+    ) -> None:
         self.shape = case[1]
         self.tensorization: Tensorization = tensorize_shape(*case)
         self.weight = normal(seed, *self.shape)
@@ -130,14 +134,22 @@ def never_rises(values: Sequence[float], slack: float = 1e-9) -> bool:
 
 
 @settings(max_examples=60, deadline=None)
-@given(case=st.sampled_from(CASES), cap=st.integers(1, 4), count=st.integers(1, 30), weighted=st.booleans(), seed=SEEDS)
+@given(
+    case=st.sampled_from(CASES),
+    cap=st.integers(1, 4),
+    count=st.integers(1, 30),
+    weighted=st.booleans(),
+    seed=SEEDS,
+)
 def test_the_objective_is_the_regularised_error_over_the_samples(
     case: Case, cap: int, count: int, weighted: bool, seed: int
 ) -> None:
     layer = Layer(case, seed, count, weighted=weighted)
     cores = layer.random_cores(seed, cap)
     value, expected = layer.objective().value(cores), layer.error(dense(cores, layer.shape))
-    assert value + layer.constant == pytest.approx(expected, rel=1e-9, abs=1e-11 * (abs(value) + layer.constant))
+    assert value + layer.constant == pytest.approx(
+        expected, rel=1e-9, abs=1e-11 * (abs(value) + layer.constant)
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -158,8 +170,12 @@ def test_it_is_homogeneous_in_every_core(sketch: bool) -> None:
     cores = layer.random_cores(1, 3)
     for k in range(len(cores)):
         scaled = [-3 * core if k == j else core for j, core in enumerate(cores)]
-        assert float(objective.quadratic(scaled)) == pytest.approx(9 * float(objective.quadratic(cores)), rel=1e-12)
-        assert float(objective.linear(scaled)) == pytest.approx(-3 * float(objective.linear(cores)), rel=1e-12)
+        assert float(objective.quadratic(scaled)) == pytest.approx(
+            9 * float(objective.quadratic(cores)), rel=1e-12
+        )
+        assert float(objective.linear(scaled)) == pytest.approx(
+            -3 * float(objective.linear(cores)), rel=1e-12
+        )
 
 
 def test_gradients_of_outputs_that_are_rows_count_alike() -> None:
@@ -196,7 +212,9 @@ def test_no_sweep_raises_the_error_or_changes_the_shapes(
     assert all(torch.equal(core, copy) for core, copy in zip(cores, before, strict=True))
     for value, each in ((values[0], cores), (values[-1], fitted)):
         expected = layer.error(dense(each, layer.shape))
-        assert value + layer.constant == pytest.approx(expected, rel=1e-8, abs=1e-10 * (abs(value) + layer.constant))
+        assert value + layer.constant == pytest.approx(
+            expected, rel=1e-8, abs=1e-10 * (abs(value) + layer.constant)
+        )
 
 
 @settings(max_examples=20, deadline=None)
@@ -207,7 +225,9 @@ def test_no_sweep_raises_the_error_or_changes_the_shapes(
     dtype=st.sampled_from([torch.float64, torch.float32]),
     seed=SEEDS,
 )
-def test_no_sweep_on_rows_raises_the_error(case: Case, cap: int, count: int, dtype: torch.dtype, seed: int) -> None:
+def test_no_sweep_on_rows_raises_the_error(
+    case: Case, cap: int, count: int, dtype: torch.dtype, seed: int
+) -> None:
     layer = Layer(case, seed, count)
     weight = torch.tensor(layer.weight).to(dtype)
     objective = output_error(weight, moments(layer.y, layer.x, sketch=True, dtype=dtype))
@@ -254,7 +274,9 @@ def test_full_rank_reaches_the_least_squares_optimum(case: Case, weighted: bool,
 
 @unpadded
 @pytest.mark.parametrize("ridge", [0.0, 10.0])
-def test_the_ridge_does_not_shrink_the_weight(case: Case, ridge: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ridge_does_not_shrink_the_weight(
+    case: Case, ridge: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the same inputs in both networks the weight itself is best, however strong the ridge."""
     monkeypatch.setattr(fit, "RIDGE", ridge)
     layer = Layer(case, 5, moved=0.0)

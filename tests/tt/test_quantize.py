@@ -76,7 +76,10 @@ def test_what_was_quantized_is_quantized_to_the_same(shape: tuple[int, ...], see
 @given(st.lists(st.tuples(*[st.integers(1, 4)] * 4), min_size=1, max_size=4), seeds)
 def test_balanced_cores_are_the_same_tensor(sizes: list[tuple[int, ...]], seed: int) -> None:
     ranks = [1, *(size[3] for size in sizes[:-1]), 1]
-    cores = [drawn((ranks[k], *size[:3], ranks[k + 1]), seed + k, spread=2.0).double() for k, size in enumerate(sizes)]
+    cores = [
+        drawn((ranks[k], *size[:3], ranks[k + 1]), seed + k, spread=2.0).double()
+        for k, size in enumerate(sizes)
+    ]
     even = balanced(cores)
     whole = [full(each) for each in (cores, even)]
     assert np.allclose(whole[0], whole[1], rtol=1e-9, atol=1e-12 * np.abs(whole[0]).max())
@@ -102,7 +105,9 @@ def test_balance_pays_where_singular_values_fall_off() -> None:
     def missed(stored: list[Tensor]) -> float:
         return float(np.linalg.norm(full(stored) - full(list(cores))) / np.linalg.norm(full(list(cores))))
 
-    assert missed(as_stored(cores, torch.int8)) < 0.6 * missed([dequantize(*quantize(core)) for core in cores])
+    assert missed(as_stored(cores, torch.int8)) < 0.6 * missed(
+        [dequantize(*quantize(core)) for core in cores]
+    )
 
 
 @pytest.mark.parametrize("fmt", ["matrix", "naive", "chain", "lowrank"])
@@ -208,8 +213,12 @@ def test_it_expands_and_is_trained_further_in_eight_bits(folder: Path, tmp_path:
     recipe = Recipe(train="digits", data="digits", device="cpu", epochs=2, lr=0.05)
     report = finetune_file(path, tmp_path / "tuned.safetensors", recipe)
     before, after = load_file(path), load_file(tmp_path / "tuned.safetensors")
-    assert {name: each.dtype for name, each in before.items()} == {name: each.dtype for name, each in after.items()}
-    assert any(not torch.equal(each, after[name]) for name, each in before.items() if each.dtype == torch.int8)
+    assert {name: each.dtype for name, each in before.items()} == {
+        name: each.dtype for name, each in after.items()
+    }
+    assert any(
+        not torch.equal(each, after[name]) for name, each in before.items() if each.dtype == torch.int8
+    )
     assert report.bytes_after == sum(each.nbytes for each in after.values())
     found = evaluate_file(tmp_path / "tuned.safetensors", Recipe(data="digits", device="cpu"))[0]
     assert report.accuracy is not None
@@ -219,15 +228,21 @@ def test_it_expands_and_is_trained_further_in_eight_bits(folder: Path, tmp_path:
 def test_calibrated_and_searched_files_hold_what_was_measured(folder: Path, tmp_path: Path) -> None:
     shared = {"dtype": "int8", "calib": "digits", "effort": "fast", "data": "digits", "device": "cpu"}
     for name, goal in (("ratio", {"ratio": 3}), ("drop", {"max_drop": 5, "val": "digits"})):
-        report = compress_file(folder / "digits.pt", tmp_path / f"{name}.safetensors", Recipe(**shared, **goal))
+        report = compress_file(
+            folder / "digits.pt", tmp_path / f"{name}.safetensors", Recipe(**shared, **goal)
+        )
         found = evaluate_file(tmp_path / f"{name}.safetensors", Recipe(data="digits", device="cpu"))[0]
         assert report.accuracy is not None
         assert found.top1 == report.accuracy["compressed"]
         dense = torch.load(folder / "digits.pt")
         for layer in report.plan.layers:
             exact = dense[f"{layer.fqn}.weight"].double().numpy()
-            missed = exact - weight_in_numpy(stored_in_numpy(tmp_path / f"{name}.safetensors", layer.fqn), exact.shape)
-            assert layer.relative_error == pytest.approx(np.linalg.norm(missed) / np.linalg.norm(exact), rel=1e-4)
+            missed = exact - weight_in_numpy(
+                stored_in_numpy(tmp_path / f"{name}.safetensors", layer.fqn), exact.shape
+            )
+            assert layer.relative_error == pytest.approx(
+                np.linalg.norm(missed) / np.linalg.norm(exact), rel=1e-4
+            )
 
 
 def test_an_edited_plan_mixes_types(folder: Path, tmp_path: Path) -> None:
@@ -235,7 +250,9 @@ def test_an_edited_plan_mixes_types(folder: Path, tmp_path: Path) -> None:
     first, second = [entry for entry in plan["layers"] if "tt_ranks" in entry][:2]
     first["core_dtype"], second["core_dtype"] = "int8", "float16"
     (tmp_path / "plan.json").write_text(json.dumps({"schema": "ttcompress-plan/1", **plan}))
-    text = succeeded("compress", folder / "digits.pt", "--plan", "plan.json", "-o", "mixed.safetensors", cwd=tmp_path)
+    text = succeeded(
+        "compress", folder / "digits.pt", "--plan", "plan.json", "-o", "mixed.safetensors", cwd=tmp_path
+    )
     assert "cores             float16, int8\n" in text
     tensors = load_file(tmp_path / "mixed.safetensors")
     assert tensors[f"{first['fqn']}.cores.0"].dtype == torch.int8
@@ -245,7 +262,9 @@ def test_an_edited_plan_mixes_types(folder: Path, tmp_path: Path) -> None:
 
 
 def test_weights_only_in_one_file_and_in_shards(folder: Path, tmp_path: Path) -> None:
-    tensors = {f"block.{k}.up.weight": drawn((48, 32), k, spread=0.5) for k in range(3)} | {"scale": torch.ones(3)}
+    tensors = {f"block.{k}.up.weight": drawn((48, 32), k, spread=0.5) for k in range(3)} | {
+        "scale": torch.ones(3)
+    }
     source = tmp_path / "net"
     source.mkdir()
     homes = {name: f"x-{k % 2}.safetensors" for k, name in enumerate(tensors)}

@@ -15,7 +15,32 @@ from ttcompress.tt.shapes import Mode, Tensorization, auto_modes, feasible_ranks
 
 FC6 = ((4096, 25088), (4, 4, 4, 4, 4, 4), (2, 7, 8, 8, 7, 4))
 FC7 = ((4096, 4096), (4, 4, 4, 4, 4, 4), (4, 4, 4, 4, 4, 4))
-DIMS = [1, 2, 3, 7, 10, 13, 16, 17, 31, 60, 64, 97, 100, 121, 127, 210, 257, 512, 1000, 1001, 2309, 4096, 10007, 25088]
+DIMS = [
+    1,
+    2,
+    3,
+    7,
+    10,
+    13,
+    16,
+    17,
+    31,
+    60,
+    64,
+    97,
+    100,
+    121,
+    127,
+    210,
+    257,
+    512,
+    1000,
+    1001,
+    2309,
+    4096,
+    10007,
+    25088,
+]
 
 dims = st.one_of(st.sampled_from(DIMS), st.integers(1, 3000))
 
@@ -69,9 +94,13 @@ def test_fc6_and_fc7_at_rank_4_have_3168_parameters() -> None:
 
 @pytest.mark.parametrize("max_rank", [1, 2, 3, 4, 8, 16, 32])
 @pytest.mark.parametrize("layer", [FC6, FC7], ids=["fc6", "fc7"])
-def test_automatic_modes_never_cost_more_than_the_papers(layer: tuple[tuple[int, ...], ...], max_rank: int) -> None:
+def test_automatic_modes_never_cost_more_than_the_papers(
+    layer: tuple[tuple[int, ...], ...], max_rank: int
+) -> None:
     paper, ours = tensorize_shape("matrix", *layer), tensorize_shape("matrix", layer[0])
-    params = [each.num_params(feasible_ranks(each.sizes, each.expand_ranks(max_rank))) for each in (ours, paper)]
+    params = [
+        each.num_params(feasible_ranks(each.sizes, each.expand_ranks(max_rank))) for each in (ours, paper)
+    ]
     assert params[0] <= params[1]
 
 
@@ -110,7 +139,9 @@ def test_matrix_format_has_the_window_first_and_drops_a_1x1_one(kernel: tuple[in
     wanted=st.lists(st.integers(1, 12), min_size=4, max_size=4),
     seed=st.integers(0, 2**31),
 )
-def test_feasible_ranks_are_the_ranks_of_a_random_tensor(sizes: list[int], wanted: list[int], seed: int) -> None:
+def test_feasible_ranks_are_the_ranks_of_a_random_tensor(
+    sizes: list[int], wanted: list[int], seed: int
+) -> None:
     """Cores drawn at the wanted TT-ranks make a tensor whose unfoldings have exactly the feasible ones."""
     asked = (1, *wanted[: len(sizes) - 1], 1)
     rng = np.random.default_rng(seed)
@@ -118,7 +149,9 @@ def test_feasible_ranks_are_the_ranks_of_a_random_tensor(sizes: list[int], wante
     for left, size, right in zip(asked[:-1], sizes, asked[1:], strict=True):
         full = np.tensordot(full, rng.standard_normal((left, size, right)), axes=(-1, 0))
     full = full[..., 0]
-    inner = [int(np.linalg.matrix_rank(full.reshape(prod(sizes[:k]), -1), tol=1e-7)) for k in range(1, len(sizes))]
+    inner = [
+        int(np.linalg.matrix_rank(full.reshape(prod(sizes[:k]), -1), tol=1e-7)) for k in range(1, len(sizes))
+    ]
     assert feasible_ranks(sizes, asked) == (1, *inner, 1)
 
 
@@ -141,7 +174,9 @@ def test_parameters_are_the_entries_of_the_cores() -> None:
         assert tensorization.num_params((1, *ranks, 1)) == sum(array.size for array in arrays)
 
 
-@pytest.mark.parametrize("ranks", [0, -1, (3,), (3, 3, 3), (2, 3, 3, 1), (1, 3, 3, 2), (3, 0), (1, 0, 3, 1), ()])
+@pytest.mark.parametrize(
+    "ranks", [0, -1, (3,), (3, 3, 3), (2, 3, 3, 1), (1, 3, 3, 2), (3, 0), (1, 0, 3, 1), ()]
+)
 def test_bad_ranks(ranks: int | tuple[int, ...]) -> None:
     with pytest.raises(ShapeError, match="TT-ranks"):
         tensorize_shape("chain", (8, 6, 3, 3)).expand_ranks(ranks)

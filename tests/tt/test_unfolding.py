@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ttcompress.tt import unfolding
 from ttcompress.tt.shapes import Mode
-from ttcompress.tt.unfolding import Folded, Side, interleave, split, sweep_order
+from ttcompress.tt.unfolding import Folded, Side, cut_order, interleave, split
 
 Full = NDArray[np.float64]
 
@@ -43,7 +43,10 @@ def by_modes(values: Tensor, modes: tuple[Mode, ...]) -> Full:
     out = np.zeros((array.shape[0], *(mode.size for mode in modes), array.shape[-1]))
     for at in np.ndindex(*out.shape[1:-1]):
         parts = [np.unravel_index(index, mode) for index, mode in zip(at, modes, strict=True)]
-        where = [int(np.ravel_multi_index([part[j] for part in parts], [mode[j] for mode in modes])) for j in range(3)]
+        where = [
+            int(np.ravel_multi_index([part[j] for part in parts], [mode[j] for mode in modes]))
+            for j in range(3)
+        ]
         out[(slice(None), *at)] = array[:, where[0], where[1], where[2]]
     return out
 
@@ -52,7 +55,9 @@ def side_matrix(case: Folded, cut: int, side: Side) -> Full:
     """The side as rows; each side in the order (a, M, N, W) or (M, N, W, b) that cores of several modes have."""
     full = case.values.double().numpy()
     shape, modes = full.shape, case.modes
-    sizes = [size for factors in zip(*modes, strict=True) for size in (prod(factors[:cut]), prod(factors[cut:]))]
+    sizes = [
+        size for factors in zip(*modes, strict=True) for size in (prod(factors[:cut]), prod(factors[cut:]))
+    ]
     view = full.reshape(shape[0], *sizes, shape[-1])
     left = view.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(shape[0] * sizes[0] * sizes[2] * sizes[4], -1)
     return left if side == Side.LEFT else left.T
@@ -125,7 +130,7 @@ def test_splitting_is_exact(given_case: tuple[Folded, int], data: st.DataObject)
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=9))
 def test_the_sweep_takes_every_cut_once_from_the_ends_inwards(sizes: list[int]) -> None:
     first, last = 0, len(sizes)
-    for cut, side in sweep_order(tuple(sizes)):
+    for cut, side in cut_order(tuple(sizes)):
         assert cut == (first + 1 if side == Side.LEFT else last - 1)
         first, last = (cut, last) if side == Side.LEFT else (first, cut)
     assert last - first == 1
@@ -133,4 +138,4 @@ def test_the_sweep_takes_every_cut_once_from_the_ends_inwards(sizes: list[int]) 
 
 def test_the_sweep_begins_where_most_falls_away() -> None:
     """VGG's fc6 at rank 4: a quarter is left after the last mode (16), a half after the first (8)."""
-    assert sweep_order((8, 28, 32, 32, 28, 16))[0] == (5, Side.RIGHT)
+    assert cut_order((8, 28, 32, 32, 28, 16))[0] == (5, Side.RIGHT)

@@ -136,7 +136,9 @@ def test_moments_are_weighted_means_over_batches(
     np.testing.assert_allclose(own, averaged(x, x, batches), rtol=1e-11, atol=1e-13)
     np.testing.assert_allclose(crossed, averaged(t, x, batches), rtol=1e-11, atol=1e-13)
     for mean, samples in zip(pairs.means, (x, t), strict=True):
-        np.testing.assert_allclose(mean.numpy(), averaged(samples, one, batches)[:, 0], rtol=1e-11, atol=1e-13)
+        np.testing.assert_allclose(
+            mean.numpy(), averaged(samples, one, batches)[:, 0], rtol=1e-11, atol=1e-13
+        )
 
 
 @pytest.mark.parametrize("sketch", [0, 4, 20])
@@ -173,7 +175,9 @@ def test_moments_share_no_storage_with_the_vectors(sketch: int) -> None:
     np.testing.assert_allclose(made.means[0].numpy(), x.mean(1), rtol=1e-12)
 
 
-@pytest.mark.parametrize("batches", [[(11, 1.0)], [(2, 1.0), (5, 3.0), (4, 0.5)]], ids=["one batch", "batches"])
+@pytest.mark.parametrize(
+    "batches", [[(11, 1.0)], [(2, 1.0), (5, 3.0), (4, 0.5)]], ids=["one batch", "batches"]
+)
 def test_a_sketch_is_unbiased_when_its_rows_are_used_up(batches: list[tuple[int, float]]) -> None:
     x, t = normal(0, 3, 11) + 0.5, normal(1, 3, 11)
     own, crossed = [], []
@@ -210,7 +214,9 @@ def test_centred_moments_are_covariances(paired: bool) -> None:
     found = moments(x, t if paired else None, batches).centred()
     both = np.cov(t, x, bias=True)
     np.testing.assert_allclose(found.own.numpy(), both[4:, 4:], rtol=1e-10, atol=1e-10)
-    np.testing.assert_allclose(found.crossed.numpy(), both[:4, 4:] if paired else both[4:, 4:], rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(
+        found.crossed.numpy(), both[:4, 4:] if paired else both[4:, 4:], rtol=1e-10, atol=1e-10
+    )
     assert not any(mean.any() for mean in found.means)
 
 
@@ -249,7 +255,11 @@ def test_a_sketch_is_neither_centred_nor_blended() -> None:
 def test_output_cost_is_the_mean_over_the_samples(
     shape: tuple[int, ...], sketch: int, count: int, weighted: bool, seed: int
 ) -> None:
-    difference, x, g = normal(seed, *shape), normal(seed + 1, prod(shape[1:]), count), normal(seed + 2, shape[0], 7)
+    difference, x, g = (
+        normal(seed, *shape),
+        normal(seed + 1, prod(shape[1:]), count),
+        normal(seed + 2, shape[0], 7),
+    )
     missed = difference.reshape(len(difference), -1) @ x
     expected = np.square(g.T @ missed).sum() / 7 / count if weighted else np.square(missed).sum() / count
     found = output_cost(torch.tensor(difference), moments(x, sketch=sketch), moments(g) if weighted else None)
@@ -306,7 +316,9 @@ def test_for_kronecker_moments_squared_norms_are_output_costs(
 @cases
 @pytest.mark.parametrize("sketch", [0, 30])
 @pytest.mark.parametrize("diagonal", [False, True])
-def test_metrics_are_the_damped_partial_traces_of_the_samples(case: Case, sketch: int, diagonal: bool) -> None:
+def test_metrics_are_the_damped_partial_traces_of_the_samples(
+    case: Case, sketch: int, diagonal: bool
+) -> None:
     _, shape, *_ = case
     tensorization = tensorize_shape(*case)
     ins, windows, outs = tensorization.in_modes, tensorization.window_modes, tensorization.out_modes
@@ -390,9 +402,15 @@ def test_full_rank_reproduces_the_weight_in_any_metric(case: Case, images: int, 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    case=st.sampled_from(CASES), images=st.integers(1, 40), cap=st.integers(1, 6), diagonal=st.booleans(), seed=SEEDS
+    case=st.sampled_from(CASES),
+    images=st.integers(1, 40),
+    cap=st.integers(1, 6),
+    diagonal=st.booleans(),
+    seed=SEEDS,
 )
-def test_the_error_in_the_metric_is_quasi_optimal(case: Case, images: int, cap: int, diagonal: bool, seed: int) -> None:
+def test_the_error_in_the_metric_is_quasi_optimal(
+    case: Case, images: int, cap: int, diagonal: bool, seed: int
+) -> None:
     """Oseledets 2011, corollary 2.4: at most sqrt(d - 1) times the best, of which plain TT-SVD is no better."""
     weight, tensorization = weight_case(case, seed)
     metrics = mode_metrics(tensorization, *layer_moments(case[1], seed, images), diagonal)
@@ -403,7 +421,10 @@ def test_the_error_in_the_metric_is_quasi_optimal(case: Case, images: int, cap: 
     assert [core.shape for core in cores] == [core.shape for core in plain.cores]
     norm = float(np.linalg.norm(in_metric(exact, metrics)))
     np.testing.assert_allclose(
-        whitened(weight, tensorization, metrics).numpy(), in_metric(exact, metrics), rtol=1e-9, atol=1e-10 * norm
+        whitened(weight, tensorization, metrics).numpy(),
+        in_metric(exact, metrics),
+        rtol=1e-9,
+        atol=1e-10 * norm,
     )
     error = np.linalg.norm(in_metric(exact - full(cores), metrics))
     other = np.linalg.norm(in_metric(exact - full(plain.cores), metrics))
@@ -426,10 +447,13 @@ def test_two_modes_have_the_least_output_error_of_all_weights_of_the_rank(
     inputs, outputs = layer_moments(shape, seed + 1, images)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(whiten, "DAMPING", 0.0)
-        cores = whitened_svd(weight, tensorization, (1, rank, 1), mode_metrics(tensorization, inputs, outputs))
+        cores = whitened_svd(
+            weight, tensorization, (1, rank, 1), mode_metrics(tensorization, inputs, outputs)
+        )
     plain = decompose_weight(weight, tensorization, (1, rank, 1)).cores
     cost, other = (
-        output_cost(weight - torch.tensor(full(each).T.reshape(shape)), inputs, outputs) for each in (cores, plain)
+        output_cost(weight - torch.tensor(full(each).T.reshape(shape)), inputs, outputs)
+        for each in (cores, plain)
     )
     whole = output_cost(weight, inputs, outputs)
     left, right = (np.linalg.cholesky(each.own.numpy()) for each in (outputs, inputs))

@@ -16,10 +16,14 @@ POSITIONS = 64
 
 
 @contextmanager
-def hooked(model: nn.Module, names: Iterable[str], observe: Callable[..., Any], after: bool = False) -> Iterator[None]:
+def hooked(
+    model: nn.Module, names: Iterable[str], observe: Callable[..., Any], after: bool = False
+) -> Iterator[None]:
     """observe(name, module, input[, output]) whenever one of these modules runs."""
 
-    def call(name: str, module: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], *output: Tensor) -> Any:
+    def call(
+        name: str, module: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], *output: Tensor
+    ) -> Any:
         x = given[0] if given else named["input"]
         return observe(name, module, x, *output)
 

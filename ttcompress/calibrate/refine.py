@@ -22,7 +22,15 @@ from ttcompress.data.augment import CROP, flipped, shifted
 from ttcompress.data.calibration_images import Calibration
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
-from ttcompress.networks.running import NetworkInput, batch_size, call, device_of, map_tensors, placed, tensors_of
+from ttcompress.networks.running import (
+    NetworkInput,
+    batch_size,
+    call,
+    device_of,
+    map_tensors,
+    placed,
+    tensors_of,
+)
 from ttcompress.records.common import Progress
 
 STEP = 0.4
@@ -113,7 +121,9 @@ def _descend(
     return sum(errors[-few:]) < sum(errors[:few])
 
 
-def _optimizers(model: nn.Module, natural: NaturalGradient, schedule: Schedule) -> list[torch.optim.Optimizer]:
+def _optimizers(
+    model: nn.Module, natural: NaturalGradient, schedule: Schedule
+) -> list[torch.optim.Optimizer]:
     cores = natural.cores
     own = {id(core) for core in cores}
     others = [parameter for parameter in model.parameters() if id(parameter) not in own]

@@ -66,7 +66,11 @@ Statistics = Mapping[str, LayerStatistics]
 
 @torch.enable_grad()
 def measure(
-    model: nn.Module, names: Sequence[str], calibration: Calibration, seed: int, progress: Progress | None = None
+    model: nn.Module,
+    names: Sequence[str],
+    calibration: Calibration,
+    seed: int,
+    progress: Progress | None = None,
 ) -> dict[str, LayerStatistics]:
     """Moments of the named layers of a frozen dense network, in streaming passes over the images.
 
@@ -156,7 +160,9 @@ class _Batch:
     def observe(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         """Add the inputs of a layer to its moments, and the gradients at its outputs once they are known."""
         if not torch.is_grad_enabled():
-            raise DataError(f"{name} runs without gradients, which calibration needs: exclude it, or leave out calib")
+            raise DataError(
+                f"{name} runs without gradients, which calibration needs: exclude it, or leave out calib"
+            )
 
         each = self.group[name]
         columns, each.positions = layer_inputs(module, x.detach(), self.offset)

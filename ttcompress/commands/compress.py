@@ -73,7 +73,15 @@ def compress_and_train(
 
     if recipe.train:
         report = finetune_file(
-            target, target, recipe, plan, force=True, resume=resume, origin=checkpoint, progress=progress, log=log
+            target,
+            target,
+            recipe,
+            plan,
+            force=True,
+            resume=resume,
+            origin=checkpoint,
+            progress=progress,
+            log=log,
         )
     return Outcome(report, target, drop_beyond_gate(report, recipe))
 
@@ -119,7 +127,9 @@ def compress_file(
 
     check_output(output, force, source=source)
     if recipe.max_drop is not None and not _is_search(recipe, plan) and recipe.data is None:
-        raise DataError("--max-drop beside another target is a gate on accuracy: name labelled images with --data")
+        raise DataError(
+            "--max-drop beside another target is a gate on accuracy: name labelled images with --data"
+        )
 
     settings = Settings.of(recipe)
     network = open_dense(source, recipe.arch, settings.key)
@@ -178,7 +188,9 @@ def plan_file(
     return plan_network(network, Settings.of(recipe), plan, inputs, progress)
 
 
-def check_repeats(checkpoint: Path, output: Path, recipe: Recipe, plan: CompressionPlan | None = None) -> None:
+def check_repeats(
+    checkpoint: Path, output: Path, recipe: Recipe, plan: CompressionPlan | None = None
+) -> None:
     """See that a compressed file is what `compress_file` with the same arguments wrote.
 
     Raises:

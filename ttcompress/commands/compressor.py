@@ -16,7 +16,7 @@ from ttcompress.calibrate.statistics import LayerStatistics, measure
 from ttcompress.commands.inputs import Score
 from ttcompress.data.calibration_images import Calibration
 from ttcompress.errors import DataError, PlanError, TTCompressError, shortlist
-from ttcompress.measure.latency import Bed, within_latency
+from ttcompress.measure.latency import TimedNetwork, within_latency
 from ttcompress.measure.multiply_adds import Usage, usage_of
 from ttcompress.networks.held import copied
 from ttcompress.networks.running import Example, NetworkInput, input_dtype, placed
@@ -85,7 +85,7 @@ class Compressor:
             return _run_as(recipe.exec, plan)
         if recipe.tune:
             with threads_as_set():
-                return self._bed.tuned(plan, self.progress)
+                return self._timed_network.tuned(plan, self.progress)
         return plan
 
     def _planned(self, recipe: Recipe) -> CompressionPlan:
@@ -99,7 +99,7 @@ class Compressor:
                 return replace(self._planner.within(Budget.of_ratio("cost ratio", counting, ratio)), notes=())
 
             with threads_as_set():
-                return within_latency(recipe.latency_ratio, plan_at, most, self._bed, self.progress)
+                return within_latency(recipe.latency_ratio, plan_at, most, self._timed_network, self.progress)
         return self._planner.plan(recipe, self._usage if recipe.macs_ratio is not None else None)
 
     @cached_property
@@ -107,8 +107,8 @@ class Compressor:
         return usage_of(self.model, self._example)
 
     @cached_property
-    def _bed(self) -> Bed:
-        return Bed(self.model, self._example, self.device)
+    def _timed_network(self) -> TimedNetwork:
+        return TimedNetwork(self.model, self._example, self.device)
 
     @property
     def _example(self) -> Example:
@@ -174,7 +174,8 @@ class Compressor:
         Raises:
             PlanError: nothing to measure accuracy on, no weights, or no compression that was tried keeps the drop.
         """
-        if score is None:
+        max_drop = self.settings.recipe.max_drop
+        if max_drop is None or score is None:
             raise PlanError(
                 "--max-drop alone searches on labelled images of their own: name them with --val "
                 "(in Python a metric will do)"
@@ -182,7 +183,6 @@ class Compressor:
         if any(parameter.is_meta for parameter in self.model.parameters()):
             raise PlanError("--max-drop needs the weights: give a checkpoint")
 
-        max_drop = self.settings.recipe.max_drop or 0.0
         dense = score(self.model)
         low, high = 1.0, self._planner.most()
         best: Compressed | None = None
@@ -194,7 +194,12 @@ class Compressor:
             tried = self.apply(self.plan(replace(self.settings.recipe, ratio=ratio)))
             drop = dense - score(tried.model)
             points.append(
-                {"ratio": ratio, "compression": tried.plan.compression, "accuracy": dense - drop, "drop": drop}
+                {
+                    "ratio": ratio,
+                    "compression": tried.plan.compression,
+                    "accuracy": dense - drop,
+                    "drop": drop,
+                }
             )
             if drop <= max_drop:
                 low, best = ratio, tried
@@ -202,8 +207,14 @@ class Compressor:
                 high = ratio
 
         if best is None:
-            least = f"{points[-1]['compression']:.2f}x loses {points[-1]['drop']:.2f} points" if points else "none"
-            raise PlanError(f"no compression keeps the drop within {max_drop:g} points; the mildest tried: {least}")
+            least = (
+                f"{points[-1]['compression']:.2f}x loses {points[-1]['drop']:.2f} points"
+                if points
+                else "none"
+            )
+            raise PlanError(
+                f"no compression keeps the drop within {max_drop:g} points; the mildest tried: {least}"
+            )
         return replace(best, search=tuple(points))
 
     @cached_property
@@ -238,7 +249,9 @@ class Compressor:
             self._measured.update(found)
             idle = [name for name in missing if name not in self._measured]
             if idle:
-                raise DataError(f"the network does not run {shortlist(idle)} on the calibration data: --exclude it")
+                raise DataError(
+                    f"the network does not run {shortlist(idle)} on the calibration data: --exclude it"
+                )
         return self._measured
 
     @cached_property
@@ -261,7 +274,9 @@ class Compressor:
 def _check_execution(recipe: Recipe) -> None:
     counts_running = recipe.macs_ratio is not None or recipe.latency_ratio is not None
     if counts_running and (recipe.tune or recipe.exec):
-        raise PlanError("--macs-ratio and --latency-ratio say how layers run, as counted or timed: no --exec or --tune")
+        raise PlanError(
+            "--macs-ratio and --latency-ratio say how layers run, as counted or timed: no --exec or --tune"
+        )
     if recipe.tune and recipe.exec:
         raise PlanError("--tune decides by measurement how layers run: leave out --exec")
     if recipe.input_size and not (counts_running or recipe.tune):
@@ -272,9 +287,13 @@ def _run_as(execution: str, plan: CompressionPlan) -> CompressionPlan:
     """The plan with every layer that can run in this way forced to."""
     able = [execution in layer.executions for layer in plan.layers]
     if not any(able):
-        raise PlanError(f"--exec {execution}: no layer of the plan can run so; they are {shortlist(_formats(plan))}")
+        raise PlanError(
+            f"--exec {execution}: no layer of the plan can run so; they are {shortlist(_formats(plan))}"
+        )
     layers = zip(plan.layers, able, strict=True)
-    return plan.with_layers([replace(layer, execution=Execution(execution)) if can else layer for layer, can in layers])
+    return plan.with_layers(
+        [replace(layer, execution=Execution(execution)) if can else layer for layer, can in layers]
+    )
 
 
 def _formats(plan: CompressionPlan) -> list[str]:

@@ -30,7 +30,9 @@ def run_demo(say: Callable[[str], None], run: Callable[[list[str]], object]) -> 
         FOLDER.mkdir(exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{FOLDER}: cannot be made here: {error.strerror}") from error
-    dense, compressed, expanded = (str(FOLDER / f"digits{end}") for end in (".pt", "-tt.safetensors", "-dense.pt"))
+    dense, compressed, expanded = (
+        str(FOLDER / f"digits{end}") for end in (".pt", "-tt.safetensors", "-dense.pt")
+    )
     say("Training a 64-512-512-10 network on scikit-learn's digits (1,437 images) ...")
     write_dense(Path(dense), train_digits().state_dict())
     for arguments in (

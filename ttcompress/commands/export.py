@@ -1,4 +1,4 @@
-"""Networks as ONNX files: standard operators, cores still factored, compared with torch before the file is there."""
+"""Networks as ONNX files: standard operators, weights still as cores, compared with torch before the file is there."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def export_file(
     model = _computable(network.model)
     stored = tensor_bytes(stored_tensors(model, network.tensors))
     if stored > LARGEST:
-        raise ExportError(f"{source}: has {stored:,} bytes of tensors; an ONNX file holds {LARGEST:,} at most")
+        raise ExportError(
+            f"{source}: has {stored:,} bytes of tensors; an ONNX file holds {LARGEST:,} at most"
+        )
     inputs = [_random(batch, shape, input_dtype(model)) for batch in BATCHES]
     with torch.inference_mode():
         wanted = [forward(model, x) for x in inputs]
@@ -172,7 +174,9 @@ def _is_worth_folding(node: Any) -> bool | None:
     (result, *_) = node.outputs
     if result.shape is None or result.dtype is None or not result.shape.is_static():
         return None
-    replaced = sum(value.const_value.nbytes for value in node.inputs if value is not None and len(value.uses()) == 1)
+    replaced = sum(
+        value.const_value.nbytes for value in node.inputs if value is not None and len(value.uses()) == 1
+    )
     return bool(prod(result.shape.numpy()) * result.dtype.itemsize <= max(replaced, SMALL))
 
 
@@ -183,9 +187,13 @@ def _operators(graph: Any) -> dict[str, int]:
         ExportError: one is not of the standard.
     """
     nodes = [*graph.graph.all_nodes(), *(node for function in graph.functions.values() for node in function)]
-    foreign = sorted({f"{node.domain}::{node.op_type}" for node in nodes if node.domain not in ("", "ai.onnx")})
+    foreign = sorted(
+        {f"{node.domain}::{node.op_type}" for node in nodes if node.domain not in ("", "ai.onnx")}
+    )
     if foreign:
-        raise ExportError(f"the network needs operators that are not of the ONNX standard: {shortlist(foreign)}")
+        raise ExportError(
+            f"the network needs operators that are not of the ONNX standard: {shortlist(foreign)}"
+        )
     return dict(Counter(sorted(node.op_type for node in nodes)).most_common())
 
 

@@ -92,7 +92,9 @@ def finetune_file(
         check_output(checkpoint, force)
 
     settings = Settings.of(recipe)
-    start = start_from_scratch(settings, plan) if source is None else open_start(source, settings, plan, origin)
+    start = (
+        start_from_scratch(settings, plan) if source is None else open_start(source, settings, plan, origin)
+    )
     if start.report is None and output.suffix not in DENSE_SUFFIXES:
         raise CheckpointError(f"{output}: end the name in .pt, .pth or .safetensors")
 

@@ -280,7 +280,9 @@ def _check_measures(
     if data is not None and metric is not None:
         raise PlanError("give data or metric, not both")
     if recipe.max_drop is not None and (plan is not None or recipe.target != "max_drop"):
-        raise PlanError("max_drop beside another target is a gate of the command line: look at the report instead")
+        raise PlanError(
+            "max_drop beside another target is a gate of the command line: look at the report instead"
+        )
     for name, batches in (("data", data), ("val", val)):
         if batches is not None and iter(batches) is batches:
             raise DataError(f"{name} is read more than once: give a list or a DataLoader, not an iterator")

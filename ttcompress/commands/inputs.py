@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttcompress.data.calibration_images import Calibration, draw
+from ttcompress.data.calibration_images import Calibration, draw_calibration
 from ttcompress.data.opening import open_data
 from ttcompress.data.sets import Images
 from ttcompress.errors import DataError
@@ -101,7 +101,7 @@ def _calibration(images: Images, preprocessing: Preprocessing | None, settings: 
         for batch, _ in chosen.batches(known, settings.batch_size, workers=settings.workers):
             yield batch
 
-    return draw(images.name, len(images), settings.recipe.calib_images, settings.seed, batches)
+    return draw_calibration(images.name, len(images), settings.recipe.calib_images, settings.seed, batches)
 
 
 def score_by(metric: Metric) -> Score:
@@ -123,7 +123,9 @@ def accuracy_on(
     return accuracy_of(batches, images.name, chosen_device(settings.device), progress)
 
 
-def accuracy_of(batches: Callable[[], Batches], name: str, device: torch.device, progress: Progress | None) -> Metric:
+def accuracy_of(
+    batches: Callable[[], Batches], name: str, device: torch.device, progress: Progress | None
+) -> Metric:
     """Accuracy on labelled batches, made anew for every measurement."""
 
     def measure(model: nn.Module) -> Predictions:
@@ -135,7 +137,9 @@ def accuracy_of(batches: Callable[[], Batches], name: str, device: torch.device,
     return Metric(measure, summary)
 
 
-def preprocessing_for(settings: Settings, known: Preprocessing | None, images: Images | None) -> Preprocessing | None:
+def preprocessing_for(
+    settings: Settings, known: Preprocessing | None, images: Images | None
+) -> Preprocessing | None:
     """What the user says, else what the architecture was trained with, else the statistics of the data."""
     mean, std = settings.recipe.mean, settings.recipe.std
     if bool(mean) != bool(std):
@@ -171,7 +175,7 @@ def tensor_calibration(calib: Tensor | Mapping[str, Any] | Iterable[Any], settin
             chosen = torch.tensor(indices[start : start + size])
             yield map_tensors(itemgetter(chosen), inputs)
 
-    return draw("calib", batch_size(inputs), settings.recipe.calib_images, settings.seed, parts)
+    return draw_calibration("calib", batch_size(inputs), settings.recipe.calib_images, settings.seed, parts)
 
 
 def _inputs_in(batch: Any) -> NetworkInput:
@@ -179,7 +183,9 @@ def _inputs_in(batch: Any) -> NetworkInput:
     inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(inputs, Tensor | Mapping | tuple | list) or not tensors_of(inputs):
         kind = type(inputs).__name__
-        raise DataError(f"a batch of calib is inputs, or a tuple that begins with them; this one has a {kind}")
+        raise DataError(
+            f"a batch of calib is inputs, or a tuple that begins with them; this one has a {kind}"
+        )
     return inputs
 
 
@@ -205,6 +211,8 @@ def _check_rows(inputs: NetworkInput) -> None:
     for tensor in tensors_of(inputs):
         if tensor.dim() == 0 or len(tensor) != count:
             shape = tuple(tensor.shape)
-            raise DataError(f"calib holds {count:,} inputs, but also a tensor {shape}: all need a row an input")
+            raise DataError(
+                f"calib holds {count:,} inputs, but also a tensor {shape}: all need a row an input"
+            )
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise DataError("calib holds NaN or Inf")

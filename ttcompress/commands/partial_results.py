@@ -48,7 +48,9 @@ class Work:
     folder: Path
     world: World
 
-    def files(self, what: str, sizes: Sequence[int], compute: Callable[[int], dict[str, Tensor]]) -> list[Path]:
+    def files(
+        self, what: str, sizes: Sequence[int], compute: Callable[[int], dict[str, Tensor]]
+    ) -> list[Path]:
         """Files of compute(0), compute(1) ...: those that are missing are computed, shared out by their sizes."""
         found = [self.folder / f"{what}-{index:06}.safetensors" for index in range(len(sizes))]
         for index in self.world.share(sizes):

@@ -24,7 +24,11 @@ ELSEWHERE = (
 
 
 def report_of(
-    network: Network, done: Compressed, settings: Settings, num_bytes: tuple[int, int], accuracy: Json | None = None
+    network: Network,
+    done: Compressed,
+    settings: Settings,
+    num_bytes: tuple[int, int],
+    accuracy: Json | None = None,
 ) -> Report:
     """The report of a network that came as `network`; `num_bytes` are those of all tensors before and after."""
     return Report(

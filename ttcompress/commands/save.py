@@ -23,7 +23,9 @@ from ttcompress.version import __version__
 CHANGED = "changed since it was compressed: errors and accuracy of before are not of this network"
 
 
-def save_module(module: nn.Module, report: Report, path: str | os.PathLike[str], force: bool = False) -> Report:
+def save_module(
+    module: nn.Module, report: Report, path: str | os.PathLike[str], force: bool = False
+) -> Report:
     """Write a module and return the report that the file has.
 
     That is the report given where the module still is what it describes. Else, as after a training in one's own loop,
@@ -87,9 +89,13 @@ def _layer_now(layer: LayerPlan, found: TTLayer) -> LayerPlan:
     return replace(layer, core_dtype=core_dtype, execution=found.execution)
 
 
-def _changed(module: nn.Module, report: Report, plan: CompressionPlan, stored: Mapping[str, Tensor]) -> Report:
+def _changed(
+    module: nn.Module, report: Report, plan: CompressionPlan, stored: Mapping[str, Tensor]
+) -> Report:
     """What is still true of a module that is another than the one that was measured."""
-    forgotten = [replace(layer, predicted_error=None, relative_error=None, output_error=None) for layer in plan.layers]
+    forgotten = [
+        replace(layer, predicted_error=None, relative_error=None, output_error=None) for layer in plan.layers
+    ]
     notes = plan.notes if CHANGED in plan.notes else (*plan.notes, CHANGED)
     saved = sum(map(saved_bytes, plan.layers))
     bytes_after = tensor_bytes(stored)

@@ -77,14 +77,18 @@ def _original(source: Path, report: Report, settings: Settings, origin: Path | N
         return dense.model if settings.key or "key" not in found else None
     if found.get("state_sha256") != known["state_sha256"]:
         was = f" {known['key']!r}" if known.get("key") else " another one"
-        raise CheckpointError(f"--key {key} of {origin.name} is not what {source} was compressed from, which is{was}")
+        raise CheckpointError(
+            f"--key {key} of {origin.name} is not what {source} was compressed from, which is{was}"
+        )
     return dense.model
 
 
 def _check_as_it_is(source: Path, recipe: Recipe, plan: CompressionPlan | None, origin: Path | None) -> None:
     planned = plan or recipe.has_target or recipe.exec or recipe.tune or recipe.input_size
     if recipe.from_scratch or (origin is None and planned):
-        raise PlanError(f"{source} is trained as it is: ranks, budgets and plans are for --arch with --from-scratch")
+        raise PlanError(
+            f"{source} is trained as it is: ranks, budgets and plans are for --arch with --from-scratch"
+        )
 
     unused = recipe.given(*FORM, "dtype", "calib", "calib_images", "effort")
     if origin is None and unused:

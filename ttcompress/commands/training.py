@@ -148,7 +148,9 @@ def say_frozen(model: nn.Module) -> None:
     parameters = dict(model.named_parameters())
     frozen_ones = [name for name, each in parameters.items() if not each.requires_grad]
     if len(frozen_ones) == len(parameters):
-        raise TrainingError("nothing to train: no parameter of the network requires gradients (requires_grad)")
+        raise TrainingError(
+            "nothing to train: no parameter of the network requires gradients (requires_grad)"
+        )
     if not frozen_ones or not leads():
         return
 

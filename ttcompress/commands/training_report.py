@@ -55,7 +55,9 @@ def trained_report(
         "before": former.accuracy,
         "history": state.history,
     }
-    layers = [replace(layer, relative_error=_error(layer, start.original, model)) for layer in former.plan.layers]
+    layers = [
+        replace(layer, relative_error=_error(layer, start.original, model)) for layer in former.plan.layers
+    ]
     stored = stored_tensors(model, start.network.tensors, former.plan)
     return replace(
         former,

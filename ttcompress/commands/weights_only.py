@@ -105,11 +105,18 @@ def plan_weights(
 def _check_recipe(recipe: Recipe) -> None:
     given = recipe.given(*NEEDS_A_NETWORK)
     if given:
-        raise PlanError(f"with --arch none no network can run: leave out {', '.join(given)}, or name the architecture")
+        raise PlanError(
+            f"with --arch none no network can run: leave out {', '.join(given)}, or name the architecture"
+        )
 
 
 def _work(
-    output: Path, network: Network, settings: Settings, plan: CompressionPlan | None, force: bool, world: World
+    output: Path,
+    network: Network,
+    settings: Settings,
+    plan: CompressionPlan | None,
+    force: bool,
+    world: World,
 ) -> AbstractContextManager[Work]:
     """The work folder, known by all that the decompositions depend on."""
     key = {
@@ -126,7 +133,11 @@ def _work(
 
 
 def _planned(
-    network: Network, settings: Settings, plan: CompressionPlan | None, work: Work | None, progress: Progress | None
+    network: Network,
+    settings: Settings,
+    plan: CompressionPlan | None,
+    work: Work | None,
+    progress: Progress | None,
 ) -> CompressionPlan:
     device = work.world.device if work else chosen_device(settings.device)
     compressor = Compressor(network.model, settings, device, progress=progress)
@@ -136,11 +147,15 @@ def _planned(
     check_plan(network.model, planned)
     taken = [name for layer in planned.layers for name in layer.stored_shapes if name in network.tensors]
     if taken:
-        raise PlanError(f"the checkpoint has tensors that are called as TT-cores would be: {shortlist(taken)}")
+        raise PlanError(
+            f"the checkpoint has tensors that are called as TT-cores would be: {shortlist(taken)}"
+        )
     return planned
 
 
-def _shared_spectra(work: Work, sizes: Sequence[int], compute: Callable[[int], LayerSpectra]) -> list[LayerSpectra]:
+def _shared_spectra(
+    work: Work, sizes: Sequence[int], compute: Callable[[int], LayerSpectra]
+) -> list[LayerSpectra]:
     """The spectra of all weights, each computed once by one of the processes and held in a file until the run ends."""
     tensors = work.results("spectra", sizes, lambda index: compute(index).to_tensors())
     return [LayerSpectra.from_tensors(each) for each in tensors]

@@ -42,7 +42,7 @@ class Calibration:
         )
 
 
-def draw(
+def draw_calibration(
     name: str,
     available: int,
     asked: int | None,

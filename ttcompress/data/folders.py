@@ -58,7 +58,9 @@ class FolderImages(Images):
         """Of names and labels of all files, and the sizes of some."""
         content = hashlib.sha256()
         for path, label in self._samples:
-            content.update(f"{Path(path).parent.name}/{Path(path).name} {label}\n".encode(errors="surrogateescape"))
+            content.update(
+                f"{Path(path).parent.name}/{Path(path).name} {label}\n".encode(errors="surrogateescape")
+            )
         for path, _ in self._samples[:: max(1, len(self._samples) // SAMPLED_SIZES)]:
             content.update(f"{_size_of(path)}\n".encode())
         return content.hexdigest()
@@ -73,7 +75,9 @@ class FolderImages(Images):
 
     def _check_channels(self, channels: int) -> None:
         if channels not in _COLOUR_MODES:
-            raise DataError(f"{self.name}: image files have 1 or 3 channels, the normalisation is for {channels}")
+            raise DataError(
+                f"{self.name}: image files have 1 or 3 channels, the normalisation is for {channels}"
+            )
 
     def _raw_batches(
         self, preprocessing: Preprocessing, batch_size: int, count: int, workers: int

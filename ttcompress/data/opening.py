@@ -92,7 +92,9 @@ def _load_npz(file: Path) -> Arrays:
         raise DataError(f"{file} is not a readable npz file of plain arrays ({kind})") from error
 
     if "images" not in content:
-        raise DataError(f"{file} has no array 'images': write it with numpy.savez(file, images=..., labels=...)")
+        raise DataError(
+            f"{file} has no array 'images': write it with numpy.savez(file, images=..., labels=...)"
+        )
     return _checked(content["images"], content.get("labels"), str(file))
 
 
@@ -125,13 +127,19 @@ def _check_labels(labels: NDArray[Any], count: int, where: str) -> Labels:
     if labels.min() < 0:
         raise DataError(f"{where}: labels count from 0, the smallest is {labels.min()}")
     if labels.max() >= MOST_CLASSES:
-        raise DataError(f"{where}: labels count from 0, the largest is {labels.max()}, more than any network has")
+        raise DataError(
+            f"{where}: labels count from 0, the largest is {labels.max()}, more than any network has"
+        )
     return labels.astype(np.int64)
 
 
 def _check_ordinary(folder: Path) -> None:
     """See that a folder, if it is there, holds no pipes, at which reading would wait for ever."""
-    odd = [file.name for file in sorted(folder.glob("*")) if file.exists() and not (file.is_file() or file.is_dir())]
+    odd = [
+        file.name
+        for file in sorted(folder.glob("*"))
+        if file.exists() and not (file.is_file() or file.is_dir())
+    ]
     if odd:
         raise DataError(f"{folder} holds what is no ordinary file: {shortlist(odd)}")
 
@@ -150,7 +158,9 @@ def _load_cifar10(root: str, split: str) -> Arrays:
         labels = np.asarray(dataset.targets)
     except Exception as error:
         # Damage may show anywhere in the reading.
-        raise DataError(f"no CIFAR-10 in {folder}: neither {file.name} nor an intact cifar-10-batches-py") from error
+        raise DataError(
+            f"no CIFAR-10 in {folder}: neither {file.name} nor an intact cifar-10-batches-py"
+        ) from error
     return _checked(dataset.data, labels, str(folder))
 
 
@@ -173,7 +183,9 @@ def _load_mnist(root: str, split: str) -> Arrays:
 
 def _load_digits(root: str, split: str) -> Arrays:
     if root:
-        raise DataError(f"digits come with scikit-learn and take no path, not {root!r}: write digits or digits@train")
+        raise DataError(
+            f"digits come with scikit-learn and take no path, not {root!r}: write digits or digits@train"
+        )
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -217,7 +229,9 @@ def _choose_subfolder(path: str, default: str) -> tuple[Path, str]:
     wanted = ("train",) if default == "train" else ("test", "val")
     chosen = next((name for name in wanted if name in present), "")
     if present and not chosen:
-        raise DataError(f"{root} has no {default} split but {shortlist(present)}: choose it, as in {path}@{present[0]}")
+        raise DataError(
+            f"{root} has no {default} split but {shortlist(present)}: choose it, as in {path}@{present[0]}"
+        )
     return root / chosen, chosen
 
 
@@ -229,7 +243,9 @@ def _open_images(path: str, default: str) -> Images:
 
     files = [str(file) for file in folder.iterdir() if file.suffix.lower() in IMG_EXTENSIONS]
     if not files:
-        raise DataError(f"{folder} holds no images: {shortlist(IMG_EXTENSIONS, len(IMG_EXTENSIONS))} are read")
+        raise DataError(
+            f"{folder} holds no images: {shortlist(IMG_EXTENSIONS, len(IMG_EXTENSIONS))} are read"
+        )
     return FolderImages("images", [(file, None) for file in files], None)
 
 

@@ -43,7 +43,9 @@ class Images(ABC):
             DataError: there are no labels.
         """
         if not self.labelled:
-            raise DataError(f"{self.name} has no labels, which are needed here: only --calib takes unlabelled images")
+            raise DataError(
+                f"{self.name} has no labels, which are needed here: only --calib takes unlabelled images"
+            )
 
     def batches(
         self, preprocessing: Preprocessing, batch_size: int, limit: int | None = None, workers: int = 0
@@ -86,7 +88,9 @@ class Images(ABC):
 
     def _check_normalisation(self, preprocessing: Preprocessing) -> None:
         if len(preprocessing.mean) != len(preprocessing.std):
-            raise DataError(f"mean {preprocessing.mean} and std {preprocessing.std} need one value a channel each")
+            raise DataError(
+                f"mean {preprocessing.mean} and std {preprocessing.std} need one value a channel each"
+            )
         self._check_channels(len(preprocessing.mean))
 
     @property

@@ -103,7 +103,9 @@ class Stream:
             DataError: more processes than images in a batch.
         """
         if self.size > min(self.batch_size, len(self.images)):
-            raise DataError(f"{self.images.name}: {self.size} processes cannot share {len(self.images)} images")
+            raise DataError(
+                f"{self.images.name}: {self.size} processes cannot share {len(self.images)} images"
+            )
 
     @property
     def steps(self) -> int:

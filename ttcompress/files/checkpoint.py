@@ -52,7 +52,9 @@ class Checkpoint:
             return None
         tensors = {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items()}
         note = f"read without the prefix {prefix!r} that all names have"
-        return Checkpoint(tensors, {**self.source, "state_sha256": state_sha256(tensors)}, (*self.notes, note))
+        return Checkpoint(
+            tensors, {**self.source, "state_sha256": state_sha256(tensors)}, (*self.notes, note)
+        )
 
     def say_notes(self) -> None:
         """Log each note, once."""
@@ -129,7 +131,9 @@ def _check_storable(path: Path, tensors: Mapping[str, Tensor]) -> None:
         CheckpointError: it cannot.
     """
     if bad := [name for name in tensors if not _is_storable_name(name)]:
-        raise CheckpointError(f"{path}: holds tensors whose names no file can have: {shortlist(map(ascii, bad))}")
+        raise CheckpointError(
+            f"{path}: holds tensors whose names no file can have: {shortlist(map(ascii, bad))}"
+        )
     try:
         tensor_infos(tensors)
     except CheckpointError as error:

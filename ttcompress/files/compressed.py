@@ -104,13 +104,17 @@ def _check_architecture(report: Report, infos: Mapping[str, TensorInfo]) -> None
     largest = max([USUAL_ARGUMENT, *(size for shape in shapes for size in shape)])
     for name, value in report.architecture.arguments.items():
         if value > largest:
-            raise CheckpointError(f"architecture.arguments.{name} is {value:,}, its tensors have at most {largest:,}")
+            raise CheckpointError(
+                f"architecture.arguments.{name} is {value:,}, its tensors have at most {largest:,}"
+            )
 
 
 def _check_layout(report: Report, infos: Mapping[str, TensorInfo], stated: str) -> None:
     if stated:
         if stated != layout(report, infos):
-            raise CheckpointError("holds tensors of other names, types or shapes than when it was written; get it anew")
+            raise CheckpointError(
+                "holds tensors of other names, types or shapes than when it was written; get it anew"
+            )
         return
 
     # Older files do not state it: at least no core may be left that belongs to no layer.
@@ -123,7 +127,9 @@ def core_infos(report: Report) -> dict[str, TensorInfo]:
     """Types and shapes of the TT-cores of all weights, and of their scales."""
     infos: dict[str, TensorInfo] = {}
     for layer in report.layers:
-        infos |= {name: TensorInfo(TYPES[layer.stored_dtype], shape) for name, shape in layer.core_shapes.items()}
+        infos |= {
+            name: TensorInfo(TYPES[layer.stored_dtype], shape) for name, shape in layer.core_shapes.items()
+        }
         infos |= {name: TensorInfo("F32", shape) for name, shape in layer.scale_shapes.items()}
     return infos
 
@@ -140,7 +146,9 @@ def layout(report: Report, infos: Mapping[str, TensorInfo]) -> str:
     """A sum over names, types and shapes of all tensors, as they are stored and as they are dense (docs/format.md)."""
     kept = {each.name: infos[each.name] for each in report.kept}
     parts = {"stored": infos, "dense": dense_infos(report, infos), "kept": kept}
-    listed = {part: {name: [info.dtype, info.shape] for name, info in of.items()} for part, of in parts.items()}
+    listed = {
+        part: {name: [info.dtype, info.shape] for name, info in of.items()} for part, of in parts.items()
+    }
     return hashlib.sha256(canonical_json(listed).encode()).hexdigest()
 
 

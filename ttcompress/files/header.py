@@ -210,9 +210,13 @@ def _check_spans(path: Path, spans: Mapping[str, tuple[TensorInfo, int, int]], d
     reached = 0
     for start, end in sorted((start, end) for _, start, end in spans.values()):
         if start != reached:
-            raise CheckpointError(f"{path}: damaged safetensors header: data at {start} where {reached} was expected")
+            raise CheckpointError(
+                f"{path}: damaged safetensors header: data at {start} where {reached} was expected"
+            )
         reached = end
 
     if reached != data_bytes:
         what = "truncated" if reached > data_bytes else "followed by data that its header does not name"
-        raise CheckpointError(f"{path}: {what}: the header names {reached:,} bytes, the file holds {data_bytes:,}")
+        raise CheckpointError(
+            f"{path}: {what}: the header names {reached:,} bytes, the file holds {data_bytes:,}"
+        )

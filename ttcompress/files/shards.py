@@ -53,11 +53,15 @@ def resolve(path: Path) -> Path:
         matches = (sorted(path.glob(pattern)) for pattern in PATTERNS)
         found = next(filter(None, matches), [])
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise CheckpointError(
+            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
     if len(found) == 1:
         return found[0]
     if not found:
-        raise CheckpointError(f"{path}: is a folder without *.safetensors{INDEX_SUFFIX}, a safetensors file or *.bin")
+        raise CheckpointError(
+            f"{path}: is a folder without *.safetensors{INDEX_SUFFIX}, a safetensors file or *.bin"
+        )
     names = shortlist(file.name for file in found)
     raise CheckpointError(f"{path}: is a folder with several checkpoints, name one: {names}")
 
@@ -93,7 +97,9 @@ def _index(path: Path, suffix: str) -> Index:
     names = sorted(set(index.homes.values()))
     if elsewhere := [name for name in names if not _is_beside(name, suffix)]:
         kind = suffix.removeprefix(".")
-        raise CheckpointError(f"{path}: shards must be {kind} files beside the index, not {shortlist(elsewhere)}")
+        raise CheckpointError(
+            f"{path}: shards must be {kind} files beside the index, not {shortlist(elsewhere)}"
+        )
     if missing := [file.name for file in index.files if not file.is_file()]:
         raise CheckpointError(f"{path}: lacks {len(missing)} of {len(names)} shards: {shortlist(missing)}")
     return index

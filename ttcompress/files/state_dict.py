@@ -63,14 +63,18 @@ def read_state_dict(path: Path, key: str) -> StateDict:
     others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if others or not state:
         what = f"entries that are no tensors: {shortlist(others)}" if others else "nothing"
-        hint = f"; choose with {' or '.join(f'--key {name}' for name in candidates[:6])}" if candidates else ""
+        hint = (
+            f"; choose with {' or '.join(f'--key {name}' for name in candidates[:6])}" if candidates else ""
+        )
         raise CheckpointError(f"{path}: no state dict found; it holds {what}{hint}")
 
     tensors = {str(name): tensor.detach() for name, tensor in state.items()}
     if len(tensors) < len(state):
         raise CheckpointError(f"{path}: some of its tensors are called alike, as 1 and '1' are")
     if unsupported := [name for name, tensor in tensors.items() if not _is_plain(tensor)]:
-        raise CheckpointError(f"{path}: sparse, quantized and meta tensors are not supported: {shortlist(unsupported)}")
+        raise CheckpointError(
+            f"{path}: sparse, quantized and meta tensors are not supported: {shortlist(unsupported)}"
+        )
     _check_expansion(path, tensors)
     return StateDict(tensors, found, tuple(candidates), tuple(map(str, dropped)))
 
@@ -85,7 +89,9 @@ def _chosen(path: Path, content: Mapping[Any, Any], key: str) -> tuple[str, Mapp
     while found := [name for name in WRAPPERS if isinstance(state.get(name), Mapping)]:
         if len(found) > 1:
             names = [_joined(key, name) for name in found]
-            raise CheckpointError(f"{path}: holds several state dicts: {', '.join(names)}; choose one with --key")
+            raise CheckpointError(
+                f"{path}: holds several state dicts: {', '.join(names)}; choose one with --key"
+            )
         key, state = _joined(key, found[0]), state[found[0]]
     return key, state
 
@@ -198,7 +204,9 @@ def _check_archive(path: Path) -> None:
         )
     unpacked, limit = sum(entry.file_size for entry in entries), _limit(path)
     if unpacked > limit:
-        raise CheckpointError(f"{path}: unpacks to {unpacked:,} bytes, at most {limit:,} are read from such a file")
+        raise CheckpointError(
+            f"{path}: unpacks to {unpacked:,} bytes, at most {limit:,} are read from such a file"
+        )
 
 
 def _is_stored(path: Path) -> bool:

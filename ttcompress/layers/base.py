@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.errors import PlanError, ShapeError
+from ttcompress.layers.cache import Cache, Call, call_key, in_type_of, made_once
 from ttcompress.layers.execution import ExecutionChoice
-from ttcompress.layers.kept import Call, Kept, call_key, in_type_of, made_once
 from ttcompress.layers.spec import layer_spec
 from ttcompress.records.layers import Execution, LayerSpec, checked_execution, executions
 from ttcompress.tt.arithmetic import norm
 from ttcompress.tt.contract import dense_weight
-from ttcompress.tt.cost import Calls, SweepPlan
+from ttcompress.tt.cost import Calls, ContractionPlan
 from ttcompress.tt.decompose import decompose_weight
 from ttcompress.tt.shapes import Tensorization, tensorize_shape
 
@@ -54,7 +54,7 @@ class TTLayer(nn.Module, ABC):
 
         self._execution = Execution.AUTO
         self._choice = ExecutionChoice(spec, tensorization, self.tt_ranks)
-        self._kept = Kept()
+        self._cache = Cache()
         self.reset_parameters()
 
     @classmethod
@@ -195,7 +195,7 @@ class TTLayer(nn.Module, ABC):
     @execution.setter
     def execution(self, name: str) -> None:
         self._execution = checked_execution(name, self.executions)
-        self._kept.call = None
+        self._cache.call = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer: TTLinear to (..., in_features), TTConv2d to ([batch,] in_channels, height, width).
@@ -206,7 +206,7 @@ class TTLayer(nn.Module, ABC):
         x = input  # The name is that of torch's own layers, for calls by keyword.
         key = self._key(x)
         # To choose takes as long as a small convolution. Read once: another thread may replace it meanwhile.
-        call = None if key is None else self._kept.call
+        call = None if key is None else self._cache.call
         if call is None or not call.serves(key):
             call = self._prepared(x, key)
         return self._run(call.execution, x, call.made.operands)
@@ -229,15 +229,15 @@ class TTLayer(nn.Module, ABC):
         execution = self._chosen(calls, keeps, trains)
 
         make = partial(self._operands, execution, x, self._choice.plan(trains), keeps)
-        made = self._kept.made(execution, x, cores, make) if keeps else made_once(make(in_type_of(x, cores)))
+        made = self._cache.made(execution, x, cores, make) if keeps else made_once(make(in_type_of(x, cores)))
         call = Call(key, execution, made)
-        self._kept.call = None if key is None else call
+        self._cache.call = None if key is None else call
         return call
 
     def _chosen(self, calls: Calls, keeps: bool, trains: bool) -> Execution:
         if self._execution is not Execution.AUTO:
             return self._execution
-        # One graph for all call shapes, still factored.
+        # One graph for all call shapes, still by the cores.
         if torch.compiler.is_exporting() or _is_traced():
             return self._choice.by_cores
         return self._choice.cheaper(calls, keeps, trains)
@@ -254,7 +254,7 @@ class TTLayer(nn.Module, ABC):
 
     @abstractmethod
     def _operands(
-        self, execution: Execution, x: Tensor, plan: SweepPlan | None, keeps: bool, cores: list[Tensor]
+        self, execution: Execution, x: Tensor, plan: ContractionPlan | None, keeps: bool, cores: list[Tensor]
     ) -> Any:
         """What an execution takes besides an input like x; `keeps` where the calls that follow take it too."""
 
@@ -272,13 +272,13 @@ class TTLayer(nn.Module, ABC):
         bias = self.bias
         return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
-    def kept_tensors(self) -> list[Tensor]:
-        """What is kept for evaluation, made of the cores."""
-        return self._kept.tensors()
+    def cached_tensors(self) -> list[Tensor]:
+        """What is cached for evaluation, made of the cores."""
+        return self._cache.tensors()
 
     def train(self, mode: bool = True) -> Self:
         """As in torch; what was made of the cores for evaluation is dropped."""
-        self._kept = Kept()
+        self._cache = Cache()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -286,13 +286,13 @@ class TTLayer(nn.Module, ABC):
         def to_core(tensor: Tensor) -> Tensor:
             return fn(tensor.flatten()).view(tensor.shape) if tensor.dim() == CORE_DIM else fn(tensor)
 
-        self._kept = Kept()
+        self._cache = Cache()
         moved: Self = super()._apply(to_core, recurse)  # type: ignore[no-untyped-call]
         return moved
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was made of the cores, so that copies do not hold it twice."""
-        return {**vars(self), "_kept": Kept()}
+        return {**vars(self), "_cache": Cache()}
 
     def extra_repr(self) -> str:
         """Shape, format and TT-ranks."""
@@ -306,5 +306,5 @@ def _is_traced() -> bool:
 
 
 def _is_recorded() -> bool:
-    """Whether a call becomes part of a graph, where what is kept would stand as a constant."""
+    """Whether a call becomes part of a graph, where what is cached would stand as a constant."""
     return torch.compiler.is_compiling() or _is_traced()

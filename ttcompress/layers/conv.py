@@ -12,8 +12,8 @@ from torch.nn import functional
 from ttcompress.errors import ShapeError
 from ttcompress.layers.base import TTLayer
 from ttcompress.records.layers import ConvSpec, Execution
-from ttcompress.tt.contract import dense_weight, merge_all, merge_groups, pad_features, sweep_groups
-from ttcompress.tt.cost import Calls, SweepPlan
+from ttcompress.tt.contract import contract_groups, dense_weight, merge_all, merge_groups, pad_features
+from ttcompress.tt.cost import Calls, ContractionPlan
 
 
 class TTConv2d(TTLayer):
@@ -47,16 +47,18 @@ class TTConv2d(TTLayer):
 
     def _calls(self, x: Tensor) -> Calls:
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
-            raise ShapeError(f"the layer takes ([batch,] {self.in_channels}, height, width), not {tuple(x.shape)}")
+            raise ShapeError(
+                f"the layer takes ([batch,] {self.in_channels}, height, width), not {tuple(x.shape)}"
+            )
         pixels = x.numel() // max(1, self.in_channels)
         return Calls(pixels, pixels // prod(self.stride))
 
     def _operands(
-        self, execution: Execution, x: Tensor, plan: SweepPlan | None, keeps: bool, cores: list[Tensor]
+        self, execution: Execution, x: Tensor, plan: ContractionPlan | None, keeps: bool, cores: list[Tensor]
     ) -> Any:
         if execution is Execution.DENSE:
             kernel = dense_weight(cores, self.spec.weight_shape)
-            # A convolution brings it into order itself; done once it pays where the kernel is kept.
+            # A convolution brings it into order itself; done once it pays where the kernel is cached.
             return _in_format_of(x, kernel) if keeps else kernel
         if plan is None:
             return self._chain_kernels(cores, x)
@@ -92,14 +94,16 @@ class TTConv2d(TTLayer):
         kernel = kernel.reshape(*kernel.shape[:2], *self.kernel_size)
         return first, _in_format_of(x, kernel), last[:, :, 0, 0, 0].T
 
-    def _contract(self, images: Tensor, plan: SweepPlan, window: Tensor, groups: list[Tensor]) -> Tensor:
+    def _contract(
+        self, images: Tensor, plan: ContractionPlan, window: Tensor, groups: list[Tensor]
+    ) -> Tensor:
         """Channel cores pixel by pixel, then the window core for all outputs (Garipov et al. 2016, section 4)."""
         n, _, height, width = images.shape
         padded_in, padded_out = prod(self.tensorization.in_modes), prod(self.tensorization.out_modes)
         pixels = pad_features(images.permute(0, 2, 3, 1), padded_in).flatten(0, 2)
 
         # (n, height, width, TT-rank of the window, out) to one image of TT-rank channels for each output.
-        mixed = sweep_groups(groups, pixels, plan)
+        mixed = contract_groups(groups, pixels, plan)
         mixed = mixed.reshape(n, height, width, window.shape[0], padded_out)[..., : self.out_channels]
         mixed = mixed.permute(0, 4, 3, 1, 2).flatten(0, 1)
 
@@ -108,7 +112,7 @@ class TTConv2d(TTLayer):
         bias = self._bias_as(images)
         return y if bias is None else y + bias[:, None, None].to(y.dtype)
 
-    def _window_and_groups(self, cores: list[Tensor], plan: SweepPlan) -> tuple[Tensor, list[Tensor]]:
+    def _window_and_groups(self, cores: list[Tensor], plan: ContractionPlan) -> tuple[Tensor, list[Tensor]]:
         """The window core as (TT-rank, kh kw), 1 where there is none, and the channel cores merged as planned."""
         if self.tensorization.window_modes[0] > 1:
             return cores[0][0, 0, 0].T, merge_groups(cores[1:], plan)

@@ -8,7 +8,7 @@ import torch
 
 from ttcompress.records.layers import Execution, LayerSpec, executions
 from ttcompress.tt import cost
-from ttcompress.tt.shapes import Tensorization, is_swept
+from ttcompress.tt.shapes import Tensorization, is_contracted
 
 MOST_CHOICES = 256
 """So many are remembered; calls of ever new sizes begin anew."""
@@ -22,40 +22,40 @@ class ExecutionChoice:
         self._tensorization = tensorization
         self._tt_ranks = tuple(tt_ranks)
         _, self.by_cores, self.dense = executions(spec, tensorization)
-        self._plans = self._sweep_plans()
+        self._plans = self._contraction_plans()
         self._made: dict[Hashable, Execution] = {}
 
-    def _sweep_plans(self) -> list[cost.SweepPlan]:
+    def _contraction_plans(self) -> list[cost.ContractionPlan]:
         """How inputs meet the cores, without and with gradients, for layers that contract them."""
-        if not is_swept(self._weight_shape, self._tensorization):
+        if not is_contracted(self._weight_shape, self._tensorization):
             return []
 
         core_shapes = self._tensorization.core_shapes(self._tt_ranks)
-        swept = cost.swept_shapes(core_shapes)
-        return [cost.sweep_plan(swept, training) for training in (False, True)]
+        contracted = cost.contracted_shapes(core_shapes)
+        return [cost.contraction_plan(contracted, training) for training in (False, True)]
 
-    def plan(self, trains: bool) -> cost.SweepPlan | None:
+    def plan(self, trains: bool) -> cost.ContractionPlan | None:
         """How inputs meet the cores, for layers that contract them; `trains` where gradients go to the cores."""
         return self._plans[trains] if self._plans else None
 
-    def cheaper(self, calls: cost.Calls, kept: bool, trains: bool) -> Execution:
-        """The execution that costs less for calls of this size; `kept` where what is made of the cores is at hand."""
+    def cheaper(self, calls: cost.Calls, cached: bool, trains: bool) -> Execution:
+        """The execution that costs less for calls of this size; `cached` where what is made of the cores is at hand."""
         # Sizes are symbols there, and graphs are chosen anew by guards.
         if torch.compiler.is_compiling():
-            return self._compared(calls, kept, trains)
+            return self._compared(calls, cached, trains)
 
-        key = calls, kept, trains
+        key = calls, cached, trains
         if key not in self._made:
             if len(self._made) >= MOST_CHOICES:
                 self._made.clear()
-            self._made[key] = self._compared(calls, kept, trains)
+            self._made[key] = self._compared(calls, cached, trains)
         return self._made[key]
 
-    def _compared(self, calls: cost.Calls, kept: bool, trains: bool) -> Execution:
+    def _compared(self, calls: cost.Calls, cached: bool, trains: bool) -> Execution:
         layer = cost.LayerCosts(self._weight_shape, calls)
         form = self._tensorization, self._tt_ranks
 
-        by_cores = layer.factored(*form, kept, self.plan(trains))
-        dense = layer.dense() if kept else layer.rebuilt(*form)
+        by_cores = layer.by_cores(*form, cached, self.plan(trains))
+        dense = layer.dense() if cached else layer.rebuilt(*form)
         is_dense_cheaper = bool(cost.TIME.total(dense) < cost.TIME.total(by_cores))
         return self.dense if is_dense_cheaper else self.by_cores

@@ -11,8 +11,8 @@ from torch.nn import functional
 from ttcompress.errors import ShapeError
 from ttcompress.layers.base import TTLayer
 from ttcompress.records.layers import Execution, LinearSpec
-from ttcompress.tt.contract import dense_weight, merge_groups, pad_features, sweep_groups
-from ttcompress.tt.cost import Calls, SweepPlan
+from ttcompress.tt.contract import contract_groups, dense_weight, merge_groups, pad_features
+from ttcompress.tt.cost import Calls, ContractionPlan
 
 
 class TTLinear(TTLayer):
@@ -44,7 +44,7 @@ class TTLinear(TTLayer):
         return Calls(rows, rows)
 
     def _operands(
-        self, execution: Execution, x: Tensor, plan: SweepPlan | None, keeps: bool, cores: list[Tensor]
+        self, execution: Execution, x: Tensor, plan: ContractionPlan | None, keeps: bool, cores: list[Tensor]
     ) -> Any:
         if plan is None or execution is Execution.DENSE:
             return dense_weight(cores, self.spec.weight_shape)
@@ -55,12 +55,12 @@ class TTLinear(TTLayer):
             return functional.linear(x, operands, self._bias_as(x))
         return self._contract(x, *operands)
 
-    def _contract(self, x: Tensor, plan: SweepPlan, groups: list[Tensor]) -> Tensor:
+    def _contract(self, x: Tensor, plan: ContractionPlan, groups: list[Tensor]) -> Tensor:
         """The input with groups of cores, one after the other (Novikov et al. 2015, section 4)."""
         rows = x.reshape(-1, self.in_features)
         padded = pad_features(rows, prod(self.tensorization.in_modes))
 
-        y = sweep_groups(groups, padded, plan)[:, : self.out_features]
+        y = contract_groups(groups, padded, plan)[:, : self.out_features]
         y = y.reshape(*x.shape[:-1], self.out_features)
         bias = self._bias_as(x)
         return y if bias is None else y + bias.to(y.dtype)

@@ -99,7 +99,9 @@ def _inputs_and_labels(batch: Any) -> tuple[NetworkInput, Tensor]:
 
 def _check_labels(labels: Tensor, logits: Tensor) -> None:
     if labels.shape != logits.shape[:1]:
-        raise DataError(f"labels {tuple(labels.shape)} for logits {tuple(logits.shape)}: one class number an image")
+        raise DataError(
+            f"labels {tuple(labels.shape)} for logits {tuple(logits.shape)}: one class number an image"
+        )
     for label in set(labels.tolist()):
         if not 0 <= label < logits.shape[1]:
             raise DataError(f"the data has label {label}, the network {logits.shape[1]} classes")

@@ -90,7 +90,9 @@ def is_slower(result: Json) -> bool:
     return any(entry["time_ratio"] > NOISE for entry in result["batches"])
 
 
-def _compare(dense: nn.Module, compressed: nn.Module, images: Tensor, names: Sequence[str], training: bool) -> Json:
+def _compare(
+    dense: nn.Module, compressed: nn.Module, images: Tensor, names: Sequence[str], training: bool
+) -> Json:
     models = {"dense": dense, "compressed": compressed}
     with torch.no_grad():
         forward(compressed, images)
@@ -116,7 +118,9 @@ def _compare(dense: nn.Module, compressed: nn.Module, images: Tensor, names: Seq
     return entry
 
 
-def _compare_layers(models: dict[str, nn.Module], inputs: dict[str, Tensor], name: str, training: bool) -> Json:
+def _compare_layers(
+    models: dict[str, nn.Module], inputs: dict[str, Tensor], name: str, training: bool
+) -> Json:
     layers = {side: model.get_submodule(name) for side, model in models.items()}
     received = {side: input_of(models[side], layers[side], inputs[side]) for side in models}
     runs = [runner(layers[side], received[side], training) for side in models]
@@ -134,7 +138,11 @@ def peak_memory(model: nn.Module, images: Tensor) -> int:
     """Bytes of weights, of what layers keep, and of the tensors of a forward pass that are alive together."""
     with torch.no_grad():
         model(images)
-    held = [*model.parameters(), *model.buffers(), *(tensor for layer in model.modules() for tensor in _kept(layer))]
+    held = [
+        *model.parameters(),
+        *model.buffers(),
+        *(tensor for layer in model.modules() for tensor in _cached(layer)),
+    ]
     fixed = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
     if images.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(images.device)
@@ -146,8 +154,8 @@ def peak_memory(model: nn.Module, images: Tensor) -> int:
     return sum(fixed.values()) + int(live.peak)
 
 
-def _kept(layer: nn.Module) -> Iterator[Tensor]:
-    yield from layer.kept_tensors() if isinstance(layer, TTLinear | TTConv2d) else ()
+def _cached(layer: nn.Module) -> Iterator[Tensor]:
+    yield from layer.cached_tensors() if isinstance(layer, TTLinear | TTConv2d) else ()
 
 
 class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]

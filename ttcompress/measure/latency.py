@@ -30,7 +30,7 @@ SHARE = 0.3
 """Of the time that a benchmark takes, for each point of a search and each layer."""
 
 
-class Bed:
+class TimedNetwork:
     """A dense network on a device, and inputs of it, to try plans on."""
 
     def __init__(self, model: nn.Module, example: Example, device: torch.device) -> None:
@@ -103,7 +103,7 @@ def within_latency(
     asked: float,
     plan_at: Callable[[float], CompressionPlan],
     most: float,
-    bed: Bed,
+    bed: TimedNetwork,
     progress: Progress | None = None,
 ) -> CompressionPlan:
     """The mildest plan found by bisection that runs `asked` times as fast as the dense network, one input at a time.
@@ -115,7 +115,9 @@ def within_latency(
         PlanError: not even the plan for `most` does, with what it reaches.
     """
     if most <= 1:
-        raise PlanError(f"--latency-ratio {asked:g} is out of reach: by the cost model no TT form of a layer is faster")
+        raise PlanError(
+            f"--latency-ratio {asked:g} is out of reach: by the cost model no TT form of a layer is faster"
+        )
     points = 0
 
     def latency_at(ratio: float, share: float) -> tuple[CompressionPlan, Json]:

@@ -43,7 +43,11 @@ class _WeightsOnMeta(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         return func(*args, **{**kwargs, "device": "meta"} if func is torch.empty else kwargs)
@@ -68,8 +72,14 @@ class _Difference:
         return counts.pop() if len(counts) == 1 and not self.missing and not self.unexpected else None
 
     def __str__(self) -> str:
-        shapes = [f"{key} is {have}, the network has {want}" for key, (have, want) in sorted(self.shapes.items())]
-        parts = {"missing": sorted(self.missing), "unexpected": sorted(self.unexpected), "other shapes": shapes}
+        shapes = [
+            f"{key} is {have}, the network has {want}" for key, (have, want) in sorted(self.shapes.items())
+        ]
+        parts = {
+            "missing": sorted(self.missing),
+            "unexpected": sorted(self.unexpected),
+            "other shapes": shapes,
+        }
         return "; ".join(f"{word}: {shortlist(items, 4)}" for word, items in parts.items() if items)
 
 
@@ -85,7 +95,9 @@ def _shapes_of(kind: str, name: str, **arguments: int) -> Shapes:
 
 def _difference(shapes: Shapes, wanted: Shapes) -> _Difference:
     common = shapes.keys() & wanted.keys()
-    differing = {key: (tuple(shapes[key]), wanted[key]) for key in common if tuple(shapes[key]) != wanted[key]}
+    differing = {
+        key: (tuple(shapes[key]), wanted[key]) for key in common if tuple(shapes[key]) != wanted[key]
+    }
     return _Difference(
         missing=tuple(key for key in wanted.keys() - common if not key.endswith(OPTIONAL)),
         unexpected=tuple(key for key in shapes.keys() - common if not key.endswith(OPTIONAL)),
@@ -133,7 +145,9 @@ def build(architecture: Architecture, factory: Factory | None = None, device: st
     except ArchitectureError:
         raise
     except Exception as error:
-        raise ArchitectureError(f"{_reference(architecture)} cannot be constructed: {one_line(error)}") from error
+        raise ArchitectureError(
+            f"{_reference(architecture)} cannot be constructed: {one_line(error)}"
+        ) from error
     return _to_meta(model).eval()
 
 
@@ -243,7 +257,9 @@ def _fit(
     return min(fits, key=lambda fit: fit[1].keys)
 
 
-def _fit_classes(kind: str, name: str, arguments: dict[str, int], shapes: Shapes) -> tuple[Architecture, _Difference]:
+def _fit_classes(
+    kind: str, name: str, arguments: dict[str, int], shapes: Shapes
+) -> tuple[Architecture, _Difference]:
     difference = _difference(shapes, _shapes_of(kind, name, **arguments))
     classes = difference.classes(_CLASSES[kind])
     if classes is not None:

@@ -29,7 +29,9 @@ def built_by(name: str, factory: Factory | None) -> nn.Module:
         ArchitectureError: there is none, it fails, or it returns no network that can be gone through.
     """
     if factory is None:
-        raise ArchitectureError(f"the network comes from {name}: pass --arch net.py:build (or factory= in Python)")
+        raise ArchitectureError(
+            f"the network comes from {name}: pass --arch net.py:build (or factory= in Python)"
+        )
     with _blaming(f"{name} failed"), torch.device("cpu"):
         model = factory()
     if not isinstance(model, nn.Module):
@@ -153,7 +155,9 @@ def load_factory(reference: str) -> Factory:
 
     factory = getattr(module, name, None)
     if not callable(factory):
-        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        functions = [
+            key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
+        ]
         raise ArchitectureError(f"{path} has no function {name!r}; it has {shortlist(functions) or 'none'}")
     return factory  # type: ignore[no-any-return]
 

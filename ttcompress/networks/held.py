@@ -142,7 +142,9 @@ def _named_globals(function: FunctionType) -> list[Any]:
 
 def held_layers(model: nn.Module) -> dict[str, str]:
     """Linear and Conv2d layers by fqn that something outside the module tree holds, or their parameters, and who."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
+    }
     found = holders(model)
 
     homes = dict[int, list[tuple[str, Tensor]]]()
@@ -166,7 +168,11 @@ def held_tensors(model: nn.Module) -> set[str]:
     memories = {_memory(tensor) for tensor, _ in tensors} - {None}
     found = set[str]()
     for name, own in model.state_dict(keep_vars=True).items():
-        if isinstance(own, Tensor) and _memory(own) in memories and any(_overlap(own, each) for each, _ in tensors):
+        if (
+            isinstance(own, Tensor)
+            and _memory(own) in memories
+            and any(_overlap(own, each) for each, _ in tensors)
+        ):
             found.add(name)
     return found
 
@@ -239,7 +245,9 @@ def _copied(model: Module) -> Module:
         for cell in closure or ():
             cells.setdefault(id(cell), (cell, CellType()))
         own = tuple(cells[id(cell)][1] for cell in closure) if closure else None
-        twin = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, own)
+        twin = FunctionType(
+            function.__code__, function.__globals__, function.__name__, function.__defaults__, own
+        )
         memo[id(function)] = twin
         twins.append((function, twin))
 

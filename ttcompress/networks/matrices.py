@@ -30,7 +30,11 @@ class Weights(nn.Module):
         super().__init__()
         tensors = {name: tensors[name] for name in sorted(tensors, key=_natural)}
         parameters = _parameters(tensors)
-        layers = {name.removesuffix(".weight"): name for name in parameters if not _why_no_layer(name, tensors[name])}
+        layers = {
+            name.removesuffix(".weight"): name
+            for name in parameters
+            if not _why_no_layer(name, tensors[name])
+        }
         inside = set[str]()
         for fqn, name in layers.items():
             bias = parameters.get(f"{fqn}.bias")
@@ -68,13 +72,17 @@ def _parameters(tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
     found = {}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not name.endswith(STATISTICS):
-            memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else name
+            memory = (
+                (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else name
+            )
             found[name] = by_memory.setdefault(memory, nn.Parameter(tensor, requires_grad=False))
     return found
 
 
 def _kind(fqn: str) -> str:
-    return next((kind for kind, patterns in LEFT_OUT.items() if any(fnmatchcase(fqn, each) for each in patterns)), "")
+    return next(
+        (kind for kind, patterns in LEFT_OUT.items() if any(fnmatchcase(fqn, each) for each in patterns)), ""
+    )
 
 
 def _why_no_layer(name: str, tensor: Tensor | None) -> str:

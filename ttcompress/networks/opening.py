@@ -207,7 +207,9 @@ def _check_types(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         return parameter.dtype == value.dtype or (is_same_kind and value.element_size() > 1)
 
     wrong = {
-        name: state[name] for name, each in model.named_parameters() if name in state and not fits(each, state[name])
+        name: state[name]
+        for name, each in model.named_parameters()
+        if name in state and not fits(each, state[name])
     }
     if wrong:
         types = sorted({str(value.dtype).removeprefix("torch.") for value in wrong.values()})

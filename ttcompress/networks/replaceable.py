@@ -39,7 +39,9 @@ def obstacles(model: nn.Module) -> dict[str, str]:
             if reason:
                 found[name] = reason
 
-    held = {name: f"also held by {holder}, outside the module tree" for name, holder in held_layers(model).items()}
+    held = {
+        name: f"also held by {holder}, outside the module tree" for name, holder in held_layers(model).items()
+    }
     return {**held, **found}
 
 
@@ -77,7 +79,9 @@ def _own_obstacle(module: nn.Linear | nn.Conv2d) -> str:
 
     own = own_attributes(module)
     # Plain values go along, under whatever names: networks parsed from lists call one `type`.
-    overridden = sorted(name for name, value in own.items() if hasattr(type(module), name) and callable(value))
+    overridden = sorted(
+        name for name, value in own.items() if hasattr(type(module), name) and callable(value)
+    )
     if overridden:
         return f"its object has a {shortlist(overridden)} of its own"
 

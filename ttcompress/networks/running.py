@@ -71,7 +71,9 @@ def batch_size(inputs: NetworkInput) -> int:
     """
     first = next(iter(tensors_of(inputs)), None)
     if first is None or first.dim() == 0:
-        raise DataError(f"a batch of inputs is tensors whose first dimension counts them, not {type(inputs).__name__}")
+        raise DataError(
+            f"a batch of inputs is tensors whose first dimension counts them, not {type(inputs).__name__}"
+        )
     return len(first)
 
 
@@ -164,7 +166,9 @@ def forward(model: nn.Module, inputs: NetworkInput) -> Tensor:
     """
     output = call(model, inputs)
     if not isinstance(output, Tensor):
-        raise DataError(f"accuracy, calibration and export need a tensor; the network returns {type(output).__name__}")
+        raise DataError(
+            f"accuracy, calibration and export need a tensor; the network returns {type(output).__name__}"
+        )
     if not output.is_meta and not bool(output.isfinite().all()):
         raise DataError("the network returns NaN or Inf on this data")
     return output

@@ -59,7 +59,9 @@ def stored_sha256(stored: Mapping[str, Tensor]) -> str:
 
     Counters of batches are left out: they decide nothing in eval mode, and come and go with versions of torch.
     """
-    return state_sha256({name: each for name, each in stored.items() if not name.endswith("num_batches_tracked")})
+    return state_sha256(
+        {name: each for name, each in stored.items() if not name.endswith("num_batches_tracked")}
+    )
 
 
 def stored_cores(cores: Sequence[Tensor], layer: LayerPlan) -> dict[str, Tensor]:
@@ -110,7 +112,9 @@ def read_stored(path: Path) -> tuple[Report, dict[str, Tensor]]:
         non_finite = [name for name, tensor in tensors.items() if not is_finite(tensor)]
         _check_cores(stored.report, non_finite)
         if wrong := sorted(set(non_finite) - set(stored.non_finite)):
-            raise CheckpointError(f"holds NaN or Inf in {shortlist(wrong)}, which it did not when it was written")
+            raise CheckpointError(
+                f"holds NaN or Inf in {shortlist(wrong)}, which it did not when it was written"
+            )
     return stored.report, tensors
 
 

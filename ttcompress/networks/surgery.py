@@ -132,7 +132,9 @@ def decompose(layer: LayerPlan, weight: Tensor) -> TTSVD:
         ShapeError: values that cannot be, naming the layer.
     """
     with _blaming(layer):
-        return decompose_weight(weight, layer.tensorization, layer.tt_ranks, dtype=getattr(torch, layer.stored_dtype))
+        return decompose_weight(
+            weight, layer.tensorization, layer.tt_ranks, dtype=getattr(torch, layer.stored_dtype)
+        )
 
 
 @contextmanager

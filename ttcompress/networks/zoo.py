@@ -40,7 +40,9 @@ class _BasicBlock(nn.Module):
         if not self.added_planes:
             return x
         before = self.added_planes // 2
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.added_planes - before))
+        return F.pad(
+            x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.added_planes - before)
+        )
 
 
 class CifarResNet(nn.Module):

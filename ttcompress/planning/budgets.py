@@ -52,8 +52,8 @@ class Counting:
             return plan.params_before - plan.params_after
 
         dense = costs.unit.total(costs.dense())
-        factored = costs.unit.total(costs.factored(plan.tensorization, plan.tt_ranks))
-        return int(dense - factored)
+        by_cores = costs.unit.total(costs.by_cores(plan.tensorization, plan.tt_ranks))
+        return int(dense - by_cores)
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,8 @@ class Running:
 
     def of(self, tt_ranks: Sequence[int]) -> int:
         """Exactly, for all TT-ranks."""
-        factored = self.layer.factored(self.tensorization, tt_ranks)
-        return int(self.layer.unit.total(factored))
+        by_cores = self.layer.by_cores(self.tensorization, tt_ranks)
+        return int(self.layer.unit.total(by_cores))
 
     def of_core(self, index: int, left: Tensor, right: Tensor) -> Tensor:
         """Exactly for chains of convolutions; where cores are merged before they meet the input, more."""

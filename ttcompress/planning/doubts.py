@@ -89,7 +89,9 @@ def _advice(plan: CompressionPlan, is_calibrated: bool) -> str:
 
 def including(layers: Sequence[KeptParameter | Layer]) -> str:
     """The options that add layers to the default."""
-    names = [kept.name.removesuffix(".weight") if isinstance(kept, KeptParameter) else kept.fqn for kept in layers]
+    names = [
+        kept.name.removesuffix(".weight") if isinstance(kept, KeptParameter) else kept.fqn for kept in layers
+    ]
     options = " ".join(f"--include +{name}" for name in names[:3])
     return options + (" and so on" if len(names) > 3 else "")
 
@@ -103,7 +105,9 @@ def find_normed_layers(model: nn.Module) -> list[str]:
             found.append(fqn)
         is_layer = isinstance(module, nn.Linear | nn.Conv2d)
         if is_layer or not any(module.children()):
-            fqn, outputs = (name, len(module.weight)) if isinstance(module, nn.Linear | nn.Conv2d) else ("", 0)
+            fqn, outputs = (
+                (name, len(module.weight)) if isinstance(module, nn.Linear | nn.Conv2d) else ("", 0)
+            )
     return found
 
 
@@ -154,7 +158,9 @@ def _kind(model: nn.Module, name: str) -> str:
     module = model.get_submodule(layer if of_parametrization else owner)
     if isinstance(module, nn.Conv2d) and module.groups != 1:
         return f"{class_name(module)} with groups"
-    is_computed = parametrize.is_parametrized(module) or not isinstance(getattr(module, "weight", None), nn.Parameter)
+    is_computed = parametrize.is_parametrized(module) or not isinstance(
+        getattr(module, "weight", None), nn.Parameter
+    )
     if isinstance(module, nn.Linear | nn.Conv2d) and is_computed:
         return f"{class_name(module)} whose weight is computed"
 

@@ -195,8 +195,8 @@ class Planner:
             return plan
 
         # The second of a layer's executions is that by its cores, which was counted: what is promised runs.
-        factored = [replace(layer, execution=layer.executions[1]) for layer in plan.layers]
-        return replace(plan.with_layers(factored), multiply_adds=(counting.dense, after))
+        by_cores = [replace(layer, execution=layer.executions[1]) for layer in plan.layers]
+        return replace(plan.with_layers(by_cores), multiply_adds=(counting.dense, after))
 
     def most(self, counting: Counting | None = None) -> float:
         """The largest ratio that a budget can reach; by default of parameters."""
@@ -237,7 +237,9 @@ def _options(
     return [_layer_options(*pair, counting, largest) for pair in zip(requests, spectra, strict=True)]
 
 
-def _layer_options(request: LayerRequest, spectra: LayerSpectra, counting: Counting, unit_norm: float) -> LayerOptions:
+def _layer_options(
+    request: LayerRequest, spectra: LayerSpectra, counting: Counting, unit_norm: float
+) -> LayerOptions:
     layer, costs = request.layer, counting.costs(request.layer)
     has_others = len(request.tensorizations) > 1
 
@@ -265,7 +267,9 @@ def _decisions(requests: Sequence[LayerRequest], choices: Sequence[Choice], why:
         tensorization, error = choice.candidate.tensorization, choice.relative_error
         # A decomposition is a projection: what it misses is never more than all.
         note = "" if error <= 1 else f"the bound of the error is {error:.2f}, taken as 1"
-        decisions[fqn] = request.planned(tensorization, choice.tt_ranks, predicted_error=min(1.0, error), note=note)
+        decisions[fqn] = request.planned(
+            tensorization, choice.tt_ranks, predicted_error=min(1.0, error), note=note
+        )
     return decisions
 
 

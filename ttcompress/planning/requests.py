@@ -78,9 +78,9 @@ def _request(layer: Layer, recipe: Recipe) -> LayerRequest:
 
 
 def _formats(layer: Layer, rule: LayerRule, recipe: Recipe, has_ranks: bool) -> tuple[str, ...]:
-    weight_format = rule.format or recipe.format or "auto"
-    if weight_format != "auto":
-        return (weight_format,)
+    stated = recipe.format if rule.format is None else rule.format
+    if stated not in (None, "auto"):
+        return (str(stated),)
     if rule.in_modes:
         return ("matrix",)
     if has_ranks:

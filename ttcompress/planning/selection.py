@@ -60,7 +60,10 @@ def matches(pattern: str, fqn: str) -> bool:
 
 
 def find_layers(
-    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), running_order: Sequence[str] = ()
+    model: nn.Module,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    running_order: Sequence[str] = (),
 ) -> list[Layer]:
     """All Linear and Conv2d layers in `named_modules()` order, those that stay dense with the reason.
 
@@ -115,7 +118,11 @@ def require_match(pattern: str, names: Sequence[str], model: nn.Module | None = 
     if any(matches(pattern, name) for name in names):
         return
 
-    leaves = {name: each for name, each in (model or nn.Module()).named_modules() if name and not any(each.children())}
+    leaves = {
+        name: each
+        for name, each in (model or nn.Module()).named_modules()
+        if name and not any(each.children())
+    }
     others = [f"{name} ({class_name(each)})" for name, each in leaves.items() if matches(pattern, name)]
     if others and not isinstance(model, Weights):
         raise PlanError(f"pattern {pattern!r} matches no Linear or Conv2d layer, only {shortlist(others, 3)}")

@@ -125,7 +125,10 @@ def _sentence(problem: str, data: object, where: str, place: str) -> str:
     # Of a mapping it does not tell the key.
     place, _, is_entry = place.partition("[...")
     field = (where + place).removeprefix(".")
-    for start, end in (("Object missing required", "is missing"), ("Object contains unknown", "is not known")):
+    for start, end in (
+        ("Object missing required", "is missing"),
+        ("Object contains unknown", "is not known"),
+    ):
         if problem.startswith(start):
             name = problem.split("`")[1]
             return f"{field}.{name} {end}".removeprefix(".")

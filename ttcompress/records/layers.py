@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from ttcompress.errors import ShapeError
-from ttcompress.tt.shapes import Tensorization, is_swept
+from ttcompress.tt.shapes import Tensorization, is_contracted
 
 
 class Execution(StrEnum):
@@ -67,7 +67,7 @@ LayerSpec = LinearSpec | ConvSpec
 
 def executions(spec: LayerSpec, tensorization: Tensorization) -> tuple[Execution, Execution, Execution]:
     """The executions that a layer has: `auto`, then the one by its TT-cores, then `dense`."""
-    by_cores = Execution.CONTRACT if is_swept(spec.weight_shape, tensorization) else Execution.CHAIN
+    by_cores = Execution.CONTRACT if is_contracted(spec.weight_shape, tensorization) else Execution.CHAIN
     return (Execution.AUTO, by_cores, Execution.DENSE)
 
 

@@ -20,7 +20,14 @@ from ttcompress.records.forms import (
     LinearForm,
     PlanForm,
 )
-from ttcompress.records.layers import ConvSpec, Execution, LayerSpec, LinearSpec, checked_execution, executions
+from ttcompress.records.layers import (
+    ConvSpec,
+    Execution,
+    LayerSpec,
+    LinearSpec,
+    checked_execution,
+    executions,
+)
 from ttcompress.tt.shapes import Mode, Tensorization, tensorize_shape
 
 PLAN_SCHEMA = "ttcompress-plan/1"
@@ -197,7 +204,9 @@ def _check_modes(fqn: str, spec: LayerSpec, stated: Tensorization) -> None:
         raise ShapeError(f"{fqn}: {error}") from error
     if proper != stated:
         modes = [tuple(mode) for mode in stated.modes]
-        raise ShapeError(f"{fqn}: format {stated.format} of this weight has no (out, in, window) modes {modes}")
+        raise ShapeError(
+            f"{fqn}: format {stated.format} of this weight has no (out, in, window) modes {modes}"
+        )
 
 
 @dataclass(frozen=True)
@@ -310,7 +319,9 @@ def decode_plan(data: Json) -> CompressionPlan:
             layers.append(LayerPlan.from_json(entry, where))
     kept += [KeptParameter(each.name, each.params, each.reason) for each in form.kept_parameters]
 
-    plan = CompressionPlan(tuple(layers), tuple(kept), tuple(form.notes), form.multiply_adds, data.get("latency"))
+    plan = CompressionPlan(
+        tuple(layers), tuple(kept), tuple(form.notes), form.multiply_adds, data.get("latency")
+    )
     _check_parameters(plan)
     return plan
 

@@ -41,7 +41,12 @@ class Architecture:
 
     def to_json(self) -> Json:
         """As the file records it."""
-        return {"kind": self.kind, "name": self.name, "arguments": dict(self.arguments), "sha256": self.sha256}
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "arguments": dict(self.arguments),
+            "sha256": self.sha256,
+        }
 
 
 @dataclass(frozen=True)

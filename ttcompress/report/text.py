@@ -191,7 +191,7 @@ def _summary(report: Report) -> list[str]:
     lines += _finetuning_lines(report.finetuning)
     lines += _bench_lines(report.bench)
 
-    lines += [f"kept dense        {line}" for line in _kept(report)]
+    lines += [f"kept dense        {line}" for line in _dense_lines(report)]
     lines += [f"note              {layer.fqn}: {layer.note}" for layer in plan.layers if layer.note]
     lines += [f"note              {note}" for note in plan.notes]
     return lines
@@ -349,7 +349,7 @@ def _search_lines(report: Report) -> list[str]:
     return lines
 
 
-def _kept(report: Report) -> list[str]:
+def _dense_lines(report: Report) -> list[str]:
     """Weights of Linear and Conv2d layers that stay dense, grouped by reason."""
     groups: dict[str, list[str]] = {}
     for kept in report.plan.kept:

@@ -26,7 +26,9 @@ class ReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
         values = input.float()
         count = _summed(values.new_full((1,), values.numel() / values.shape[1]))
         if self.training and float(count) <= 1:
-            raise ValueError(f"batch norm needs more than one value a channel in training, not {tuple(input.shape)}")
+            raise ValueError(
+                f"batch norm needs more than one value a channel in training, not {tuple(input.shape)}"
+            )
 
         mean = _summed(values.sum(axes)) / count
         deviations = values - mean.view(channel_shape)

@@ -118,7 +118,11 @@ def shrink_products(layers: Sequence[TTLinear | TTConv2d], share: float) -> None
 def not_finite(model: nn.Module) -> set[str]:
     """Names of what has NaN or Inf in a state dict, such as the mask of an attention."""
     state = model.state_dict()
-    return {name for name, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())}
+    return {
+        name
+        for name, value in state.items()
+        if value.is_floating_point() and not bool(value.isfinite().all())
+    }
 
 
 class Average:

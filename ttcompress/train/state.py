@@ -70,7 +70,9 @@ class State:
             raise CheckpointError(f"{path}: was trained otherwise: {differing}; repeat the command as it was")
 
         if problem := problem_of(content, self):
-            raise CheckpointError(f"{path}: is of another network, or damaged: {problem}; start again without --resume")
+            raise CheckpointError(
+                f"{path}: is of another network, or damaged: {problem}; start again without --resume"
+            )
         try:
             self._restore(content)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -158,7 +160,12 @@ def _problem_of_progress(progress: dict[str, Any]) -> str:
     epoch, step, sums, history = (progress.get(name) for name in PROGRESS)
     if not _is_count(epoch) or not _is_count(step):
         return "its place in the training"
-    if not isinstance(sums, list) or len(sums) != 3 or not all(map(_is_number, sums)) or (step and not sums[0] > 0):
+    if (
+        not isinstance(sums, list)
+        or len(sums) != 3
+        or not all(map(_is_number, sums))
+        or (step and not sums[0] > 0)
+    ):
         return "its sums over an epoch"
     # The network as it was is epoch 0.
     if not isinstance(history, list) or len(history) != epoch + 1:
@@ -178,7 +185,9 @@ def _problem_of_optimizer(saved: dict[str, Any], optimizer: torch.optim.Optimize
     if not isinstance(groups, list) or not isinstance(kept, dict) or len(groups) != len(now["param_groups"]):
         return "its optimizer"
     for group, expected in zip(groups, now["param_groups"], strict=True):
-        if not isinstance(group, dict) or not all(_is_alike(group.get(name), expected[name]) for name in expected):
+        if not isinstance(group, dict) or not all(
+            _is_alike(group.get(name), expected[name]) for name in expected
+        ):
             return "the options of its optimizer"
 
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -202,7 +211,9 @@ def _is_kept(value: Any, parameter: Tensor) -> bool:
         return True
     if not isinstance(value, Tensor):
         return _is_number(value)
-    return (value.dim() == 0 or _is_like(value, parameter)) and value.is_floating_point() and _is_finite(value)
+    return (
+        (value.dim() == 0 or _is_like(value, parameter)) and value.is_floating_point() and _is_finite(value)
+    )
 
 
 def _is_like(value: Any, expected: Tensor) -> bool:

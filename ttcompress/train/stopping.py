@@ -42,4 +42,6 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
 def _requests() -> list[signal.Signals]:
     known = [signal.Signals[name] for name in STOPS if name in signal.Signals.__members__]
-    return [number for number in known if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN]
+    return [
+        number for number in known if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN
+    ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ttcompress.errors import ShapeError
-from ttcompress.tt.contract import sweep
+from ttcompress.tt.contract import contract
 
 # Where the largest entry of a normalised core lies: products of two stay finite, and tiny entries survive.
 EXPONENT = 400
@@ -171,7 +171,7 @@ def norm(a: Sequence[Tensor]) -> float:
         >>> round(norm(a) ** 2, 6)
         28.0
     """
-    (first, *_), exponent = _right_sweep(a)
+    (first, *_), exponent = _from_the_right(a)
     size = float(torch.linalg.vector_norm(first))
     return _ldexp(size, exponent)
 
@@ -208,7 +208,7 @@ def right_orthogonalize(a: Sequence[Tensor]) -> list[Tensor]:
         >>> round(float(first.norm()) ** 2, 4), round(float(last.norm()), 5)
         (28.0, 1.0)
     """
-    (first, *rest), exponent = _right_sweep(a)
+    (first, *rest), exponent = _from_the_right(a)
     first = times_two_to(first, exponent)
     cores = _restored([first, *rest], a)
     if not cores[0].isfinite().all():
@@ -240,7 +240,7 @@ def round_tt(a: Sequence[Tensor], eps: float = 0.0, max_rank: int | None = None)
         given = f"eps={eps} and max_rank={max_rank}"
         raise ShapeError(f"rounding takes eps >= 0 and max_rank >= 1, not {given}")
 
-    cores, exponent = _right_sweep(a)
+    cores, exponent = _from_the_right(a)
     size = float(torch.linalg.vector_norm(cores[0]))
     if not isfinite(size):
         raise ShapeError("rounding takes finite cores: one holds NaN or Inf")
@@ -301,7 +301,7 @@ def matvec(a: Sequence[Tensor], x: Tensor) -> Tensor:
 
     # Stored cores have an axis for the kernel window, of size 1 here.
     cores = [core[:, :, :, None] for core in a]
-    y = sweep(cores, x.reshape(-1, columns))
+    y = contract(cores, x.reshape(-1, columns))
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -423,7 +423,7 @@ def _mirrored(a: Sequence[Tensor]) -> list[Tensor]:
     return [core.transpose(0, -1).contiguous() for core in reversed(a)]
 
 
-def _right_sweep(a: Sequence[Tensor]) -> tuple[list[Tensor], int]:
+def _from_the_right(a: Sequence[Tensor]) -> tuple[list[Tensor], int]:
     """Three-way float64 cores, all but the first right-orthogonal, and e: the tensor is theirs times 2^e."""
     _check(a)
     cores = [_three_way(core) for core in a]

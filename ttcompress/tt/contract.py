@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ttcompress.tt.cost import Shape, SweepPlan, sweep_plan
+from ttcompress.tt.cost import ContractionPlan, Shape, contraction_plan
 
 
 def merge_cores(left: Tensor, right: Tensor) -> Tensor:
@@ -73,31 +73,31 @@ def dense_weight(cores: Sequence[Tensor], weight_shape: Shape) -> Tensor:
     return whole.reshape(tuple(weight_shape))
 
 
-def merge_groups(cores: Sequence[Tensor], plan: SweepPlan) -> list[Tensor]:
+def merge_groups(cores: Sequence[Tensor], plan: ContractionPlan) -> list[Tensor]:
     """Merge each group of a plan into one core."""
     return [merge_all(cores[first:last]) for first, last in pairwise(plan.bounds)]
 
 
-def sweep(cores: Sequence[Tensor], x: Tensor) -> Tensor:
+def contract(cores: Sequence[Tensor], x: Tensor) -> Tensor:
     """Contract the input with window-less cores as planned: (B, N) to (B, r_0 M), both row-major."""
     shapes = tuple(tuple(core.shape) for core in cores)
-    plan = sweep_plan(shapes)
+    plan = contraction_plan(shapes)
     groups = merge_groups(cores, plan)
-    return sweep_groups(groups, x, plan)
+    return contract_groups(groups, x, plan)
 
 
-def sweep_groups(groups: Sequence[Tensor], x: Tensor, plan: SweepPlan) -> Tensor:
-    """Contract the input as `sweep` does, with the groups of the plan merged already.
+def contract_groups(groups: Sequence[Tensor], x: Tensor, plan: ContractionPlan) -> Tensor:
+    """Contract the input as `contract` does, with the groups of the plan merged already.
 
     Both orders keep the axes where they are, so that no permutation is needed (Novikov et al. 2015, equation
     5).
     """
-    y = _sweep_from_last(groups, x) if plan.from_last else _sweep_from_first(groups, x)
+    y = _contract_from_last(groups, x) if plan.from_last else _contract_from_first(groups, x)
     outs = prod([group.shape[1] for group in groups])
     return y.reshape(x.shape[0], groups[0].shape[0] * outs)
 
 
-def _sweep_from_last(cores: Sequence[Tensor], x: Tensor) -> Tensor:
+def _contract_from_last(cores: Sequence[Tensor], x: Tensor) -> Tensor:
     """z = G_k z keeps (remaining input modes, r_k, output modes so far) in order."""
     z = x
     tail = 1
@@ -109,9 +109,9 @@ def _sweep_from_last(cores: Sequence[Tensor], x: Tensor) -> Tensor:
     return z
 
 
-def _sweep_from_first(cores: Sequence[Tensor], x: Tensor) -> Tensor:
+def _contract_from_first(cores: Sequence[Tensor], x: Tensor) -> Tensor:
     """z = z G_k keeps (output modes so far, r_k, remaining input modes) in order."""
-    # r_0 counts as an output mode, so that a group of cores from the middle of a train can be swept as well.
+    # r_0 counts as an output mode, so that a group of cores from the middle of a train can be contracted as well.
     first = cores[0].flatten(0, 1)[None]
 
     z = x

@@ -1,6 +1,6 @@
 """What the ways to run a layer cost, in multiply-adds and in elements moved through memory. Integers only.
 
-Memory traffic decides more than multiply-adds. `LayerCosts.factored` runs a layer by its TT-cores, `dense` by
+Memory traffic decides more than multiply-adds. `LayerCosts.by_cores` runs a layer by its TT-cores, `dense` by
 the weight that they stand for; `core` says what a single core adds to the former, for allocation of ranks
 under such a cost.
 """
@@ -13,7 +13,7 @@ from itertools import combinations, pairwise
 from math import prod
 from typing import Any, NamedTuple
 
-from ttcompress.tt.shapes import Tensorization, is_swept
+from ttcompress.tt.shapes import Tensorization, is_contracted
 
 Shape = Sequence[int]
 ELEMENT_COST = 16
@@ -82,7 +82,7 @@ MULTIPLY_ADDS = Unit(1, 0, 0)
 TIME = Unit(CHANNEL_BLOCK, ELEMENT_COST, CONVOLUTION)
 
 
-class SweepPlan(NamedTuple):
+class ContractionPlan(NamedTuple):
     """How an input meets the cores: bounds of the groups that are merged first, from which end, and the cost.
 
     `per_row` is the cost for one input vector, `merging` that of merging the groups.
@@ -95,12 +95,12 @@ class SweepPlan(NamedTuple):
 
     def cost(self, rows: int, merged: bool = False) -> Cost:
         """Return the cost for `rows` input vectors; `merged` if the groups are at hand."""
-        swept = Cost(*(rows * each for each in self.per_row))
-        return swept if merged else swept + self.merging
+        contracted = Cost(*(rows * each for each in self.per_row))
+        return contracted if merged else contracted + self.merging
 
 
 @cache
-def sweep_plan(shapes: tuple[Shape, ...], training: bool = False) -> SweepPlan:
+def contraction_plan(shapes: tuple[Shape, ...], training: bool = False) -> ContractionPlan:
     """Find the cheapest way to contract inputs with window-less cores (r_{k-1}, m_k, n_k, 1, r_k).
 
     Memory traffic decides more than multiply-adds: cores merged into a few groups leave fewer intermediates.
@@ -112,19 +112,19 @@ def sweep_plan(shapes: tuple[Shape, ...], training: bool = False) -> SweepPlan:
     for bounds in _groupings(len(shapes)):
         plans += [_plan(shapes, bounds, from_last) for from_last in (True, False)]
 
-    def total(plan: SweepPlan) -> Any:
+    def total(plan: ContractionPlan) -> Any:
         madds, elements = plan.cost(TYPICAL_ROWS)
         return TIME.total(Cost(madds, weight * elements))
 
     return min(plans, key=total)
 
 
-def _plan(shapes: Sequence[Shape], bounds: tuple[int, ...], from_last: bool) -> SweepPlan:
+def _plan(shapes: Sequence[Shape], bounds: tuple[int, ...], from_last: bool) -> ContractionPlan:
     groups = [shapes[first:last] for first, last in pairwise(bounds)]
     merged = [_merged_shape(group) for group in groups]
     merging = sum((merge_cost(group) for group in groups), NOTHING)
-    swept = merged if from_last else _mirrored(merged)
-    return SweepPlan(bounds, from_last, _sweep_cost(swept), merging)
+    contracted = merged if from_last else _mirrored(merged)
+    return ContractionPlan(bounds, from_last, _contraction_cost(contracted), merging)
 
 
 def _groupings(count: int) -> Iterator[tuple[int, ...]]:
@@ -141,7 +141,7 @@ def _merged_shape(shapes: Sequence[Shape]) -> Shape:
     return (first[0], prod(outs), prod(ins), prod(windows), last[4])
 
 
-def _sweep_cost(shapes: Sequence[Shape]) -> Cost:
+def _contraction_cost(shapes: Sequence[Shape]) -> Cost:
     """Return the cost of one input vector, from the last core to the first."""
     steps = [_step_cost(shapes, index, shape[0], shape[4]) for index, shape in enumerate(shapes)]
     reading = Cost(0, prod([shape[2] for shape in shapes]))
@@ -159,7 +159,7 @@ def _step_cost(shapes: Sequence[Shape], index: int, left: Any, right: Any) -> Co
 
 
 def _mirrored(shapes: Sequence[Shape]) -> list[Shape]:
-    """Return the shapes that a sweep from the last core would have if it were the sweep from the first."""
+    """Return the shapes that a contraction from the last core would have if it were the contraction from the first."""
     (r_0, m_1, *rest), *others = shapes
     # From the first core on, r_0 counts as an output.
     first = (1, r_0 * m_1, *rest)
@@ -205,25 +205,25 @@ class LayerCosts(NamedTuple):
         shapes = tensorization.core_shapes(tt_ranks)
         return merge_cost(shapes) + self.dense()
 
-    def factored(
+    def by_cores(
         self,
         tensorization: Tensorization,
         tt_ranks: Sequence[int],
-        kept: bool = True,
-        plan: SweepPlan | None = None,
+        cached: bool = True,
+        plan: ContractionPlan | None = None,
     ) -> Cost:
         """Return the cost of a layer run by its cores.
 
-        `kept` if what is made of them alone is at hand, `plan` if there is one already.
+        `cached` if what is made of them alone is at hand, `plan` if there is one already.
         """
         shapes = tensorization.core_shapes(tt_ranks)
-        if is_swept(self.weight_shape, tensorization):
-            swept = swept_shapes(shapes)
-            chosen = plan or sweep_plan(swept)
-            cost = chosen.cost(self.calls.pixels, kept)
+        if is_contracted(self.weight_shape, tensorization):
+            contracted = contracted_shapes(shapes)
+            chosen = plan or contraction_plan(contracted)
+            cost = chosen.cost(self.calls.pixels, cached)
             if len(self.weight_shape) == 2:
                 return cost
-            rank = shapes[0][4] if len(swept) < len(shapes) else 1
+            rank = shapes[0][4] if len(contracted) < len(shapes) else 1
             return cost + self._windows(rank)
 
         pairs = enumerate(pairwise(tt_ranks))
@@ -231,32 +231,32 @@ class LayerCosts(NamedTuple):
         cost = sum(steps, Cost(0, self._moved))
         # All cores before the last become one kernel, but in a chain, where each is a kernel by itself.
         head = shapes[:1] if tensorization.format == "chain" else shapes[:-1]
-        return cost if kept else cost + merge_cost(head)
+        return cost if cached else cost + merge_cost(head)
 
     def core(self, tensorization: Tensorization, index: int, left: Any, right: Any) -> Cost:
-        """Return what the core between these TT-ranks, numbers or arrays, adds to `factored`.
+        """Return what the core between these TT-ranks, numbers or arrays, adds to `by_cores`.
 
-        It is exact for chains. Where inputs are swept over the cores, neighbours are not merged here, and the
-        sweep is from the last core.
+        It is exact for chains. Where inputs are contracted over the cores, neighbours are not merged here, and the
+        contraction is from the last core.
         """
-        if not is_swept(self.weight_shape, tensorization):
+        if not is_contracted(self.weight_shape, tensorization):
             return self._conv_cost(tensorization, index, left, right)
 
         shapes = tensorization.core_shapes([1] * (len(tensorization.modes) + 1))
-        swept = swept_shapes(shapes)
-        before = len(shapes) - len(swept)
+        contracted = contracted_shapes(shapes)
+        before = len(shapes) - len(contracted)
         if index < before:
             return self._windows(right)
 
-        step = _step_cost(swept, index - before, left, right)
+        step = _step_cost(contracted, index - before, left, right)
         return Cost(*(self.calls.pixels * each for each in step))
 
     def _windows(self, rank: Any) -> Cost:
-        """Return the cost of a convolution for each output, to one channel, after the sweep."""
+        """Return the cost of a convolution for each output, to one channel, after the contraction."""
         out, _, *window = self.weight_shape
         blocked = self.unit.blocked
         madds = self.calls.out_pixels * out * prod(window) * blocked(rank) * blocked(1)
-        # What the sweep leaves is written and read.
+        # What the contraction leaves is written and read.
         between = 2 * self.calls.pixels * out * rank
         return Cost(madds + self.unit.convolution, between + self._moved)
 
@@ -287,7 +287,7 @@ class LayerCosts(NamedTuple):
         return Cost(madds + self.unit.convolution, BETWEEN * out_pixels * right)
 
 
-def swept_shapes(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
-    """Return the shapes of the cores that inputs are swept over: all but one that carries the window."""
+def contracted_shapes(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
+    """Return the shapes of the cores that inputs are contracted over: all but one that carries the window."""
     has_window = shapes[0][3] > 1
     return tuple(shapes[1:] if has_window else shapes)

@@ -22,7 +22,7 @@ from ttcompress.tt.arithmetic import rank_for, right_orthogonalize, times_two_to
 from ttcompress.tt.contract import dense_weight, merge_all
 from ttcompress.tt.quantize import as_stored
 from ttcompress.tt.shapes import Mode, Tensorization, feasible_ranks
-from ttcompress.tt.unfolding import BLOCK, Folded, Side, fold, interleave, split, sweep_order
+from ttcompress.tt.unfolding import BLOCK, Folded, Side, cut_order, fold, interleave, split
 
 FLOAT32_NOISE = 0.1
 """Relative errors above it are known to six digits from float32 remainders; smaller ones take float64."""
@@ -272,7 +272,7 @@ def _rescaled(tensor: Tensor, exponent: int) -> Tensor:
 def _accurate_cores(
     folded: Folded, caps: Sequence[int], eps: float | None, exponent: int, capped: bool
 ) -> tuple[list[Tensor], float]:
-    """Sweep, measure, and sweep again with less truncation where round-off used up the margin left for it."""
+    """Truncate, measure, and truncate again with less truncation where round-off used up the margin left for it."""
     work_dtype = _work_dtype(folded.values)
     cuts = max(1, len(folded.modes) - 1)
     norm = _norm(folded.values) if eps else 0.0
@@ -282,7 +282,7 @@ def _accurate_cores(
 
     while True:
         delta = share * eps * norm / sqrt(cuts) if eps else None
-        cores, missed = _sweep(folded, caps, delta)
+        cores, missed = _truncate_cuts(folded, caps, delta)
         if not _is_feasible(cores):
             cores = right_orthogonalize(cores)
         cores = [core.to(work_dtype) for core in spread_norm(cores, exponent)]
@@ -298,7 +298,7 @@ def _accurate_cores(
 
 
 def _is_feasible(cores: Sequence[Tensor]) -> bool:
-    """A sweep by accuracy may keep a rank that the cores on its other side cannot carry."""
+    """Truncation by accuracy may keep a rank that the cores on its other side cannot carry."""
     return all(core.shape[0] <= core.shape[1] * core.shape[2] for core in cores)
 
 
@@ -310,7 +310,7 @@ class Basis(NamedTuple):
     squared_norm: float
 
 
-def _sweep(folded: Folded, caps: Sequence[int], delta: float | None) -> tuple[list[Tensor], float]:
+def _truncate_cuts(folded: Folded, caps: Sequence[int], delta: float | None) -> tuple[list[Tensor], float]:
     """From both ends: an orthonormal basis of each unfolding is the core, the projection goes on.
 
     With caps alone, a cut that keeps all of an end takes no work: its basis is the identity, and its mode
@@ -322,7 +322,7 @@ def _sweep(folded: Folded, caps: Sequence[int], delta: float | None) -> tuple[li
     missed, norm = 0.0, None
     sizes = tuple(mode.size for mode in folded.modes)
 
-    for at, side in sweep_order(sizes):
+    for at, side in cut_order(sizes):
         cut = at - first
         keeps_all = caps[at] == prod(folded.shape(cut, side))
         if delta is None and keeps_all:
@@ -371,7 +371,7 @@ def _basis(folded: Folded, cut: int, side: Side, cap: int, delta: float | None) 
     gram = folded.gram(cut, short)
     # An accuracy is met by looking at all singular values.
     values, vectors = _leading(gram, None if delta is not None else cap)
-    count = _kept(values, cap, delta)
+    count = _rank_within(values, cap, delta)
     kept: Tensor = vectors[:, :count]
     norm = float(gram.trace())
     missed = max(0.0, norm - float(values[:count].sum()))
@@ -425,7 +425,7 @@ def _eigh(gram: Tensor, solver: Callable[[Tensor], T]) -> T:
         return solver(gram.cpu())
 
 
-def _kept(squared_values: Tensor, cap: int, delta: float | None) -> int:
+def _rank_within(squared_values: Tensor, cap: int, delta: float | None) -> int:
     if delta is None:
         return min(cap, len(squared_values))
     return rank_for(squared_values, delta, cap)
@@ -441,7 +441,7 @@ def _basis_by_qr(unfolding: Tensor, cap: int, delta: float | None) -> Basis:
         vectors = outer @ vectors
 
     squares = values**2
-    count = _kept(squares, cap, delta)
+    count = _rank_within(squares, cap, delta)
     missed = float(squares[count:].sum())
     return Basis(vectors[:, :count], missed, float(squares.sum()))
 

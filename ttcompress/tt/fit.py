@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ttcompress.tt.contract import dense_weight, pad_features, sweep
+from ttcompress.tt.contract import contract, dense_weight, pad_features
 from ttcompress.tt.whiten import Moments
 
 RIDGE = 1e-3
@@ -81,8 +81,8 @@ def _output_error_on_rows(weight: Tensor, inputs: Moments) -> Objective:
     def outputs_of(cores: Sequence[Tensor]) -> Tensor:
         columns = prod([core.shape[2] for core in cores])
         padded = pad_features(rows, columns)
-        swept = sweep([core.to(rows) for core in cores], padded)
-        return swept[:, : weight.shape[0]]
+        contracted = contract([core.to(rows) for core in cores], padded)
+        return contracted[:, : weight.shape[0]]
 
     def quadratic(cores: Sequence[Tensor]) -> Tensor:
         squared = outputs_of(cores).square().sum(dtype=torch.float64)

@@ -135,7 +135,7 @@ class Tensorization:
         return full
 
 
-def is_swept(weight_shape: Sequence[int], tensorization: Tensorization) -> bool:
+def is_contracted(weight_shape: Sequence[int], tensorization: Tensorization) -> bool:
     """Tell whether inputs meet the cores one by one, or the cores are a chain of convolutions."""
     return len(weight_shape) == 2 or tensorization.format == "matrix"
 

@@ -257,7 +257,7 @@ _Order = tuple[tuple[int, Side], ...]
 
 
 @cache
-def sweep_order(sizes: tuple[int, ...]) -> tuple[tuple[int, Side], ...]:
+def cut_order(sizes: tuple[int, ...]) -> tuple[tuple[int, Side], ...]:
     """Return the cuts in the order in which TT-SVD is cheapest, each with the side that becomes a core.
 
     The ends are cut off one by one towards the middle. Only the mode sizes decide, with LIKELY_RANK at every

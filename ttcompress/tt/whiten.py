@@ -2,7 +2,7 @@
 
 With S = E[x x^T] over a layer's inputs and G = E[g g^T] over the gradients of the network's outputs at the
 layer's outputs, replacing W by B changes what the network says by about ||G^(1/2) (W - B) S^(1/2)||_F^2 (the
-Kronecker-factored Gauss-Newton form of Martens and Grosse 2015). A tensorization takes S and G apart into one
+Kronecker-by_cores Gauss-Newton form of Martens and Grosse 2015). A tensorization takes S and G apart into one
 small factor a mode, S ~ S_1 (x) ... (x) S_d, which is undone core by core, so that the TT structure stays.
 """
 

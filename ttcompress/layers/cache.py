@@ -56,7 +56,7 @@ class Call(NamedTuple):
         return self.key == key and cores is not None and cores.still_holds()
 
 
-class Kept:
+class Cache:
     """What one layer keeps, never changed but replaced whole, since other threads may read it meanwhile."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Kept:
         self._made: Made | None = None
 
     def made(self, execution: Execution, x: Tensor, cores: Sequence[Tensor], make: Make) -> Made:
-        """make(cores in the type of x), kept where possible until the cores change."""
+        """make(cores in the type of x), cached where possible until the cores change."""
         state = _state(cores)
         if state is None:
             return made_once(make(in_type_of(x, cores)))
@@ -79,7 +79,7 @@ class Kept:
         if snapshot is None:
             return made_once(make(in_type_of(x, cores)))
 
-        # What is kept outlives an autocast, which casts it as it does weights.
+        # What is cached outlives an autocast, which casts it as it does weights.
         with torch.autocast(x.device.type, enabled=False):
             operands = make(in_type_of(x, cores))
         made = Made(key, operands, snapshot)
@@ -87,7 +87,7 @@ class Kept:
         return made
 
     def tensors(self) -> list[Tensor]:
-        """All that is kept and takes memory."""
+        """All that is cached and takes memory."""
         if self._made is None:
             return []
 
@@ -110,7 +110,7 @@ def made_once(operands: Any) -> Made:
 def call_key(x: Tensor, cores: Sequence[Tensor]) -> Hashable | None:
     """All that the execution of a call and its operands depend on, but for the values of the cores.
 
-    None for cores whose changes cannot be seen. Autocast is not part of it: nothing is kept in its type.
+    None for cores whose changes cannot be seen. Autocast is not part of it: nothing is cached in its type.
     """
     state = _state(cores)
     if state is None:
