@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ttcompress.errors import PlanError, ShapeError
-from ttcompress.layers import base
+from ttcompress.layers import base, cache
 from ttcompress.layers import execution as choosing
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
