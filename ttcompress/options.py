@@ -424,7 +424,8 @@ TABLE: tuple[Option, ...] = (
     # Input and output.
     Option(
         "arch", TEXT, FILES, (*OPENING, "export", "bench"),
-        "NAME, torchvision:NAME, zoo:NAME, mlp-784-300-10 (widths), path/to/net.py:factory; or none: "
+        "NAME, torchvision:NAME, zoo:NAME, mlp-784-300-10 (widths), path/to/net.py:factory, "
+        "package.module:factory; or none: "
         "matrices by name.",
         otherwise="found by keys and shapes", metavar="REF",
     ),
