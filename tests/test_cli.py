@@ -894,3 +894,36 @@ def test_an_interrupt_while_modules_are_read_is_one_line(tmp_path: Path) -> None
     done = _command("--version", cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "ttcompress: interrupted; nothing was written\n"
+
+
+NOISY = """
+import torch
+from torch import nn
+
+print("imported")
+
+class Net(nn.Sequential):
+    def forward(self, x):
+        print("running")
+        return super().forward(x.flatten(1))
+
+def build():
+    print("built")
+    return Net(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+"""
+
+
+@pytest.mark.parametrize("verb", ["compress", "plan", "evaluate", "export"])
+def test_what_a_users_own_code_prints_is_no_result(run: Run, tmp_path: Path, verb: str) -> None:
+    (tmp_path / "net.py").write_text(NOISY)
+    torch.save(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).state_dict(), "n.pt")
+    options = {
+        "compress": ["--ranks", "4", "--data", "digits"],
+        "plan": ["--ranks", "4"],
+        "evaluate": ["--data", "digits"],
+        "export": ["--onnx", "n.onnx", "--input-size", "64"],
+    }[verb]
+    done = run(verb, "n.pt", "--arch", "net.py:build", *options, "--json")
+    assert done.code == 0
+    assert isinstance(done.json, dict)
+    assert "built" in done.err

@@ -20,7 +20,7 @@ from ttcompress.terminal import (
     print_json,
     print_lines,
     print_table,
-    progress_bar,
+    working,
     write_all_characters,
 )
 from ttcompress.torchrun import leads
@@ -76,7 +76,7 @@ def compress(
     from ttcompress.commands.compress import compress_and_train
 
     recipe, plan = _recipe_and_plan(given)
-    with progress_bar(leads()) as progress:
+    with working(leads()) as progress:
         log = None if progress else log_epoch
         done = compress_and_train(
             checkpoint, output, recipe, plan, force=force, resume=resume, progress=progress, log=log
@@ -111,7 +111,7 @@ def _plan(
     recipe, plan = _recipe_and_plan(given)
     if output:
         check_output(output, force)
-    with progress_bar(leads()) as progress:
+    with working(leads()) as progress:
         planned = plan_file(checkpoint, recipe, plan, progress=progress)
     if output:
         write_plan(output, planned.plan)
@@ -135,7 +135,7 @@ def finetune_command(
 
     recipe, plan = _recipe_and_plan(given)
     target = output or default_output(model, recipe)
-    with progress_bar(leads()) as progress:
+    with working(leads()) as progress:
         log = None if progress else log_epoch
         done = finetune_file(
             model, target, recipe, plan, force=force, resume=resume, progress=progress, log=log
@@ -155,7 +155,7 @@ def evaluate(model: Path, json: bool, **given: Any) -> None:
     from ttcompress.commands.evaluate import evaluate_file
     from ttcompress.report.results import accuracy_json, accuracy_lines
 
-    with progress_bar() as progress:
+    with working() as progress:
         accuracy, data = evaluate_file(model, stated_recipe(given), progress=progress)
     if json:
         print_json(accuracy_json(accuracy, data))
@@ -206,7 +206,8 @@ def export_command(file: Path, onnx: Path, json: bool, **given: Any) -> None:
     from ttcompress.commands.export import export_file
     from ttcompress.report.results import export_lines
 
-    done = export_file(file, onnx, **given)
+    with working():
+        done = export_file(file, onnx, **given)
     if json:
         print_json(done.to_json())
     else:
@@ -237,7 +238,7 @@ def bench(
 
     sizes = batch_sizes or OPTIONS["batch_sizes"].default
     where = chosen_device(device or OPTIONS["device"].default)
-    with progress_bar() as progress:
+    with working() as progress:
         result = bench_file(file, batch_sizes=sizes, device=where, progress=progress, **given)
 
     if save:

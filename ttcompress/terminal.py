@@ -6,7 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -56,10 +56,14 @@ def log_epoch(record: Json) -> None:
 
 
 @contextmanager
-def progress_bar(shown: bool = True) -> Iterator[Progress | None]:
-    """Show a progress bar on standard error, if that is a terminal."""
+def working(shown: bool = True) -> Iterator[Progress | None]:
+    """Show a progress bar on standard error while something runs, if that is a terminal.
+
+    What a user's own code prints meanwhile is no result, and goes to standard error.
+    """
     if not shown or not sys.stderr.isatty():
-        yield None
+        with redirect_stdout(sys.stderr):
+            yield None
         return
 
     from rich.console import Console
@@ -79,7 +83,10 @@ def progress_bar(shown: bool = True) -> Iterator[Progress | None]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with (
+        Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bars,
+        redirect_stdout(sys.stderr),
+    ):
         task = bars.add_task("reading", total=None)
 
         def show(what: str, done: int, total: int) -> None:

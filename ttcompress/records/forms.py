@@ -229,22 +229,22 @@ class BatchForm(Struct):
 
     batch: Size
     time_ratio: Measured
-    dense: SideForm
-    compressed: SideForm
-    layers: list[LayerTimeForm]
+    dense: SideForm | None = None
+    compressed: SideForm | None = None
+    layers: list[LayerTimeForm] = []
     memory_ratio: Measured | None = None
 
 
 class BenchForm(Struct):
     """What `bench` holds."""
 
-    file: str
-    device: str
-    torch: str
-    dtype: str
-    input_size: list[Size]
     what: str
+    device: str
     batches: list[BatchForm]
+    file: str = ""
+    torch: str = ""
+    dtype: str = ""
+    input_size: list[Size] = []
 
 
 # --------------------------------------------------------------------------------------------------------------- report
