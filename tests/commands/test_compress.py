@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -815,3 +816,27 @@ def test_evaluating_a_compressed_file_agrees_with_its_report(folder: Path, tmp_p
     )
     assert list(compressed.interval) == report.accuracy["interval"]
     assert compressed.n == 360
+
+
+@pytest.mark.parametrize("ranks", [np.int64(4), np.array(4), np.array([2, 3]), [np.int32(2), np.int64(3)]])
+def test_numbers_of_numpy_are_numbers(ranks: Any) -> None:
+    linear = nn.Linear(64, 64)
+    _, report = ttcompress.compress(nn.Sequential(linear, nn.Linear(64, 64)), ranks=ranks, include=["0"])
+    plain = np.asarray(ranks).tolist()
+    _, same = ttcompress.compress(nn.Sequential(linear, nn.Linear(64, 64)), ranks=plain, include=["0"])
+    assert report.layers[0].tt_ranks == same.layers[0].tt_ranks
+    assert report.recipe == same.recipe
+
+
+def test_the_library_names_what_it_cannot_take() -> None:
+    linear, conv = nn.Linear(64, 64), nn.Conv2d(8, 8, 3)
+    with pytest.raises(PlanError, match="TTLinear stands for layers of another kind than Conv2d"):
+        ttcompress.TTLinear.from_dense(conv)
+    with pytest.raises(PlanError, match="TTConv2d stands for layers of another kind than Linear"):
+        ttcompress.TTConv2d.from_dense(linear)
+    for values in (np.ones((3, 3)), [[1.0]], 3.0):
+        with pytest.raises(TTCompressError, match="takes a torch tensor, not"):
+            ttcompress.tt_svd(values)  # type: ignore[arg-type]
+    layer = ttcompress.TTLinear.from_dense(linear)
+    with pytest.raises(TTCompressError, match=r"takes \(\.\.\., 64\), not \(\)"):
+        layer(torch.tensor(1.0))

@@ -440,6 +440,26 @@ def test_interrupted_while_writing_the_folder_needs_no_force(
     assert content(tmp_path / "net-tt") == content(compressed)
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_stopped_when_all_is_written_it_needs_no_force(
+    file: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    """The output is there, and so is the folder of the run that wrote it."""
+    source = shards if sharded else file
+    output = tmp_path / ("net-tt" if sharded else "net-tt.safetensors")
+    remove = work._remove
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work, "_remove", lambda folder: interrupt() if output.exists() else remove(folder))
+        with pytest.raises(KeyboardInterrupt):
+            compress_file(source, output, GOAL)
+    written = content(output) if sharded else output.read_bytes()
+    compress_file(source, output, GOAL)
+    assert (content(output) if sharded else output.read_bytes()) == written
+    assert not output.with_name(f"{output.name}.partial").exists()
+    with pytest.raises(CheckpointError, match="exists"):
+        compress_file(source, output, GOAL)
+
+
 def test_the_command_line_says_how_to_go_on(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -257,7 +257,10 @@ def check_keywords(given: Mapping[str, Any], function: Callable[..., Any]) -> No
 
 
 def _listed(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list | tuple) else value
+    """A value as recipes have it: NumPy's numbers and arrays are plain numbers and tuples there."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return tuple(map(_listed, value)) if isinstance(value, list | tuple) else value
 
 
 def _check_dense(module: nn.Module) -> None:

@@ -20,7 +20,7 @@ from ttcompress.errors import PlanError, shortlist
 from ttcompress.files.checkpoint import load_compressed
 from ttcompress.files.header import TensorInfo, canonical_json
 from ttcompress.files.output import alone, check_output
-from ttcompress.files.shards import INDEX_SUFFIX, Index, read_index
+from ttcompress.files.shards import Index, read_index
 from ttcompress.files.tensors import DTYPE_NAMES, LazyTensors, tensor_bytes, tensor_infos
 from ttcompress.files.writing import write_safetensors, write_shards
 from ttcompress.networks.opening import Network, open_weights
@@ -74,8 +74,8 @@ def compress_weights(
     _check_recipe(recipe)
     settings = Settings.of(recipe)
     index = None if output.suffix == ".safetensors" else read_index(source)
-    was_stopped = is_stopped(output) and not any(output.glob(f"*{INDEX_SUFFIX}"))
-    check_output(output, force or (index is not None and was_stopped), index, source)
+    # A run that was stopped has seen to it that the output is its own; it may have been as good as done.
+    check_output(output, force or is_stopped(output), index, source)
     network = open_weights(source, settings.key)
     with (
         joined(chosen_device(settings.device), PATIENCE) as world,

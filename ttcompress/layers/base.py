@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from math import prod
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class TTLayer(nn.Module, ABC):
     """A layer whose weight is given by TT-cores: its only parameters, with the bias."""
 
     bias: nn.Parameter | None
+    kind: ClassVar[str]
+    """Of the layers that it stands for, as in `LayerSpec`."""
 
     def __init__(
         self,
@@ -122,6 +124,8 @@ class TTLayer(nn.Module, ABC):
         """
         if not isinstance(dense, nn.Linear | nn.Conv2d) or getattr(dense, "groups", 1) != 1:
             raise PlanError(f"only nn.Linear and nn.Conv2d with groups=1 take TT form, not {dense}")
+        if layer_spec(dense).kind != cls.kind:
+            raise PlanError(f"{cls.__name__} stands for layers of another kind than {dense}")
 
         weight = dense.weight.detach()
         if not isinstance(tensorization, Tensorization):

@@ -35,6 +35,7 @@ class TTConv2d(TTLayer):
     """
 
     spec: ConvSpec
+    kind = ConvSpec.kind
 
     in_channels: int
     out_channels: int

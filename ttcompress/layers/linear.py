@@ -33,12 +33,13 @@ class TTLinear(TTLayer):
     """
 
     spec: LinearSpec
+    kind = LinearSpec.kind
 
     in_features: int
     out_features: int
 
     def _calls(self, x: Tensor) -> Calls:
-        if x.shape[-1] != self.in_features:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ShapeError(f"the layer takes (..., {self.in_features}), not {tuple(x.shape)}")
         rows = x.numel() // max(1, x.shape[-1])
         return Calls(rows, rows)

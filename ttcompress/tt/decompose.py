@@ -235,7 +235,9 @@ def _norm(tensor: Tensor) -> float:
     return sqrt(sum(float(block.double().square().sum()) for block in blocks))
 
 
-def _check_type(tensor: Tensor) -> None:
+def _check_type(tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ShapeError(f"TT-SVD takes a torch tensor, not {type(tensor).__name__}")
     if tensor.dim() == 0 or tensor.numel() == 0 or not tensor.is_floating_point():
         given = f"{tensor.dtype} {tuple(tensor.shape)}"
         raise ShapeError(f"TT-SVD takes a non-empty floating-point tensor, not {given}")
