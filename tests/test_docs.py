@@ -128,3 +128,18 @@ def test_the_page_on_the_layout_names_every_package() -> None:
     modules = {path.name for path in (ROOT / "ttcompress").glob("*.py")} - {"__init__.py", "__main__.py"}
     assert all(f"`{package}/`" in page for package in packages)
     assert all(f"`{module}`" in page for module in modules)
+
+
+def test_the_page_on_refusals_quotes_what_is_said() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text()
+    table = page.partition("## When it refuses")[2].partition("\n## ")[0]
+    quoted = [
+        each
+        for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+        for each in re.findall("`(.*?)`", row)
+    ]
+    assert len(quoted) > 15
+    code = "\n".join(path.read_text() for path in (ROOT / "ttcompress").rglob("*.py"))
+    # Long messages are written over several lines.
+    joined = re.sub(r'"\s*\n\s*f?"', "", code)
+    assert [each for each in quoted if each not in joined] == []
