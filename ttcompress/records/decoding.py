@@ -116,7 +116,11 @@ def _step(key: str) -> str:
 
 def shown(value: object) -> str:
     """A value in a one-line message: as JSON has it, cut where it is long."""
-    text = json.dumps(value)
+    return shortened(json.dumps(value))
+
+
+def shortened(text: str) -> str:
+    """A text as one-line messages have room for it."""
     return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 4]} ..."
 
 

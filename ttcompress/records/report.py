@@ -11,7 +11,7 @@ from msgspec.structs import asdict
 
 from ttcompress.errors import CheckpointError
 from ttcompress.records.common import Json, listed
-from ttcompress.records.decoding import FieldError, check_values, decode, refusing_as, shown
+from ttcompress.records.decoding import FieldError, check_values, decode, refusing_as, shortened, shown
 from ttcompress.records.forms import (
     AccuracyForm,
     ArchitectureForm,
@@ -191,7 +191,7 @@ class Report:
         """
         if str(data.get("schema")).split(".")[0] != FILE_SCHEMA:
             raise CheckpointError(
-                f"written in schema {data.get('schema')!r}, this version reads {FILE_SCHEMA!r}: "
+                f"written in schema {shortened(repr(data.get('schema')))}, this version reads {FILE_SCHEMA!r}: "
                 "use the ttcompress version that matches it"
             )
         with refusing_as(CheckpointError):
