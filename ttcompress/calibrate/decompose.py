@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ttcompress.calibrate.statistics import LayerStatistics
-from ttcompress.networks.surgery import layer_from, swap
+from ttcompress.networks.surgery import install
+from ttcompress.networks.weights import parameter_of, tied_names
 from ttcompress.records.plan import LayerPlan
 from ttcompress.tt.contract import dense_weight
 from ttcompress.tt.decompose import decompose_weight, spread_norm
@@ -48,8 +49,7 @@ def _dense(cores: Sequence[Tensor], weight: Tensor) -> Tensor:
 
 
 def swap_in(model: nn.Module, dense: nn.Module, layer: LayerPlan, cores: Sequence[Tensor]) -> None:
-    """Put a TT layer with these cores, in the type of the weight, in the place of the dense one."""
-    module = dense.get_submodule(layer.fqn)
-    like: Tensor = module.weight  # type: ignore[assignment]
+    """Put these cores, in the type of the weight, in its place."""
+    like = parameter_of(dense, layer)
     spread = [core.to(like) for core in spread_norm(cores)]
-    swap(model, layer.fqn, layer_from(layer, module, spread))
+    install(model, dense, layer, spread, tied_names(dense).get(layer.weight_name, ()))

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.calibrate.statistics import Statistics
-from ttcompress.layers.conv import TTConv2d
-from ttcompress.layers.linear import TTLinear
+from ttcompress.layers.base import TTLayer
+from ttcompress.layers.rebuilt import TTWeight
 from ttcompress.networks.running import NetworkInput, batch_size, call, centred
 from ttcompress.tt.whiten import DAMPING, ModeMetric
 
@@ -34,7 +34,7 @@ def half_squared_error(output: Tensor, target: Tensor) -> Tensor:
 class NaturalGradient:
     """Gradients of TT-cores in the metric of their layers' inputs and outputs."""
 
-    def __init__(self, layers: Mapping[str, TTLinear | TTConv2d], statistics: Statistics) -> None:
+    def __init__(self, layers: Mapping[str, TTLayer | TTWeight], statistics: Statistics) -> None:
         self._layers = list(layers.values())
         self._metrics = [statistics[name].metrics(layer.tensorization) for name, layer in layers.items()]
         squared = [[metric.squared() for metric in metrics] for metrics in self._metrics]

@@ -20,8 +20,6 @@ from ttcompress.calibrate.natural_gradient import NaturalGradient, half_squared_
 from ttcompress.calibrate.reference import Reference
 from ttcompress.data.augment import CROP, flipped, shifted
 from ttcompress.data.calibration_images import Calibration
-from ttcompress.layers.conv import TTConv2d
-from ttcompress.layers.linear import TTLinear
 from ttcompress.networks.running import (
     NetworkInput,
     batch_size,
@@ -31,6 +29,7 @@ from ttcompress.networks.running import (
     placed,
     tensors_of,
 )
+from ttcompress.networks.weights import tt_parts
 from ttcompress.records.common import Progress
 
 STEP = 0.4
@@ -74,9 +73,7 @@ def refine(
     in the end changes nothing.
     """
     compressed.requires_grad_()
-    modules = compressed.named_modules()
-    layers = {name: module for name, module in modules if isinstance(module, TTLinear | TTConv2d)}
-    natural = NaturalGradient(layers, reference.statistics)
+    natural = NaturalGradient(tt_parts(compressed), reference.statistics)
 
     rate = STEP * natural.best_step(compressed, *next(_answered(reference, seed)))
     start = copy.deepcopy(compressed.state_dict())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf, isfinite
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,8 @@ from ttcompress.calibrate.sweeps import sweep_layers
 from ttcompress.data.calibration_images import Calibration
 from ttcompress.errors import DataError
 from ttcompress.networks.held import copied
-from ttcompress.networks.surgery import layer_from, store_cores, swap
+from ttcompress.networks.surgery import install, store_cores
+from ttcompress.networks.weights import cores_of, parameter_of, tied_names, weight_of
 from ttcompress.records.common import Json, Progress
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.tt.decompose import frobenius_norm
@@ -120,20 +120,13 @@ def _decompose_all(
     for done, layer in enumerate(plan.layers):
         if progress:
             progress(f"decomposing {layer.fqn}", done, len(plan.layers))
-        swap_in(model, dense, layer, cores_of(_weight(dense, layer), layer))
+        swap_in(model, dense, layer, cores_of(weight_of(dense, layer), layer))
 
 
 def _relative_error(dense: nn.Module, model: nn.Module, layer: LayerPlan) -> float:
-    weight, ours = _weight(dense, layer), _weight(model, layer)
+    weight, ours = weight_of(dense, layer), weight_of(model, layer)
     norm = frobenius_norm(weight)
     return frobenius_norm(weight - ours) / norm if norm else 0.0
-
-
-def _weight(model: nn.Module, layer: LayerPlan) -> Tensor:
-    """The weight of a layer, or what its cores stand for."""
-    module: Any = model.get_submodule(layer.fqn)
-    weight: Tensor = module.weight.detach()
-    return weight
 
 
 @torch.no_grad()
@@ -142,12 +135,11 @@ def adopt(model: nn.Module, compressed: nn.Module, plan: CompressionPlan) -> Non
 
     Its own device and, but for cores, types stay.
     """
+    aliases = tied_names(model)
     for layer in plan.layers:
-        module = model.get_submodule(layer.fqn)
-        own: Tensor = module.weight  # type: ignore[assignment]
-        fitted: Any = compressed.get_submodule(layer.fqn)
-        cores = [core.to(own.device) for core in fitted.cores]
-        swap(model, layer.fqn, layer_from(layer, module, cores))
+        own = parameter_of(model, layer)
+        cores = [core.to(own.device) for core in cores_of(compressed, layer)]
+        install(model, model, layer, cores, aliases.get(layer.weight_name, ()))
 
     # Biases were fitted too, and batch norms calibrated.
     values = compressed.state_dict()

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from math import sqrt
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.stages import adopt, compress_calibrated
@@ -21,6 +21,7 @@ from ttcompress.measure.multiply_adds import Usage, usage_of
 from ttcompress.networks.held import copied
 from ttcompress.networks.running import Example, NetworkInput, input_dtype, placed
 from ttcompress.networks.surgery import apply_plan
+from ttcompress.networks.weights import weight_of
 from ttcompress.planning.budgets import Budget
 from ttcompress.planning.by_hand import with_better_format
 from ttcompress.planning.doubts import doubted, find_normed_layers
@@ -142,11 +143,11 @@ class Compressor:
     def _decomposed(self, model: nn.Module, plan: CompressionPlan) -> CompressionPlan:
         """The plan with what came of it, once it has been applied to a network, by weight error."""
         normed = self._normed_layers
-        weights: list[Tensor] = [model.get_submodule(layer.fqn).weight for layer in plan.layers]  # type: ignore[misc]
+        weights = [weight_of(model, layer) for layer in plan.layers]
         done = apply_plan(model, plan, self.device, self.progress)
 
         pairs = zip(done.layers, weights, strict=True)
-        noted = [with_better_format(layer, weight.detach()) for layer, weight in pairs]
+        noted = [with_better_format(layer, weight) for layer, weight in pairs]
         return doubted(done.with_layers(noted), normed, is_calibrated=False)
 
     def _doubted(self, plan: CompressionPlan) -> CompressionPlan:

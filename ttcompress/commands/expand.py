@@ -14,6 +14,7 @@ from ttcompress.files.output import alone, check_output
 from ttcompress.files.shards import Index, read_index
 from ttcompress.files.tensors import LazyTensors, tensor_infos
 from ttcompress.files.writing import write_dense, write_shards
+from ttcompress.layers.spec import viewed
 from ttcompress.networks.stored import core_values, read_stored
 from ttcompress.records.plan import LayerPlan
 from ttcompress.records.report import Report
@@ -42,7 +43,7 @@ def expand_file(source: Path, output: Path, force: bool = False) -> Report:
 
 
 def _expanded(report: Report, tensors: Mapping[str, Tensor]) -> LazyTensors:
-    layers = {f"{layer.fqn}.weight": layer for layer in report.plan.layers}
+    layers = {layer.weight_name: layer for layer in report.plan.layers}
 
     def make(name: str) -> Tensor:
         if name in report.tied:
@@ -54,7 +55,7 @@ def _expanded(report: Report, tensors: Mapping[str, Tensor]) -> LazyTensors:
 
 def _dense(tensors: Mapping[str, Tensor], layer: LayerPlan) -> Tensor:
     cores = [core.double() for core in core_values(tensors, layer).values()]
-    weight = dense_weight(cores, layer.spec.weight_shape)
+    weight = viewed(dense_weight(cores, layer.spec.view_shape), layer.spec)
     return weight.to(getattr(torch, layer.weight_dtype)).contiguous()
 
 
@@ -63,5 +64,5 @@ def _expanded_index(report: Report, index: Index) -> Index:
     homes = dict(index.homes)
     for layer in report.plan.layers:
         first, *_ = [homes.pop(name) for name in layer.stored_shapes]
-        homes[f"{layer.fqn}.weight"] = first
+        homes[layer.weight_name] = first
     return index.moved({**homes, **{alias: homes[name] for alias, name in report.tied.items()}})

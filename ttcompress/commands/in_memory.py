@@ -19,12 +19,12 @@ from ttcompress.commands.compress import compress_network, plan_network
 from ttcompress.commands.inputs import Inputs, Metric, accuracy_of, score_by, tensor_calibration
 from ttcompress.commands.save import save_module
 from ttcompress.errors import DataError, PlanError, TTCompressError, shortlist
-from ttcompress.layers.base import TTLayer
 from ttcompress.measure.accuracy import predict
 from ttcompress.networks.factories import check_module
 from ttcompress.networks.held import copied
 from ttcompress.networks.opening import Network
 from ttcompress.networks.running import NetworkInput, blaming
+from ttcompress.networks.weights import tt_parts
 from ttcompress.options import OPTIONS, RUN_OPTIONS
 from ttcompress.recipe import LayerRule, Recipe
 from ttcompress.records.common import Json, Progress
@@ -265,7 +265,7 @@ def _listed(value: Any) -> Any:
 
 def _check_dense(module: nn.Module) -> None:
     """A second round would know nothing of the weights that the first one replaced."""
-    names = [name or "the module" for name, each in module.named_modules() if isinstance(each, TTLayer)]
+    names = [name or "the module" for name in tt_parts(module)]
     if names:
         raise PlanError(
             f"{shortlist(names)}: in TT form already; compress the dense network instead, "

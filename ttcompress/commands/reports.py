@@ -8,7 +8,7 @@ import torch
 
 from ttcompress.commands.compressor import Compressed
 from ttcompress.networks.opening import Network
-from ttcompress.networks.stored import tied_parameters
+from ttcompress.networks.weights import tied_weights
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Json
 from ttcompress.records.plan import CompressionPlan, LayerPlan
@@ -41,7 +41,7 @@ def report_of(
         architecture=network.architecture,
         preprocessing=network.preprocessing,
         recipe=recorded(settings.recipe),
-        tied=tied_parameters(network.model),
+        tied=tied_weights(network.model),
         accuracy=accuracy,
         calibration=done.calibration,
         search=done.search,

@@ -14,8 +14,8 @@ from ttcompress.errors import PlanError, shortlist
 from ttcompress.files.output import check_output
 from ttcompress.files.tensors import tensor_bytes
 from ttcompress.files.writing import write_safetensors
-from ttcompress.layers.base import TTLayer
-from ttcompress.networks.stored import file_metadata, stored_sha256, stored_tensors, tied_parameters
+from ttcompress.networks.stored import file_metadata, stored_sha256, stored_tensors
+from ttcompress.networks.weights import TTPart, tied_weights, tt_parts
 from ttcompress.records.plan import CompressionPlan, KeptParameter, LayerPlan
 from ttcompress.records.report import Report
 from ttcompress.version import __version__
@@ -47,12 +47,8 @@ def save_module(
     return report
 
 
-def _tt_layers(module: nn.Module) -> dict[str, TTLayer]:
-    return {fqn: each for fqn, each in module.named_modules() if isinstance(each, TTLayer)}
-
-
 def _check_layers(module: nn.Module, plan: CompressionPlan) -> None:
-    planned, found = {layer.fqn: layer for layer in plan.layers}, _tt_layers(module)
+    planned, found = {layer.fqn: layer for layer in plan.layers}, tt_parts(module)
     wrong = [f"{fqn} is no TT layer" for fqn in planned if fqn not in found]
     wrong += [f"{fqn} is in TT form, the report has it dense" for fqn in found if fqn not in planned]
     for fqn in planned.keys() & found.keys():
@@ -65,8 +61,8 @@ def _check_layers(module: nn.Module, plan: CompressionPlan) -> None:
 
 def _plan_of(module: nn.Module, former: CompressionPlan) -> CompressionPlan:
     """The same plan with the types and executions that the layers have now, and the parameters that are there."""
-    layers = [_layer_now(layer, found) for layer in former.layers if (found := _tt_layers(module)[layer.fqn])]
-    in_cores = {id(core) for layer in _tt_layers(module).values() for core in layer.cores}
+    layers = [_layer_now(layer, found) for layer in former.layers if (found := tt_parts(module)[layer.fqn])]
+    in_cores = {id(core) for layer in tt_parts(module).values() for core in layer.cores}
     known = {kept.name: kept for kept in former.kept}
 
     kept = []
@@ -81,7 +77,7 @@ def _plan_of(module: nn.Module, former: CompressionPlan) -> CompressionPlan:
     return replace(former, layers=tuple(layers), kept=tuple(kept))
 
 
-def _layer_now(layer: LayerPlan, found: TTLayer) -> LayerPlan:
+def _layer_now(layer: LayerPlan, found: TTPart) -> LayerPlan:
     held = str(found.cores[0].dtype).removeprefix("torch.")
     # Eight-bit codes are made when the file is written; in memory they are the numbers that they stand for.
     stored = layer.stored_dtype if layer.stored_dtype == "int8" else held
@@ -105,7 +101,7 @@ def _changed(
         version=__version__,
         bytes_before=bytes_after + saved,
         bytes_after=bytes_after,
-        tied=tied_parameters(module),
+        tied=tied_weights(module),
         accuracy=None,
         calibration=None,
         search=(),

@@ -15,7 +15,7 @@ from ttcompress.files.tensors import tensor_bytes
 from ttcompress.networks.held import copied
 from ttcompress.networks.opening import Network, initialise, open_any, open_dense, open_fresh
 from ttcompress.networks.stored import stored_tensors
-from ttcompress.networks.surgery import fresh_layer, swap
+from ttcompress.networks.surgery import install_fresh
 from ttcompress.recipe import FORM, Recipe
 from ttcompress.records.plan import CompressionPlan
 from ttcompress.records.report import Report
@@ -119,7 +119,7 @@ def start_from_scratch(settings: Settings, plan: CompressionPlan | None = None) 
         # Layers that are large as they are get their weights only now, when they have become small.
         bytes_before = tensor_bytes(network.tensors)
         for layer in plan.layers:
-            swap(network.model, layer.fqn, fresh_layer(layer))
+            install_fresh(network.model, layer)
         initialise(network.model)
 
     state = network.model.state_dict()

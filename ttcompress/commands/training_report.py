@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from ttcompress.commands.inputs import accuracy_on, measured_images
 from ttcompress.commands.starting_point import StartingPoint
@@ -12,7 +12,8 @@ from ttcompress.commands.training import TrainingData
 from ttcompress.data.sets import Images
 from ttcompress.files.tensors import tensor_bytes
 from ttcompress.measure.accuracy import Predictions, compare
-from ttcompress.networks.stored import stored_sha256, stored_tensors, tied_parameters
+from ttcompress.networks.stored import stored_sha256, stored_tensors
+from ttcompress.networks.weights import tied_weights, weight_of
 from ttcompress.records.common import Json, Progress
 from ttcompress.records.plan import CompressionPlan, KeptParameter, LayerPlan
 from ttcompress.records.report import Report
@@ -84,7 +85,7 @@ def _dense_report(start: StartingPoint, settings: Settings) -> Report:
         settings.seed,
         source=network.source or {},
         architecture=network.architecture,
-        tied=tied_parameters(network.model),
+        tied=tied_weights(network.model),
     )
 
 
@@ -113,11 +114,6 @@ def _error(layer: LayerPlan, original: nn.Module | None, model: nn.Module) -> fl
     """Of a weight as it is now against the dense one, where that is at hand."""
     if original is None:
         return None
-    dense, trained = (_weight(network, layer.fqn) for network in (original, model))
+    dense, trained = (weight_of(network, layer) for network in (original, model))
     norm = frobenius_norm(dense)
     return frobenius_norm(dense - trained.to(dense)) / norm if norm else 0.0
-
-
-def _weight(model: nn.Module, fqn: str) -> Tensor:
-    weight: Tensor = model.get_submodule(fqn).weight  # type: ignore[assignment]
-    return weight.detach()

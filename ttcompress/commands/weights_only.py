@@ -172,7 +172,7 @@ def _decomposed(
             progress(f"decomposing {layer.fqn}", index, len(plan.layers))
         # Each on its own random numbers, so that it does not matter which were finished before, and where.
         with seeded(settings.seed):
-            weight = network.tensors[f"{layer.fqn}.weight"].to(work.world.device)
+            weight = network.tensors[layer.weight_name].to(work.world.device)
             result = decompose(layer, weight)
         error = torch.tensor(result.relative_error, dtype=torch.float64)
         return {**stored_cores(result.cores, layer), "relative_error": error}
@@ -199,7 +199,7 @@ def _compressed(network: Network, plan: CompressionPlan, files: Sequence[Path]) 
     cores: dict[str, Path] = {}
     infos: dict[str, TensorInfo] = {}
     for layer, file in zip(plan.layers, files, strict=True):
-        del kept[f"{layer.fqn}.weight"]
+        del kept[layer.weight_name]
         stored_as = DTYPE_NAMES[getattr(torch, layer.stored_dtype)]
         infos |= {name: TensorInfo(stored_as, shape) for name, shape in layer.core_shapes.items()}
         infos |= {name: TensorInfo("F32", shape) for name, shape in layer.scale_shapes.items()}
@@ -218,5 +218,5 @@ def _write(output: Path, index: Index | None, report: Report, tensors: Mapping[s
         return
     homes = dict(index.homes)
     for layer in report.plan.layers:
-        homes |= dict.fromkeys(layer.stored_shapes, homes.pop(f"{layer.fqn}.weight"))
+        homes |= dict.fromkeys(layer.stored_shapes, homes.pop(layer.weight_name))
     write_shards(output, index.moved(homes), tensors, metadata)

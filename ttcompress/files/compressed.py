@@ -19,7 +19,7 @@ from ttcompress.records.report import Report
 
 TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64", "int8": "I8"}
 """Types of weights and cores as safetensors spells them."""
-CORE_NAME = re.compile(r"\.(cores|core_scales)\.[0-9]+$")
+CORE_NAME = re.compile(r"(^|[._])(cores|core_scales)\.[0-9]+$")
 USUAL_ARGUMENT = 1000
 """Arguments of networks up to here, such as a size of images, need not be a dimension of a tensor."""
 SMALL = 2**30
@@ -93,7 +93,7 @@ def check_stored(report: Report, infos: Mapping[str, TensorInfo]) -> None:
 
 def _stored_otherwise(report: Report) -> list[str]:
     """Names of the dense checkpoint whose values come from other tensors."""
-    return [*report.tied, *(f"{layer.fqn}.weight" for layer in report.layers)]
+    return [*report.tied, *(layer.weight_name for layer in report.layers)]
 
 
 def _check_architecture(report: Report, infos: Mapping[str, TensorInfo]) -> None:
@@ -138,7 +138,7 @@ def dense_infos(report: Report, infos: Mapping[str, TensorInfo]) -> dict[str, Te
     """Types and shapes of the tensors of the dense checkpoint that a file stands for."""
     cores = core_infos(report)
     dense = {name: info for name, info in infos.items() if name not in cores}
-    dense |= {f"{layer.fqn}.weight": _dense_info(layer) for layer in report.layers}
+    dense |= {layer.weight_name: _dense_info(layer) for layer in report.layers}
     return dense | {alias: dense[name] for alias, name in report.tied.items()}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ttcompress.errors import PlanError, ShapeError
 from ttcompress.layers.cache import Cache, Call, call_key, in_type_of, made_once
 from ttcompress.layers.execution import ExecutionChoice
-from ttcompress.layers.spec import layer_spec
+from ttcompress.layers.spec import layer_spec, viewed
 from ttcompress.records.layers import Execution, LayerSpec, checked_execution, executions
 from ttcompress.tt.arithmetic import norm
 from ttcompress.tt.contract import dense_weight
@@ -137,25 +137,10 @@ class TTLayer(nn.Module, ABC):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Random cores whose dense weight has the standard deviation of torch's default, 1 / sqrt(3 fan_in)."""
-        fan_in = prod(self.spec.weight_shape[1:])
-        bound = fan_in**-0.5
+        bound = _bound(self.spec)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
-
-        # An entry of the weight is the sum over all paths through the TT-ranks of a product of one entry of each core.
-        paths = prod(self.tt_ranks)
-        count = len(self.cores)
-        std = (bound / 3**0.5 / paths**0.5) ** (1 / count)
-        for core in self.cores:
-            nn.init.normal_(core, std=std)
-        if self.cores[0].is_meta:
-            return
-
-        # A few cores with few entries stray far from their expected norm together: set the realised one.
-        wanted = bound / 3**0.5 * prod(self.tensorization.sizes) ** 0.5
-        drawn = norm(list(self.cores))
-        for core in self.cores:
-            core.mul_((wanted / drawn) ** (1 / count))
+        init_cores(list(self.cores), self.spec, self.tensorization)
 
     @property
     def weight(self) -> Tensor:
@@ -170,10 +155,10 @@ class TTLayer(nn.Module, ABC):
         >>> layer.weight.shape, torch.allclose(layer.weight, dense.weight, atol=1e-5)
         (torch.Size([16, 8, 3, 3]), True)
         """
-        return dense_weight(list(self.cores), self.spec.weight_shape)
+        return viewed(dense_weight(list(self.cores), self.spec.view_shape), self.spec)
 
     @property
-    def executions(self) -> tuple[Execution, Execution, Execution]:
+    def executions(self) -> tuple[Execution, ...]:
         """The executions that this layer has: `auto`, the one by its TT-cores, `dense`."""
         return executions(self.spec, self.tensorization)
 
@@ -217,7 +202,7 @@ class TTLayer(nn.Module, ABC):
 
     def _key(self, x: Tensor) -> Hashable | None:
         """What the next call must have in common with this one to run as it does; None where it never does."""
-        if self.training or torch.is_grad_enabled() or _is_recorded():
+        if self.training or torch.is_grad_enabled() or is_recorded():
             return None
         return call_key(x, self._listed_cores())
 
@@ -248,7 +233,7 @@ class TTLayer(nn.Module, ABC):
 
     def _keeps(self, cores: Sequence[Tensor]) -> bool:
         """Whether what is made of cores without gradients serves the next call too."""
-        if self.training or _is_recorded() or not cores[0].is_cpu:
+        if self.training or is_recorded() or not cores[0].is_cpu:
             return False
         return not any(core.is_inference() for core in cores)
 
@@ -286,12 +271,8 @@ class TTLayer(nn.Module, ABC):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # A core has as many dimensions as a batch of volumes, but no memory format of images.
-        def to_core(tensor: Tensor) -> Tensor:
-            return fn(tensor.flatten()).view(tensor.shape) if tensor.dim() == CORE_DIM else fn(tensor)
-
         self._cache = Cache()
-        moved: Self = super()._apply(to_core, recurse)  # type: ignore[no-untyped-call]
+        moved: Self = super()._apply(flattening(fn), recurse)  # type: ignore[no-untyped-call]
         return moved
 
     def __getstate__(self) -> dict[str, Any]:
@@ -305,10 +286,47 @@ class TTLayer(nn.Module, ABC):
         return f"{shape}, {self.tensorization.format}, tt_ranks=({ranks}), bias={self.bias is not None}"
 
 
+@torch.no_grad()
+def init_cores(cores: Sequence[Tensor], spec: LayerSpec, tensorization: Tensorization) -> None:
+    """Random values of cores whose dense weight has the standard deviation 1 / sqrt(3 fan_in), in place."""
+    std = _bound(spec) / 3**0.5
+
+    # An entry of the weight is the sum over all paths through the TT-ranks of a product of one entry of each core.
+    paths = prod(core.shape[-1] for core in cores)
+    count = len(cores)
+    for core in cores:
+        nn.init.normal_(core, std=(std / paths**0.5) ** (1 / count))
+    if cores[0].is_meta:
+        return
+
+    # A few cores with few entries stray far from their expected norm together: set the realised one.
+    wanted = std * prod(tensorization.sizes) ** 0.5
+    drawn = norm(list(cores))
+    for core in cores:
+        core.mul_((wanted / drawn) ** (1 / count))
+
+
+def _bound(spec: LayerSpec) -> float:
+    """Of the uniform distribution from which torch draws a layer's weights, 1 / sqrt(fan_in)."""
+    return float(prod(spec.view_shape[1:]) ** -0.5)
+
+
+def flattening(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A change of tensors that leaves the memory format of cores alone.
+
+    A core has as many dimensions as a batch of volumes, but no memory format of images.
+    """
+
+    def change(tensor: Tensor) -> Tensor:
+        return fn(tensor.flatten()).view(tensor.shape) if tensor.dim() == CORE_DIM else fn(tensor)
+
+    return change
+
+
 def _is_traced() -> bool:
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
-def _is_recorded() -> bool:
+def is_recorded() -> bool:
     """Whether a call becomes part of a graph, where what is cached would stand as a constant."""
     return torch.compiler.is_compiling() or _is_traced()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
-from ttcompress.records.layers import ConvSpec, LayerSpec, LinearSpec
+from ttcompress.records.layers import ConvSpec, LayerSpec, LinearSpec, Spec
 
 
 def layer_spec(module: nn.Linear | nn.Conv2d) -> LayerSpec:
@@ -25,6 +25,18 @@ def layer_spec(module: nn.Linear | nn.Conv2d) -> LayerSpec:
         padding_mode=module.padding_mode,
         bias=bias,
     )
+
+
+def has_inputs_first(module: nn.Module) -> bool:
+    """Whether the weight of a module has its inputs first: tables that are looked up, transposed convolutions."""
+    return isinstance(
+        module, nn.Embedding | nn.EmbeddingBag | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+    )
+
+
+def viewed(weight: Tensor, spec: Spec) -> Tensor:
+    """A weight as (out, in, window), or back from there: its first two axes change places where inputs come first."""
+    return weight.transpose(0, 1) if spec.transposed else weight
 
 
 def _pair(value: Sequence[int]) -> tuple[int, int]:

@@ -18,14 +18,15 @@ from ttcompress.files.checkpoint import load_compressed
 from ttcompress.files.header import read_metadata
 from ttcompress.files.output import writing_alone
 from ttcompress.files.writing import write_safetensors
-from ttcompress.layers.conv import TTConv2d
-from ttcompress.layers.linear import TTLinear
+from ttcompress.layers.base import TTLayer
+from ttcompress.layers.rebuilt import TTWeight
 from ttcompress.measure.multiply_adds import multiply_adds
 from ttcompress.measure.timing import NOISE, at_its_best, by_turns, device_name, input_of, runner
 from ttcompress.networks.held import copied
 from ttcompress.networks.opening import input_shape, open_any
 from ttcompress.networks.running import Example, blaming, forward, input_dtype
 from ttcompress.networks.surgery import expand_layers
+from ttcompress.networks.weights import tt_parts
 from ttcompress.records.common import Json, Progress
 
 
@@ -53,8 +54,10 @@ def bench_file(
     network = open_any(source, arch)
     shape = input_shape(source, network, input_size)
     compressed = network.model.to(where).train(training)
-    names = [name for name, module in compressed.named_modules() if isinstance(module, TTLinear | TTConv2d)]
-    if not names:
+    parts = tt_parts(compressed)
+    # What is rebuilt has no calls of its own to be timed.
+    names = [name for name, part in parts.items() if isinstance(part, TTLayer)]
+    if not parts:
         raise PlanError(f"{source}: holds no compressed layers")
     # Cores may be stored in a narrower type than the network computes in; dense weights may not.
     dense = expand_layers(copied(compressed)).to(input_dtype(compressed))
@@ -155,7 +158,7 @@ def peak_memory(model: nn.Module, images: Tensor) -> int:
 
 
 def _cached(layer: nn.Module) -> Iterator[Tensor]:
-    yield from layer.cached_tensors() if isinstance(layer, TTLinear | TTConv2d) else ()
+    yield from layer.cached_tensors() if isinstance(layer, TTLayer | TTWeight) else ()
 
 
 class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -18,9 +18,9 @@ from ttcompress.errors import PlanError
 from ttcompress.measure.timing import NOISE, at_its_best, by_turns, device_name, input_of, runner
 from ttcompress.networks.held import copied
 from ttcompress.networks.running import Example, NetworkInput, call, input_dtype
-from ttcompress.networks.surgery import fresh_layer, swap
+from ttcompress.networks.surgery import install_fresh
 from ttcompress.records.common import Json, Progress, format_compression
-from ttcompress.records.layers import Execution
+from ttcompress.records.layers import Execution, WeightSpec
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 
 BATCH_SIZES = 1, 32
@@ -51,7 +51,7 @@ class TimedNetwork:
         model = copied(self._dense)
         dtype = input_dtype(self._dense)
         for layer in layers:
-            swap(model, layer.fqn, fresh_layer(layer, self._device, dtype).requires_grad_(False).eval())
+            install_fresh(model, layer, (), self._device, dtype)
         return model
 
     def latency(self, plan: CompressionPlan, share: float) -> Json:
@@ -69,6 +69,8 @@ class TimedNetwork:
         for number, batch in enumerate(BATCH_SIZES):
             images, _ = at_its_best(model, self._inputs(batch))
             for done, layer in enumerate(plan.layers):
+                if isinstance(layer.spec, WeightSpec):
+                    continue  # There is but one way.
                 if progress:
                     progress(f"timing {layer.fqn}", number * len(plan.layers) + done, 2 * len(plan.layers))
                 winners[layer.fqn].add(self._faster_execution(model, layer, images))

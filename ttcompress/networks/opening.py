@@ -285,10 +285,12 @@ def rebuilt(report: Report, tensors: Mapping[str, Tensor], factory: Factory | No
         tensors |= core_values(tensors, layer)
         for name in layer.scale_shapes:
             del tensors[name]
-    missing = sorted(set(report.tied.values()) - tensors.keys())
+    replaced = {layer.weight_name for layer in report.plan.layers}
+    missing = sorted(set(report.tied.values()) - tensors.keys() - replaced)
     if missing:
         raise CheckpointError(f"ties parameters to {shortlist(missing)}, which it does not hold")
-    aliases = {alias: tensors[name] for alias, name in report.tied.items()}
+    # Modules that share a replaced weight share its cores.
+    aliases = {alias: tensors[name] for alias, name in report.tied.items() if name not in replaced}
     state = {**tensors, **aliases}
 
     architecture = report.architecture or Architecture("factory", "factory")
@@ -298,7 +300,7 @@ def rebuilt(report: Report, tensors: Mapping[str, Tensor], factory: Factory | No
     def build(device: str) -> nn.Module:
         model = models.build(architecture, factory, device)
         check_layers(model, report.plan.layers)
-        insert_empty(model, report.plan.layers)
+        insert_empty(model, report.plan.layers, report.tied)
         return model
 
     try:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.errors import DataError, ShapeError, TTCompressError
-from ttcompress.layers.conv import TTConv2d
-from ttcompress.layers.linear import TTLinear
+from ttcompress.layers.base import TTLayer
+from ttcompress.layers.rebuilt import TTWeight
 
 NetworkInput = Tensor | Sequence[Any] | Mapping[str, Any]
 """A batch of what a network takes."""
@@ -29,8 +29,8 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 def input_dtype(model: nn.Module) -> torch.dtype:
     """The widest type among the parameters, TT-cores aside: those run in the type of their input."""
-    tt_layers = [module for module in model.modules() if isinstance(module, TTLinear | TTConv2d)]
-    cores = {id(core) for layer in tt_layers for core in layer.cores}
+    tt_parts = [module for module in model.modules() if isinstance(module, TTLayer | TTWeight)]
+    cores = {id(core) for part in tt_parts for core in part.cores}
     dense = [parameter for parameter in model.parameters() if id(parameter) not in cores]
 
     types = [parameter.dtype for parameter in dense if parameter.is_floating_point()]

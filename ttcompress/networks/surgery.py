@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,10 +14,12 @@ from ttcompress.errors import PlanError, ShapeError, shortlist
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.kinds import tt_layer
 from ttcompress.layers.linear import TTLinear
+from ttcompress.layers.rebuilt import TTWeight, rebuild, rebuilt_in, restore
 from ttcompress.layers.spec import layer_spec
 from ttcompress.networks.replaceable import obstacles, own_attributes
+from ttcompress.networks.weights import cores_of, parameter_of, tied_names, weight_of
 from ttcompress.records.common import Progress
-from ttcompress.records.layers import LinearSpec
+from ttcompress.records.layers import LinearSpec, WeightSpec, cores_name
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.tt.decompose import TTSVD, decompose_weight
 from ttcompress.tt.quantize import as_stored
@@ -56,6 +58,10 @@ def check_layers(model: nn.Module, layers: Sequence[LayerPlan]) -> None:
     reasons = obstacles(model)
     wrong = []
     for layer in layers:
+        if isinstance(layer.spec, WeightSpec):
+            wrong += _misfit(modules.get(layer.module_fqn), layer)
+            continue
+
         module = modules.get(layer.fqn)
         if not isinstance(module, nn.Linear | nn.Conv2d):
             wrong.append(f"{layer.fqn} is no Linear or Conv2d of this network")
@@ -65,6 +71,18 @@ def check_layers(model: nn.Module, layers: Sequence[LayerPlan]) -> None:
             wrong.append(f"{layer.fqn} cannot be replaced: {reasons[layer.fqn]}")
     if wrong:
         raise PlanError("the plan does not fit this network: " + "; ".join(sorted(wrong)))
+
+
+def _misfit(module: nn.Module | None, layer: LayerPlan) -> list[str]:
+    """What stands against computing a parameter of a module from cores."""
+    parameter = module._parameters.get(layer.spec.parameter) if module is not None else None
+    if parameter is None:
+        return [f"{layer.weight_name} is no parameter of this network"]
+    if tuple(parameter.shape) != layer.spec.weight_shape:
+        return [f"{layer.weight_name} has another shape"]
+    if hasattr(module, cores_name(layer.spec.parameter)):
+        return [f"{layer.weight_name} is of a module with cores of its own"]
+    return []
 
 
 def apply_plan(
@@ -82,51 +100,64 @@ def apply_plan(
     """
     check_plan(model, plan)
 
-    done, layers = [], []
+    done, found = [], []
     for index, layer in enumerate(plan.layers):
         if progress:
             progress(f"decomposing {layer.fqn}", index, len(plan.layers))
-        dense = model.get_submodule(layer.fqn)
-        weight = dense.weight.detach()  # type: ignore[operator]
+        weight = weight_of(model, layer)
         result = decompose(layer, weight.to(device))
-        cores = [core.to(weight.device) for core in result.cores]
-        layers.append(layer_from(layer, dense, cores))
+        found.append([core.to(weight.device) for core in result.cores])
         done.append(replace(layer, relative_error=result.relative_error))
 
-    for layer, compressed in zip(done, layers, strict=True):
-        swap(model, layer.fqn, compressed)
+    aliases = tied_names(model)
+    for layer, cores in zip(done, found, strict=True):
+        install(model, model, layer, cores, aliases.get(layer.weight_name, ()))
     return plan.with_layers(done)
 
 
-def layer_from(layer: LayerPlan, dense: nn.Module, cores: Sequence[Tensor]) -> TTLinear | TTConv2d:
-    """The planned layer with these cores, in the place of the dense one."""
-    made = tt_layer(layer.spec).from_cores(dense, layer.tensorization, cores)
+def install(
+    model: nn.Module, dense: nn.Module, layer: LayerPlan, cores: Sequence[Tensor], aliases: Sequence[str] = ()
+) -> None:
+    """Put these cores in the place of a weight, and of the parameters that are tied to it; copies are made.
+
+    Args:
+        model: the network, dense or compressed there already.
+        dense: the dense network; it may be the same.
+        aliases: other names of the parameter (see `tied_names`).
+    """
+    if isinstance(layer.spec, WeightSpec):
+        like = parameter_of(dense, layer)
+        copies = [core.detach().clone(memory_format=torch.contiguous_format) for core in cores]
+        weight = TTWeight(layer.spec, layer.tensorization, copies, like.dtype, like.requires_grad)
+        _rebuild_all(model, layer, weight, aliases)
+        return
+
+    module = dense.get_submodule(layer.fqn)
+    made = tt_layer(layer.spec).from_cores(module, layer.tensorization, cores)
     made.execution = layer.execution
-    return made
+    swap(model, layer.fqn, made)
+
+
+def _rebuild_all(model: nn.Module, layer: LayerPlan, weight: TTWeight, aliases: Sequence[str]) -> None:
+    for name in (layer.weight_name, *aliases):
+        owner, _, own_name = name.rpartition(".")
+        module = model.get_submodule(owner)
+        rebuild(module, own_name, weight.train(module.training))
 
 
 @torch.no_grad()
 def store_cores(model: nn.Module, plan: CompressionPlan) -> None:
     """Give the cores of the planned layers the values that they have after being stored, in that type."""
     for layer in plan.layers:
-        module: Any = model.get_submodule(layer.fqn)
+        own = cores_of(model, layer)
         with _blaming(layer):
-            cores = as_stored(list(module.cores), getattr(torch, layer.stored_dtype))
-        for k, core in enumerate(cores):
-            module.cores[k] = nn.Parameter(core, requires_grad=module.cores[k].requires_grad)
-
-
-def fresh_layer(
-    layer: LayerPlan, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> TTLinear | TTConv2d:
-    """The planned layer with random cores."""
-    made = tt_layer(layer.spec)(layer.spec, layer.tensorization, layer.tt_ranks, device, dtype)
-    made.execution = layer.execution
-    return made
+            stored = as_stored(list(own), getattr(torch, layer.stored_dtype))
+        for k, core in enumerate(stored):
+            own[k] = nn.Parameter(core, requires_grad=own[k].requires_grad)
 
 
 def decompose(layer: LayerPlan, weight: Tensor) -> TTSVD:
-    """The weight of one layer decomposed as planned.
+    """A weight (out, in, window) decomposed as planned.
 
     Raises:
         ShapeError: values that cannot be, naming the layer.
@@ -145,13 +176,39 @@ def _blaming(layer: LayerPlan) -> Iterator[None]:
         raise ShapeError(f"{layer.fqn}: {error}") from error
 
 
-def insert_empty(model: nn.Module, layers: Sequence[LayerPlan]) -> None:
-    """Swap in layers on the meta device, for a state dict to be assigned to."""
+def insert_empty(model: nn.Module, layers: Sequence[LayerPlan], tied: Mapping[str, str]) -> None:
+    """Put cores on the meta device in the places of weights, for a state dict to be assigned to.
+
+    Args:
+        tied: names of parameters that are the same as one of another name, and that name.
+    """
     for layer in layers:
-        dense = model.get_submodule(layer.fqn)
-        made = fresh_layer(layer, "meta").train(dense.training)
-        _freeze_like(made, dense)
-        swap(model, layer.fqn, made)
+        aliases = [alias for alias, name in tied.items() if name == layer.weight_name]
+        install_fresh(model, layer, aliases, "meta")
+
+
+def install_fresh(
+    model: nn.Module,
+    layer: LayerPlan,
+    aliases: Sequence[str] = (),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Put random cores in the place of a weight, and of the parameters that are tied to it."""
+    if isinstance(layer.spec, WeightSpec):
+        wide = dtype or getattr(torch, layer.weight_dtype)
+        empty = [torch.empty(shape, device=device, dtype=wide) for shape in layer.core_shapes.values()]
+        trains = parameter_of(model, layer).requires_grad
+        weight = TTWeight(layer.spec, layer.tensorization, empty, wide, trains)
+        weight.reset_parameters()
+        _rebuild_all(model, layer, weight, aliases)
+        return
+
+    dense = model.get_submodule(layer.fqn)
+    made = tt_layer(layer.spec)(layer.spec, layer.tensorization, layer.tt_ranks, device, dtype)
+    made.execution = layer.execution
+    _freeze_like(made, dense)
+    swap(model, layer.fqn, made.train(dense.training))
 
 
 def expand_layers(model: nn.Module) -> nn.Module:
@@ -159,6 +216,14 @@ def expand_layers(model: nn.Module) -> nn.Module:
     layers = {fqn: layer for fqn, layer in model.named_modules() if isinstance(layer, TTLinear | TTConv2d)}
     for fqn, layer in layers.items():
         swap(model, fqn, dense_layer(layer))
+
+    # Modules that share cores share what these stand for.
+    made: dict[TTWeight, nn.Parameter] = {}
+    for module in [*model.modules()]:
+        for parameter, weight in rebuilt_in(module).items():
+            if weight not in made:
+                made[weight] = weight.dense()
+            restore(module, parameter, made[weight])
     return model
 
 

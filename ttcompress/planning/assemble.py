@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ttcompress.networks.matrices import Weights
-from ttcompress.planning.selection import Layer, class_name
+from ttcompress.planning.selection import CONVOLUTIONS, Layer, class_name
 from ttcompress.records.plan import CompressionPlan, KeptParameter, LayerPlan
 
 Decisions = Mapping[str, LayerPlan | str]
@@ -21,9 +21,9 @@ def assemble(
     """Every parameter of the network, replaced or kept with the reason, so that totals add up."""
     decided = [decisions.get(layer.fqn) for layer in layers]
     plans = [plan for plan in decided if isinstance(plan, LayerPlan)]
-    replaced = {f"{plan.fqn}.weight" for plan in plans}
+    replaced = {plan.weight_name for plan in plans}
     dense = {
-        f"{layer.fqn}.weight": (layer.kept or str(decision), layer.spec.kind)
+        layer.weight_name: (layer.kept or str(decision), layer.spec.kind)
         for layer, decision in zip(layers, decided, strict=True)
     }
 
@@ -42,9 +42,7 @@ def _kept_reason(model: nn.Module, name: str) -> str:
 
     owner, _, own_name = name.rpartition(".")
     module = model.get_submodule(owner)
-    if isinstance(module, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weights directly"
-    if own_name == "bias" and isinstance(module, nn.Linear | nn.Conv2d):
+    if own_name == "bias" and isinstance(module, (nn.Linear, *CONVOLUTIONS)):
         return "bias"
     if isinstance(module, parametrize.ParametrizationList):
         layer = model.get_submodule(owner.rpartition(".parametrizations.")[0])

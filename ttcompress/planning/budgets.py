@@ -13,6 +13,7 @@ from ttcompress.planning.candidates import Choice, LayerOptions
 from ttcompress.planning.nearest import nearest_below
 from ttcompress.planning.selection import Layer
 from ttcompress.records.common import format_compression
+from ttcompress.records.layers import WeightSpec
 from ttcompress.records.plan import LayerPlan
 from ttcompress.tt.cost import Calls, LayerCosts, Unit
 
@@ -43,13 +44,19 @@ class Counting:
         if self.unit is None:
             return None
         calls = self.calls.get(layer.fqn, Calls(0, 0))
-        return LayerCosts(layer.spec.weight_shape, calls, self.unit)
+        return LayerCosts(layer.spec.view_shape, calls, self.unit)
+
+    def can_save(self, layer: Layer | LayerPlan) -> bool:
+        """Whether cores may cost less than the weight: what is rebuilt from them runs as ever."""
+        return self.unit is None or not isinstance(layer.spec, WeightSpec)
 
     def saved(self, plan: LayerPlan) -> int:
         """What a layer saves by being replaced."""
         costs = self.costs(plan)
         if costs is None:
             return plan.params_before - plan.params_after
+        if not self.can_save(plan):
+            return 0
 
         dense = costs.unit.total(costs.dense())
         by_cores = costs.unit.total(costs.by_cores(plan.tensorization, plan.tt_ranks))

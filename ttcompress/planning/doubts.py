@@ -89,9 +89,7 @@ def _advice(plan: CompressionPlan, is_calibrated: bool) -> str:
 
 def including(layers: Sequence[KeptParameter | Layer]) -> str:
     """The options that add layers to the default."""
-    names = [
-        kept.name.removesuffix(".weight") if isinstance(kept, KeptParameter) else kept.fqn for kept in layers
-    ]
+    names = [kept.fqn for kept in layers]
     options = " ".join(f"--include +{name}" for name in names[:3])
     return options + (" and so on" if len(names) > 3 else "")
 
@@ -116,13 +114,13 @@ def find_normed_layers(model: nn.Module) -> list[str]:
 
 def out_of_reach(model: nn.Module, layers: Sequence[Layer]) -> str:
     """What holds the parameters that nothing here can compress, by kind, the most first: `LSTM 626,688`."""
-    able = {f"{layer.fqn}.weight" for layer in layers if not layer.obstacle}
+    able = {layer.weight_name for layer in layers if not layer.obstacle}
     return _listed(_by_kind(model, able), sum(parameter.numel() for parameter in model.parameters()))
 
 
 def out_of_reach_note(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
     """A note where that is much of the network."""
-    able = {f"{layer.fqn}.weight" for layer in layers if not layer.obstacle}
+    able = {layer.weight_name for layer in layers if not layer.obstacle}
     total = sum(parameter.numel() for parameter in model.parameters())
     kinds = _by_kind(model, able)
 

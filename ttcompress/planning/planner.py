@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ttcompress.errors import PlanError, ShapeError
+from ttcompress.layers.spec import viewed
 from ttcompress.measure.multiply_adds import Usage
 from ttcompress.planning.allocate import fewest_params
 from ttcompress.planning.assemble import Decisions, assemble
@@ -66,7 +67,9 @@ class Planner:
         # Where only rules give ranks, only what they match is asked for.
         rules_only = recipe.target == "ranks" and recipe.ranks is None and recipe.conv_ranks is None
         include = recipe.include or tuple(rule.match for rule in recipe.layers if rules_only)
-        self._layers = find_layers(model, include, recipe.exclude, running_order)
+        self._layers = find_layers(
+            model, include, recipe.exclude, running_order, by_hand=recipe.target == "ranks"
+        )
         self._out_of_reach = out_of_reach(model, self._layers)
 
         requests = layer_requests(self._layers, recipe, self._out_of_reach)
@@ -83,7 +86,7 @@ class Planner:
     @cached_property
     def _spectra(self) -> list[LayerSpectra]:
         """The spectra of every layer in every tensorization, one layer in memory at a time."""
-        weights = [request.layer.module.weight for request in self._searched]
+        weights = [request.layer.weight for request in self._searched]
         if any(weight.is_meta for weight in weights):
             raise PlanError("--eps and budgets need the weights: give a checkpoint")
         return self.results([weight.numel() for weight in weights], self._spectra_of)
@@ -94,7 +97,7 @@ class Planner:
         if self._progress:
             self._progress(f"spectra of {fqn}", index, len(self._searched))
 
-        weight = request.layer.module.weight.detach().to(self._device)
+        weight = viewed(request.layer.weight.detach(), request.layer.spec).to(self._device)
         metric = self.metrics and partial(self.metrics, fqn)
         try:
             return layer_spectra(weight, request.tensorizations, metric)
@@ -113,7 +116,11 @@ class Planner:
     def time(self, usage: Usage) -> Counting:
         """What the time of Linear and Conv2d layers goes with by the cost model; the rest is not in it."""
         counting = Counting("time", 0, TIME, usage.calls)
-        costs = [costs.dense() for layer in self._layers if (costs := counting.costs(layer))]
+        costs = [
+            costs.dense()
+            for layer in self._layers
+            if counting.can_save(layer) and (costs := counting.costs(layer))
+        ]
         return replace(counting, dense=sum(int(TIME.total(cost)) for cost in costs))
 
     def plan(self, recipe: Recipe, usage: Usage | None = None) -> CompressionPlan:
@@ -163,7 +170,7 @@ class Planner:
         if idle:
             chosen = [request.layer for request in self._searched]
             least = [_fewest_entries(layer) for layer in (*chosen, *idle)]
-            dense = sum(layer.module.weight.numel() for layer in (*chosen, *idle))
+            dense = sum(layer.weight.numel() for layer in (*chosen, *idle))
             by_hand = [plan for plan in self._by_hand.values() if isinstance(plan, LayerPlan)]
             saved = dense - sum(least) + sum(self.parameters.saved(plan) for plan in by_hand)
             reach = self.parameters.dense / (self.parameters.dense - saved)
@@ -241,6 +248,9 @@ def _layer_options(
     request: LayerRequest, spectra: LayerSpectra, counting: Counting, unit_norm: float
 ) -> LayerOptions:
     layer, costs = request.layer, counting.costs(request.layer)
+    if not counting.can_save(layer):
+        return LayerOptions(layer.weight.numel(), (), 0)
+
     has_others = len(request.tensorizations) > 1
 
     candidates = []
@@ -251,7 +261,7 @@ def _layer_options(
         squared_norm = (each.norm / unit_norm) ** 2
         candidates.append(Candidate(tensorization, each.cuts, squared_norm, running))
 
-    params = layer.module.weight.numel()
+    params = layer.weight.numel()
     dense_cost = int(costs.unit.total(costs.dense())) if costs else params
     return LayerOptions(params, tuple(candidates), dense_cost)
 
@@ -275,7 +285,7 @@ def _decisions(requests: Sequence[LayerRequest], choices: Sequence[Choice], why:
 
 def _fewest_entries(layer: Layer) -> int:
     """Entries of a weight in the form that has the fewest, all TT-ranks 1."""
-    shape = layer.spec.weight_shape
+    shape = layer.spec.view_shape
     forms = [tensorize_shape(name, shape) for name in FORMATS]
     least = [form.num_params([1] * (len(form.modes) + 1)) for form in forms]
-    return min(layer.module.weight.numel(), *least)
+    return min(layer.weight.numel(), *least)

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from ttcompress.errors import PlanError, ShapeError, shortlist
 from ttcompress.planning.plan_file import clip_note, inner_ranks
 from ttcompress.planning.selection import Layer, matches, require_match, why_each
@@ -43,7 +41,7 @@ def layer_requests(layers: Sequence[Layer], recipe: Recipe, out_of_reach: str = 
 
     chosen = [layer for layer in layers if not layer.kept]
     if not chosen:
-        why = why_each(layers) or "the network has no Linear or Conv2d layer"
+        why = why_each(layers) or "the network has no weight of two dimensions"
         held = f"; what cannot be compressed: {out_of_reach}" if out_of_reach else ""
         raise PlanError(f"no layer is left to compress ({why}{held}); choose some with --include")
     if recipe.in_modes and len(chosen) != 1:
@@ -68,7 +66,7 @@ def _request(layer: Layer, recipe: Recipe) -> LayerRequest:
     matching = [rule for rule in recipe.layers if matches(rule.match, layer.fqn)]
     rule = matching[-1] if matching else general
 
-    general_ranks = recipe.ranks if isinstance(layer.module, nn.Linear) else recipe.conv_ranks
+    general_ranks = recipe.ranks if is_matrix(layer) else recipe.conv_ranks
     ranks = rule.ranks if rule.ranks is not None else general_ranks
 
     made = _tensorizations(layer, rule, _formats(layer, rule, recipe, ranks is not None))
@@ -85,12 +83,12 @@ def _formats(layer: Layer, rule: LayerRule, recipe: Recipe, has_ranks: bool) -> 
         return ("matrix",)
     if has_ranks:
         # TT-ranks by hand belong to one format: each has another number of cuts.
-        return ("matrix",) if isinstance(layer.module, nn.Linear) else ("chain",)
+        return ("matrix",) if is_matrix(layer) else ("chain",)
     return FORMATS
 
 
 def _tensorizations(layer: Layer, rule: LayerRule, formats: Sequence[str]) -> list[Tensorization]:
-    shape = layer.spec.weight_shape
+    shape = layer.spec.view_shape
     out_modes, in_modes = rule.out_modes or None, rule.in_modes or None
     try:
         return [tensorize_shape(name, shape, out_modes, in_modes) for name in formats]
@@ -119,9 +117,14 @@ def planned_by_hand(request: LayerRequest, as_given: bool = False) -> LayerPlan 
     return f"{tensorization.format} form with TT-ranks {inner_ranks(taken)} would not be smaller"
 
 
+def is_matrix(layer: Layer) -> bool:
+    """Whether a weight has no window."""
+    return len(layer.spec.view_shape) == 2
+
+
 def rank_option(layer: Layer) -> str:
     """The option that gives TT-ranks to a layer of this kind."""
-    return "--ranks" if isinstance(layer.module, nn.Linear) else "--conv-ranks"
+    return "--ranks" if is_matrix(layer) else "--conv-ranks"
 
 
 def check_eps(eps: float, requests: Sequence[LayerRequest]) -> None:
@@ -131,7 +134,7 @@ def check_eps(eps: float, requests: Sequence[LayerRequest]) -> None:
         PlanError: one is not, with the least that is possible.
     """
     for request in requests:
-        least = smallest_eps(request.layer.module.weight.dtype)
+        least = smallest_eps(request.layer.weight.dtype)
         if eps < least:
             raise PlanError(
                 f"--eps must be at least {least:g} for the {request.layer.weight_dtype} weights, not {eps:g}"

@@ -1,48 +1,72 @@
-"""Which layers of a network may be replaced, by name pattern, and why the others stay dense."""
+"""Which weights of a network may be replaced, by name pattern, and why the others stay dense."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from ttcompress.errors import PlanError, shortlist
-from ttcompress.layers.spec import layer_spec
-from ttcompress.networks.matrices import Weights
+from ttcompress.layers.base import TTLayer
+from ttcompress.layers.rebuilt import TTWeight
+from ttcompress.layers.spec import has_inputs_first, layer_spec
+from ttcompress.networks.held import held_tensors
+from ttcompress.networks.matrices import MATRIX_TYPES, Weights
 from ttcompress.networks.replaceable import obstacles
-from ttcompress.records.layers import LayerSpec
+from ttcompress.records.layers import LayerSpec, WeightSpec, cores_name
+from ttcompress.records.plan import weight_name
 
 ADDING = "+"
 """How a pattern of `include` begins that adds to the default instead of replacing it."""
 LEFT_OUT_MARK = "(--include replaces this default)"
+CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+)  # fmt: skip
+NORMS = nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm
+KNOWN = (nn.Linear, *CONVOLUTIONS, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+"""Modules whose weights are candidates whatever their size."""
+HELD = "also held by something outside the module tree"
+LARGE_END = 1 / 20
+"""Share of the network from which on its first convolution and last Linear are candidates under a budget."""
+SMALL_TABLE = 1 / 100
+"""Share of the network below which tables and parameters of unknown modules are none."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A Linear or Conv2d of the network, and why its weight stays dense, if it does.
+    """A weight of the network, by name and with its module, and why it stays dense, if it does.
 
     An `obstacle` is what stands against ever replacing it.
     """
 
     fqn: str
-    module: nn.Linear | nn.Conv2d
+    module: nn.Module
+    spec: LayerSpec
     kept: str = ""
     obstacle: str = ""
 
     @property
-    def spec(self) -> LayerSpec:
-        """Shape and geometry."""
-        return layer_spec(self.module)
+    def weight(self) -> Tensor:
+        """The parameter."""
+        weight: Tensor = getattr(self.module, self.spec.parameter)
+        return weight
+
+    @property
+    def weight_name(self) -> str:
+        """Of the parameter."""
+        return weight_name(self.fqn, self.spec.parameter)
 
     @property
     def weight_dtype(self) -> str:
         """As safetensors and users spell it: float32 and so on."""
-        return str(self.module.weight.dtype).removeprefix("torch.")
+        return str(self.weight.dtype).removeprefix("torch.")
 
 
 def matches(pattern: str, fqn: str) -> bool:
@@ -64,13 +88,14 @@ def find_layers(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     running_order: Sequence[str] = (),
+    by_hand: bool = False,
 ) -> list[Layer]:
-    """All Linear and Conv2d layers in `named_modules()` order, those that stay dense with the reason.
+    """All weights of two and more dimensions in `named_modules()` order, those that stay dense with the reason.
 
-    By default the candidates are all but the first convolution and the last Linear, or without an
-    architecture all but `weights.LEFT_OUT`. `include` replaces them by what it matches, or adds that to them
-    where it begins with `+`; `exclude` is subtracted last. The last Linear is that of the `running_order`,
-    where that is known.
+    By default the candidates are all but the first convolution and the last Linear, unless these hold much of
+    the network and TT-ranks are not given `by_hand`, and all but small tables; or without an architecture all
+    but `weights.LEFT_OUT`. `include` replaces them by what it matches, or adds that to them where it begins
+    with `+`; `exclude` is subtracted last. The last Linear is that of the `running_order`, where that is known.
 
     Raises:
         PlanError: a pattern that matches no layer, or only such as cannot be decomposed.
@@ -83,7 +108,10 @@ def find_layers(
     for pattern in patterns:
         _require_able(pattern, layers)
 
-    by_default = model.left_out() if isinstance(model, Weights) else _ends(layers, running_order)
+    if isinstance(model, Weights):
+        by_default = model.left_out()
+    else:
+        by_default = _small_tables(model, layers) | _ends(model, layers, running_order, by_hand)
     found = []
     for layer in layers:
         reason = layer.obstacle or _left_out(layer.fqn, by_default, include, exclude)
@@ -125,31 +153,93 @@ def require_match(pattern: str, names: Sequence[str], model: nn.Module | None = 
     }
     others = [f"{name} ({class_name(each)})" for name, each in leaves.items() if matches(pattern, name)]
     if others and not isinstance(model, Weights):
-        raise PlanError(f"pattern {pattern!r} matches no Linear or Conv2d layer, only {shortlist(others, 3)}")
+        raise PlanError(
+            f"pattern {pattern!r} matches no weight that could be compressed, only {shortlist(others, 3)}"
+        )
 
     holding = [name for name in names if pattern.strip("*.") in name]
     near = holding or get_close_matches(pattern, names, 5, 0.3) or names
-    raise PlanError(f"pattern {pattern!r} matches no Linear or Conv2d layer; near ones: {shortlist(near)}")
+    raise PlanError(
+        f"pattern {pattern!r} matches no weight that could be compressed; near ones: {shortlist(near)}"
+    )
 
 
 def _dense_layers(model: nn.Module) -> Iterator[Layer]:
-    """All Linear and Conv2d layers, with what stands against ever replacing them."""
-    named = dict(model.named_modules())
-    fused = [name for name, module in named.items() if isinstance(module, nn.MultiheadAttention)]
-    inside_attention = tuple(f"{name}." for name in fused)
-
+    """All weights of two and more dimensions, with what stands against ever replacing them."""
     reasons = obstacles(model)
-    # A weight that several layers share is counted once, and its TT form would have to fit all of them.
-    homes: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        homes.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
+    held = held_tensors(model)
+    shared = _shared(model)
+    compressed = {id(layer.cores) for layer in model.modules() if isinstance(layer, TTLayer)}
 
-    for name, module in named.items():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            weight = _own_weight(module)
-            others = [home for home in homes.get(id(weight), []) if home != name]
-            obstacle = _obstacle(module, others, name.startswith(inside_attention)) or reasons.get(name, "")
-            yield Layer(name, module, obstacle=obstacle if name else "it is the whole network")
+    # A weight that several modules share is listed once, by its first name.
+    seen = set[int]()
+    for fqn, module in model.named_modules():
+        is_ours = isinstance(module, TTWeight) or id(module) in compressed
+        for own_name, parameter in () if is_ours else _weights(module):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+
+            stays = fqn in reasons or id(parameter) in shared
+            layer = _layer(fqn, module, own_name, stays)
+            # Recurrent modules hold their own weights in a list, which is made anew.
+            is_held = layer.weight_name in held and not isinstance(module, nn.RNNBase)
+            reason = layer.obstacle or (HELD if is_held and _is_rebuilt(layer) else "")
+            yield replace(layer, obstacle=reason if layer.fqn else "it is the whole network")
+
+
+def _is_rebuilt(layer: Layer) -> bool:
+    return isinstance(layer.spec, WeightSpec)
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """Parameters, by id, that have several names."""
+    counts = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {each for each, count in counts.items() if count > 1}
+
+
+def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a module that are more than vectors; those of norms only scale."""
+    if isinstance(module, NORMS):
+        return
+    for own_name, parameter in module.named_parameters(recurse=False):
+        is_known = isinstance(module, (nn.Linear, *CONVOLUTIONS)) and own_name == "weight"
+        if is_known or sum(size > 1 for size in parameter.shape) > 1:
+            yield own_name, parameter
+
+
+def _layer(fqn: str, module: nn.Module, own_name: str, stays: bool) -> Layer:
+    """A weight with a layer that runs by its cores, where there is one, else as a parameter that is rebuilt.
+
+    `stays` where the module has to remain the object that it is.
+    """
+    has_layer = type(module) in (nn.Linear, nn.Conv2d) and own_name == "weight"
+    if has_layer and not stays and getattr(module, "groups", 1) == 1:
+        return Layer(fqn, module, layer_spec(module))  # type: ignore[arg-type]
+
+    parameter: Tensor = module._parameters[own_name]  # type: ignore[assignment]
+    spec = WeightSpec(tuple(parameter.shape), own_name, has_inputs_first(module))
+    name = f"{fqn}.{own_name}".removeprefix(".")
+    listed = name.removesuffix(".weight") if fqn else name.removesuffix("weight")
+    return Layer(listed, module, spec, obstacle=_obstacle(module, own_name))
+
+
+def _obstacle(module: nn.Module, own_name: str) -> str:
+    """Why a parameter can never take TT form, or nothing."""
+    weight: Tensor = module._parameters[own_name]  # type: ignore[assignment]
+    if isinstance(module, parametrize.ParametrizationList):
+        return "a parametrization computes a weight from it"
+    if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and "weight" not in module._parameters:
+        return "the weight is computed from it"
+    if weight.dtype not in MATRIX_TYPES:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+
+    groups = getattr(module, "groups", 1)
+    if isinstance(module, CONVOLUTIONS) and groups > 1 and weight.shape[1] == 1:
+        return f"depthwise (groups={groups}), which no TT form makes smaller"
+    if hasattr(module, cores_name(own_name)):
+        return f"its module has something called {cores_name(own_name)} already"
+    return ""
 
 
 def class_name(module: nn.Module) -> str:
@@ -158,35 +248,42 @@ def class_name(module: nn.Module) -> str:
     return kind.__mro__[1].__name__ if parametrize.is_parametrized(module) else kind.__name__
 
 
-def _own_weight(module: nn.Linear | nn.Conv2d) -> nn.Parameter | None:
-    """The weight as a parameter of the module itself; under a parametrization there is none."""
-    return dict(module.named_parameters(recurse=False)).get("weight")
-
-
-def _obstacle(module: nn.Linear | nn.Conv2d, others: Sequence[str], in_attention: bool) -> str:
-    """Why a layer can never be replaced, or nothing."""
-    if in_attention:
-        return "nn.MultiheadAttention reads this weight directly"
-    if others:
-        return f"weight shared with {shortlist(others)}"
-    if _own_weight(module) is None:
-        return "weight is computed by a parametrization"
-    if parametrize.is_parametrized(module):
-        return "bias is computed by a parametrization"
-    if type(module) not in (nn.Linear, nn.Conv2d):
-        return f"{type(module).__name__} may do more than its base class"
-    if isinstance(module, nn.Conv2d) and module.groups != 1:
-        return f"groups={module.groups}"
-    return ""
-
-
-def _ends(layers: Sequence[Layer], running_order: Sequence[str]) -> dict[str, str]:
+def _ends(
+    model: nn.Module, layers: Sequence[Layer], running_order: Sequence[str], by_hand: bool
+) -> dict[str, str]:
     """The layers that stay dense by default, which are small and which all others hang on."""
-    convs = [layer.fqn for layer in layers if isinstance(layer.module, nn.Conv2d)]
-    linears = [layer.fqn for layer in layers if isinstance(layer.module, nn.Linear)]
+    total = _size(model)
+
+    def is_small(layer: Layer) -> bool:
+        return by_hand or layer.weight.numel() < LARGE_END * total
+
+    convs = [layer for layer in layers if isinstance(layer.module, CONVOLUTIONS)]
+    first = [layer.fqn for layer in convs[:1] if is_small(layer)]
+
+    linears = [name for name, module in model.named_modules() if _may_be_last(module)]
     # Names follow the order in which layers were made, which need not be that in which they run.
     linears = [fqn for fqn in running_order if fqn in linears] or linears
-    return {**dict.fromkeys(convs[:1], "first convolution"), **dict.fromkeys(linears[-1:], "last Linear")}
+    # The weight of the last one may be that of an embedding, and listed there.
+    last = [layer.fqn for layer in layers if layer.fqn in linears[-1:] and is_small(layer)]
+    return {**dict.fromkeys(first, "first convolution"), **dict.fromkeys(last, "last Linear")}
+
+
+def _may_be_last(module: nn.Module) -> bool:
+    """A Linear, but not the one inside of an attention."""
+    return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def _small_tables(model: nn.Module, layers: Sequence[Layer]) -> dict[str, str]:
+    """Tables of positions and the like, and small parameters of modules of which nothing is known."""
+    least = SMALL_TABLE * _size(model)
+    small = [
+        layer for layer in layers if layer.weight.numel() < least and not isinstance(layer.module, KNOWN)
+    ]
+    return {layer.fqn: "under 1 % of the network" for layer in small}
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _left_out(fqn: str, by_default: dict[str, str], include: Sequence[str], exclude: Sequence[str]) -> str:

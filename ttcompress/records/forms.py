@@ -24,6 +24,8 @@ MOST_PARAMS = 2**53
 Size = Annotated[int, Meta(ge=1, le=LARGEST_SIZE)]
 """Of a dimension, a mode, a TT-rank."""
 MOST_PIXELS = 2**26
+MOST_DIMENSIONS = 16
+"""Of a tensor that is decomposed."""
 Side = Annotated[int, Meta(ge=1, le=2**13)]
 """Of an image that is still held in memory."""
 FromZero = Annotated[int, Meta(ge=0, le=LARGEST_SIZE)]
@@ -34,7 +36,7 @@ Measured = Annotated[float, Meta(ge=0)]
 """An error, a time or a ratio."""
 Percent = Annotated[float, Meta(ge=0, le=100)]
 Interval = tuple[Percent, Percent]
-Kind = Annotated[str, one_of("linear", "conv2d")]
+Kind = Annotated[str, one_of("linear", "conv2d", "weight")]
 """Of a layer."""
 
 
@@ -60,6 +62,14 @@ class ConvForm(Struct, forbid_unknown_fields=True):
     dilation: tuple[Size, Size] = (1, 1)
     padding_mode: Annotated[str, one_of("zeros", "reflect", "replicate", "circular")] = "zeros"
     bias: bool = True
+
+
+class WeightForm(Struct, forbid_unknown_fields=True):
+    """The `spec` of a parameter of any other module."""
+
+    shape: Annotated[list[Size], Meta(min_length=2, max_length=MOST_DIMENSIONS)]
+    parameter: Annotated[str, Meta(pattern=r"\A[^.]+\Z")] = "weight"
+    transposed: bool = False
 
 
 class LayerForm(Struct):
@@ -91,6 +101,7 @@ class KeptLayerForm(Struct):
     kind: Kind
     kept: str
     params_before: Count
+    parameter: str = "weight"
     params_after: Count | None = None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import ClassVar
 
 from ttcompress.errors import ShapeError
 from ttcompress.tt.shapes import Tensorization, is_contracted
@@ -25,8 +26,30 @@ class Execution(StrEnum):
     __repr__ = str.__repr__
 
 
+class Spec:
+    """What all kinds of weights have in common: their shape, and how that is viewed as (out, in, window)."""
+
+    kind: ClassVar[str]
+    bias = False
+    parameter: str = "weight"
+    """Its own name in its module."""
+    transposed: bool = False
+    """Whether the parameter has its inputs first."""
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Of the parameter."""
+        raise NotImplementedError
+
+    @property
+    def view_shape(self) -> tuple[int, ...]:
+        """(out, in), with the axes of the window behind: what is decomposed."""
+        first, second, *window = self.weight_shape
+        return (second, first, *window) if self.transposed else (first, second, *window)
+
+
 @dataclass(frozen=True)
-class LinearSpec:
+class LinearSpec(Spec):
     """Shape of a fully-connected layer, attributes as in torch.nn.Linear."""
 
     in_features: int
@@ -42,7 +65,26 @@ class LinearSpec:
 
 
 @dataclass(frozen=True)
-class ConvSpec:
+class WeightSpec(Spec):
+    """A parameter of two or more dimensions of any module, which computes it from TT-cores and goes on as it is.
+
+    `parameter` is its own name in the module; `transposed` tells that its inputs come first.
+    """
+
+    shape: tuple[int, ...]
+    parameter: str = "weight"
+    transposed: bool = False
+
+    kind = "weight"
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """As in the module."""
+        return self.shape
+
+
+@dataclass(frozen=True)
+class ConvSpec(Spec):
     """Shape and geometry of a 2-d convolution with groups=1, attributes as in torch.nn.Conv2d."""
 
     in_channels: int
@@ -62,11 +104,18 @@ class ConvSpec:
         return (self.out_channels, self.in_channels, *self.kernel_size)
 
 
-LayerSpec = LinearSpec | ConvSpec
+def cores_name(parameter: str) -> str:
+    """What the cores of a parameter are called in its module."""
+    return "cores" if parameter == "weight" else f"{parameter}_cores"
 
 
-def executions(spec: LayerSpec, tensorization: Tensorization) -> tuple[Execution, Execution, Execution]:
-    """The executions that a layer has: `auto`, then the one by its TT-cores, then `dense`."""
+LayerSpec = LinearSpec | ConvSpec | WeightSpec
+
+
+def executions(spec: LayerSpec, tensorization: Tensorization) -> tuple[Execution, ...]:
+    """The executions that a layer has: `auto`, then the one by its TT-cores if it has one, then `dense`."""
+    if isinstance(spec, WeightSpec):
+        return (Execution.AUTO, Execution.DENSE)
     by_cores = Execution.CONTRACT if is_contracted(spec.weight_shape, tensorization) else Execution.CHAIN
     return (Execution.AUTO, by_cores, Execution.DENSE)
 

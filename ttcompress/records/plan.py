@@ -19,13 +19,16 @@ from ttcompress.records.forms import (
     LayerForm,
     LinearForm,
     PlanForm,
+    WeightForm,
 )
 from ttcompress.records.layers import (
     ConvSpec,
     Execution,
     LayerSpec,
     LinearSpec,
+    WeightSpec,
     checked_execution,
+    cores_name,
     executions,
 )
 from ttcompress.tt.shapes import Mode, Tensorization, tensorize_shape
@@ -44,6 +47,7 @@ CORE_DTYPES = (*WEIGHT_DTYPES, "int8")
 class LayerPlan:
     """One weight to be replaced: its layer, tensorization and TT-ranks; errors as far as they are known.
 
+    `fqn` is the name of the parameter without `.weight` at its end: that of the layer, for most.
     `predicted_error` bounds the relative Frobenius error from the singular values (with calibration, that of the
     output), `relative_error` is measured. `output_error` is, by stage of a calibrated compression, the relative error
     of the layer's output on held-out images. `execution` is how the layer is to run, one of `executions`. `core_dtype`
@@ -77,6 +81,23 @@ class LayerPlan:
             raise ShapeError(f"{self.fqn}: core_dtype must be one of {types}, not {self.core_dtype!r}")
 
     @property
+    def weight_name(self) -> str:
+        """Of the parameter in the dense network."""
+        return weight_name(self.fqn, self.spec.parameter)
+
+    @property
+    def module_fqn(self) -> str:
+        """Of the module that has the parameter."""
+        return self.weight_name.rpartition(".")[0]
+
+    @property
+    def cores_fqn(self) -> str:
+        """Of the list of the cores in the compressed network."""
+        owner = self.module_fqn
+        name = cores_name(self.spec.parameter)
+        return f"{owner}.{name}" if owner else name
+
+    @property
     def params_before(self) -> int:
         """Entries of the dense weight."""
         return prod(self.spec.weight_shape)
@@ -87,7 +108,7 @@ class LayerPlan:
         return self.tensorization.num_params(self.tt_ranks)
 
     @property
-    def executions(self) -> tuple[Execution, Execution, Execution]:
+    def executions(self) -> tuple[Execution, ...]:
         """The executions that this layer has (see `records.layers.executions`)."""
         return executions(self.spec, self.tensorization)
 
@@ -95,7 +116,7 @@ class LayerPlan:
     def core_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the TT-cores by their names in a file."""
         shapes = self.tensorization.core_shapes(self.tt_ranks)
-        return {f"{self.fqn}.cores.{k}": shape for k, shape in enumerate(shapes)}
+        return {f"{self.cores_fqn}.{k}": shape for k, shape in enumerate(shapes)}
 
     @property
     def stored_dtype(self) -> str:
@@ -107,7 +128,8 @@ class LayerPlan:
         """Shapes of the scales of int8 cores by their names in a file; none for other types."""
         if self.stored_dtype != "int8":
             return {}
-        return {f"{self.fqn}.core_scales.{k}": (rank,) for k, rank in enumerate(self.tt_ranks[1:])}
+        scales = self.cores_fqn.removesuffix("cores") + "core_scales"
+        return {f"{scales}.{k}": (rank,) for k, rank in enumerate(self.tt_ranks[1:])}
 
     @property
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -172,7 +194,19 @@ class LayerPlan:
         return layer
 
 
+def weight_name(fqn: str, parameter: str) -> str:
+    """The name of a parameter whose module calls it so, from that by which it is listed."""
+    return f"{fqn}.weight" if parameter == "weight" else fqn
+
+
 def _spec(form: LayerForm, where: str) -> LayerSpec:
+    if form.kind == "weight":
+        given = decode(form.spec, WeightForm, f"{where}.spec")
+        if given.parameter not in ("weight", form.fqn.rpartition(".")[2]):
+            raise FieldError(
+                f"{where}.spec.parameter must be the end of its fqn, not {shown(given.parameter)}"
+            )
+        return WeightSpec(tuple(given.shape), given.parameter, given.transposed)
     if form.kind == "linear":
         return LinearSpec(**asdict(decode(form.spec, LinearForm, f"{where}.spec")))
     return ConvSpec(**asdict(decode(form.spec, ConvForm, f"{where}.spec")))
@@ -199,7 +233,7 @@ def _check_modes(fqn: str, spec: LayerSpec, stated: Tensorization) -> None:
         in_modes = [mode.inp for mode in pairs]
 
     try:
-        proper = tensorize_shape(stated.format, spec.weight_shape, out_modes, in_modes)
+        proper = tensorize_shape(stated.format, spec.view_shape, out_modes, in_modes)
     except ShapeError as error:
         raise ShapeError(f"{fqn}: {error}") from error
     if proper != stated:
@@ -211,23 +245,30 @@ def _check_modes(fqn: str, spec: LayerSpec, stated: Tensorization) -> None:
 
 @dataclass(frozen=True)
 class KeptParameter:
-    """A parameter that stays as it is, and why; `kind` is that of its layer where it is a Linear or Conv2d weight."""
+    """A parameter that stays as it is, and why; `kind` is that of its layer where that could take TT form."""
 
     name: str
     params: int
     reason: str
     kind: str = ""
 
+    @property
+    def fqn(self) -> str:
+        """The name under which plans list it."""
+        return self.name.removesuffix(".weight")
+
     def to_json(self) -> Json:
         """A `layers` entry where this is the weight of a layer, else a `kept_parameters` entry."""
         if not self.kind:
             return vars(self).copy()
+        own_name = self.name.rpartition(".")[2]
         return {
-            "fqn": self.name.removesuffix(".weight"),
+            "fqn": self.fqn,
             "kind": self.kind,
             "kept": self.reason,
             "params_before": self.params,
             "params_after": self.params,
+            **({} if own_name == "weight" else {"parameter": own_name}),
         }
 
     @classmethod
@@ -238,7 +279,7 @@ class KeptParameter:
             FieldError: a field of a wrong type or value.
         """
         form = decode(data, KeptLayerForm, where)
-        return cls(f"{form.fqn}.weight", form.params_before, form.kept, form.kind)
+        return cls(weight_name(form.fqn, form.parameter), form.params_before, form.kept, form.kind)
 
 
 @dataclass(frozen=True)
@@ -328,7 +369,7 @@ def decode_plan(data: Json) -> CompressionPlan:
 
 def _check_parameters(plan: CompressionPlan) -> None:
     """See that every parameter is named once, and how many there are."""
-    names = [f"{layer.fqn}.weight" for layer in plan.layers] + [kept.name for kept in plan.kept]
+    names = [layer.weight_name for layer in plan.layers] + [kept.name for kept in plan.kept]
     named: set[str] = set()
     for name in names:
         if name in named:

@@ -238,7 +238,7 @@ def _check_counts(data: Json, form: ReportForm, plan: CompressionPlan) -> None:
     counts = {layer.fqn: (layer.params_before, layer.params_after) for layer in plan.layers}
     for kept in plan.kept:
         if kept.kind:
-            counts[kept.name.removesuffix(".weight")] = (kept.params, kept.params)
+            counts[kept.fqn] = (kept.params, kept.params)
 
     for number, entry in enumerate(data["layers"]):
         before, after = counts[entry["fqn"]]
@@ -261,7 +261,7 @@ def _check_count(data: Json, key: str, count: int, where: str = "") -> None:
 
 def _check_tied(form: ReportForm, plan: CompressionPlan) -> None:
     """See that tied parameters have the values of listed ones, and are none themselves."""
-    replaced = {f"{layer.fqn}.weight" for layer in plan.layers}
+    replaced = {layer.weight_name for layer in plan.layers}
     known = replaced | {kept.name for kept in plan.kept}
 
     for alias, name in form.tied.items():

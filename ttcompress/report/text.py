@@ -354,7 +354,7 @@ def _dense_lines(report: Report) -> list[str]:
     groups: dict[str, list[str]] = {}
     for kept in report.plan.kept:
         if kept.kind:
-            groups.setdefault(kept.reason, []).append(kept.name.removesuffix(".weight"))
+            groups.setdefault(kept.reason, []).append(kept.fqn)
     return [f"{_some(names)}: {reason}" for reason, names in groups.items()]
 
 

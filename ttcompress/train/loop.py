@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from ttcompress.errors import CheckpointError, TrainingError, TrainingStoppedError
-from ttcompress.layers.conv import TTConv2d
-from ttcompress.layers.linear import TTLinear
+from ttcompress.layers.base import TTLayer
+from ttcompress.layers.rebuilt import TTWeight
 from ttcompress.processes import World
 from ttcompress.records.common import Json
 from ttcompress.train.batch_norm import parallel
@@ -148,7 +148,7 @@ def _seed(state: State, options: TrainingOptions, world: World) -> None:
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
-def _update(state: State, options: TrainingOptions, layers: Sequence[TTLinear | TTConv2d]) -> None:
+def _update(state: State, options: TrainingOptions, layers: Sequence[TTLayer | TTWeight]) -> None:
     # Clipping and weight decay are meant for the gradients themselves.
     state.scaler.unscale_(state.optimizer)
     step = partial(state.scaler.step, state.optimizer)

@@ -8,8 +8,8 @@ from math import cos, pi
 import torch
 from torch import nn
 
-from ttcompress.layers.conv import TTConv2d
-from ttcompress.layers.linear import TTLinear
+from ttcompress.layers.base import TTLayer
+from ttcompress.layers.rebuilt import TTWeight
 
 STEPS_AT, STEP_FACTOR = (0.3, 0.6, 0.9), 0.1
 """Shares of what follows the warm-up at which the `step` schedule multiplies the learning rate by the factor.
@@ -20,9 +20,9 @@ MOMENTUM = 0.9
 NORMS = nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm
 
 
-def tt_layers(model: nn.Module) -> list[TTLinear | TTConv2d]:
+def tt_layers(model: nn.Module) -> list[TTLayer | TTWeight]:
     """All TT layers of a network."""
-    return [module for module in model.modules() if isinstance(module, TTLinear | TTConv2d)]
+    return [module for module in model.modules() if isinstance(module, TTLayer | TTWeight)]
 
 
 def make_optimizer(model: nn.Module, name: str, rate: float, decay: float) -> torch.optim.Optimizer:
@@ -76,7 +76,7 @@ def rate_at(step: int, total: int, warm_up: int, schedule: str) -> float:
 def update(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    layers: Sequence[TTLinear | TTConv2d],
+    layers: Sequence[TTLayer | TTWeight],
     clip: float,
     decay: float,
     step: Callable[[], object],
@@ -100,7 +100,7 @@ def _shrinkage(optimizer: torch.optim.Optimizer, decay: float) -> float:
 
 
 @torch.no_grad()
-def shrink_products(layers: Sequence[TTLinear | TTConv2d], share: float) -> None:
+def shrink_products(layers: Sequence[TTLayer | TTWeight], share: float) -> None:
     """Decay TT layers as dense ones: the weight that the cores stand for becomes smaller by a share.
 
     The trained cores of a layer bear it alike. Decay of each core at the rate of dense weights would be

@@ -173,7 +173,7 @@ def tensorize_shape(
     out_modes: Sequence[int] | None = None,
     in_modes: Sequence[int] | None = None,
 ) -> Tensorization:
-    """Choose the modes of a weight (out, in) or (out, in, kh, kw) in one of the FORMATS.
+    """Choose the modes of a weight (out, in), with the axes of its window behind if any, in one of the FORMATS.
 
     `matrix` is the TT-matrix of Novikov et al. (2015, section 4) and its convolution by Garipov et al.
     (2016); `naive` is the latter's baseline. A kernel mode of size 1 is dropped, so that `chain` and `naive`
@@ -181,7 +181,7 @@ def tensorize_shape(
 
     Args:
         weight_format: one of the FORMATS.
-        weight_shape: (out, in) or (out, in, kh, kw).
+        weight_shape: (out, in) or (out, in, kh, kw), of any number of axes after the first two.
         out_modes: the factors of the outputs, for `matrix` only; without them balanced ones are chosen.
         in_modes: the same of the inputs; both are given, or none.
 
@@ -195,11 +195,11 @@ def tensorize_shape(
         >>> tensorize_shape("matrix", (10, 784), out_modes=(2, 5), in_modes=(28, 28)).sizes
         (56, 140)
     """
-    if len(weight_shape) not in (2, 4) or min(weight_shape) < 1:
+    if len(weight_shape) < 2 or min(weight_shape) < 1:
         given = tuple(weight_shape)
         raise ShapeError(f"a weight is (out, in) or (out, in, kh, kw), all at least 1, not {given}")
-    out_dim, in_dim, kh, kw = (*weight_shape, 1, 1)[:4]
-    window = kh * kw
+    out_dim, in_dim, *kernel_sizes = weight_shape
+    window = prod(kernel_sizes)
 
     if weight_format == "matrix":
         pairs = _matrix_modes(out_dim, in_dim, out_modes, in_modes)
@@ -219,7 +219,7 @@ def tensorize_shape(
         return Tensorization("chain", (inputs, Mode(1, 1, window), outputs))
 
     # An unknown format is left to the Tensorization to refuse.
-    kernel = [Mode(1, 1, size) for size in (kh, kw) if size > 1]
+    kernel = [Mode(1, 1, size) for size in kernel_sizes if size > 1]
     return Tensorization(weight_format, (*kernel, inputs, outputs))
 
 
