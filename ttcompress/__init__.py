@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from ttcompress.commands.in_memory import plan as plan
     from ttcompress.commands.in_memory import save as save
     from ttcompress.errors import TTCompressError as TTCompressError
+    from ttcompress.layers.conv import TTConv1d as TTConv1d
     from ttcompress.layers.conv import TTConv2d as TTConv2d
+    from ttcompress.layers.conv import TTConv3d as TTConv3d
+    from ttcompress.layers.conv import TTConvTranspose1d as TTConvTranspose1d
+    from ttcompress.layers.conv import TTConvTranspose2d as TTConvTranspose2d
+    from ttcompress.layers.conv import TTConvTranspose3d as TTConvTranspose3d
     from ttcompress.layers.linear import TTLinear as TTLinear
     from ttcompress.networks.opening import load as load
     from ttcompress.recipe import LayerRule as LayerRule
@@ -33,7 +38,12 @@ _HOMES = {
     "LayerRule": "recipe",
     "Report": "records.report",
     "TTCompressError": "errors",
+    "TTConv1d": "layers.conv",
     "TTConv2d": "layers.conv",
+    "TTConv3d": "layers.conv",
+    "TTConvTranspose1d": "layers.conv",
+    "TTConvTranspose2d": "layers.conv",
+    "TTConvTranspose3d": "layers.conv",
     "TTLinear": "layers.linear",
     "compress": "commands.in_memory",
     "evaluate": "commands.in_memory",

@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from ttcompress.errors import PlanError, ShapeError
 from ttcompress.layers import base, cache
 from ttcompress.layers import execution as choosing
-from ttcompress.layers.conv import TTConv2d
+from ttcompress.layers.conv import (
+    TTConv1d,
+    TTConv2d,
+    TTConv3d,
+    TTConvTranspose1d,
+    TTConvTranspose2d,
+    TTConvTranspose3d,
+)
 from ttcompress.layers.linear import TTLinear
 from ttcompress.layers.spec import layer_spec
 from ttcompress.records.layers import ConvSpec, LinearSpec
@@ -234,6 +241,13 @@ CASES: list[tuple[type[Any], Callable[[], nn.Module], str, tuple[int, ...]]] = [
     (TTLinear, lambda: nn.Linear(24, 37), "matrix", (5, 24)),
     (TTLinear, lambda: nn.Linear(24, 37), "lowrank", (5, 24)),
     *((TTConv2d, lambda: nn.Conv2d(7, 10, 3, 2, 1), name, (2, 7, 6, 5)) for name in FORMATS),
+    (TTConv1d, lambda: nn.Conv1d(7, 10, 3, 2, 1), "chain", (2, 7, 8)),
+    (TTConv1d, lambda: nn.Conv1d(7, 10, 3, 2, 1), "matrix", (2, 7, 8)),
+    (TTConv3d, lambda: nn.Conv3d(7, 5, 3, 2, 1), "chain", (2, 7, 3, 4, 3)),
+    (TTConvTranspose1d, lambda: nn.ConvTranspose1d(7, 10, 3, 2, 1), "lowrank", (2, 7, 5)),
+    (TTConvTranspose2d, lambda: nn.ConvTranspose2d(7, 10, 3, 2, 1), "chain", (2, 7, 4, 3)),
+    (TTConvTranspose2d, lambda: nn.ConvTranspose2d(7, 10, 3, 2, 1), "matrix", (2, 7, 4, 3)),
+    (TTConvTranspose3d, lambda: nn.ConvTranspose3d(7, 5, 3, 2, 1), "naive", (2, 7, 2, 3, 2)),
 ]
 TYPES = [(torch.float64, 1e-12), (torch.float16, 1e-2), (torch.bfloat16, 6e-2)]
 IDS = [f"{case[0].__name__}-{case[2]}" for case in CASES]
@@ -285,9 +299,8 @@ def test_gradients_match_those_through_the_dense_weight(case: Any) -> None:
             )
         )
 
-    conv = isinstance(dense, nn.Conv2d)
-    y = nn.functional.conv2d(x, layer.weight, layer.bias, 2, 1) if conv else x @ layer.weight.T + layer.bias
-    wanted = gradients(y)
+    parameters = {"weight": layer.weight, "bias": layer.bias}
+    wanted = gradients(torch.func.functional_call(dense, parameters, (x,)))
     for execution in layer.executions:
         layer.execution = execution
         for found, exact in zip(gradients(layer(x)), wanted, strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ttcompress.errors import PlanError, ShapeError
 from ttcompress.layers.cache import Cache, Call, call_key, in_type_of, made_once
 from ttcompress.layers.execution import ExecutionChoice
-from ttcompress.layers.spec import layer_spec, viewed
+from ttcompress.layers.spec import Replaceable, layer_spec, viewed
 from ttcompress.records.layers import Execution, LayerSpec, checked_execution, executions
 from ttcompress.tt.arithmetic import norm
 from ttcompress.tt.contract import dense_weight
@@ -51,7 +51,7 @@ class TTLayer(nn.Module, ABC):
         empty = partial(torch.empty, device=device, dtype=dtype)
         shapes = tensorization.core_shapes(self.tt_ranks)
         self.cores = nn.ParameterList([nn.Parameter(empty(shape)) for shape in shapes])
-        out_dim = spec.weight_shape[0]
+        out_dim = spec.view_shape[0]
         self.register_parameter("bias", nn.Parameter(empty(out_dim)) if spec.bias else None)
 
         self._execution = Execution.AUTO
@@ -66,8 +66,8 @@ class TTLayer(nn.Module, ABC):
         No storage is shared: cores and bias are copied. Mode and `requires_grad` are those of the dense layer.
 
         Args:
-            dense: the nn.Linear or nn.Conv2d to be replaced; its weight is not read.
-            tensorization: how its weight (out, in) or (out, in, kh, kw) is viewed as a tensor.
+            dense: the nn.Linear or convolution to be replaced; its weight is not read.
+            tensorization: how its weight (out, in) or (out, in, *window) is viewed as a tensor.
             cores: core k of shape (r_{k-1}, m_k, n_k, w_k, r_k), with r_0 = r_d = 1 (Oseledets 2011, equation 1.3).
 
         Raises:
@@ -102,13 +102,13 @@ class TTLayer(nn.Module, ABC):
     ) -> Self:
         """Decompose a dense layer by TT-SVD (Oseledets 2011, algorithm 1).
 
-        The weight is (out, in) for TTLinear and (out, in, kh, kw) for TTConv2d. Without `max_rank` and `eps` the
-        decomposition is exact, up to round-off.
+        The weight is viewed as (out, in) for TTLinear and (out, in, *window) for convolutions, transposed ones too.
+        Without `max_rank` and `eps` the decomposition is exact, up to round-off.
 
         Args:
-            dense: an nn.Linear or an nn.Conv2d with groups=1; it stays as it is.
+            dense: an nn.Linear or a convolution with groups=1; it stays as it is.
             tensorization: the modes, or just the name of a format: by default `matrix` for an nn.Linear, `chain` for
-                an nn.Conv2d.
+                a convolution.
             max_rank: the largest TT-rank, or one for each cut.
             eps: relative accuracy, ||W - W~||_F <= eps ||W||_F.
 
@@ -122,12 +122,13 @@ class TTLayer(nn.Module, ABC):
         >>> layer.tt_ranks, sum(core.numel() for core in layer.cores)
         ((1, 4, 4, 1), 512)
         """
-        if not isinstance(dense, nn.Linear | nn.Conv2d) or getattr(dense, "groups", 1) != 1:
-            raise PlanError(f"only nn.Linear and nn.Conv2d with groups=1 take TT form, not {dense}")
-        if layer_spec(dense).kind != cls.kind:
+        if not isinstance(dense, Replaceable) or getattr(dense, "groups", 1) != 1:
+            raise PlanError(f"only nn.Linear and convolutions with groups=1 take TT form, not {dense}")
+        spec = layer_spec(dense)
+        if spec.kind != cls.kind:
             raise PlanError(f"{cls.__name__} stands for layers of another kind than {dense}")
 
-        weight = dense.weight.detach()
+        weight = viewed(dense.weight.detach(), spec)
         if not isinstance(tensorization, Tensorization):
             default = "matrix" if weight.dim() == 2 else "chain"
             tensorization = tensorize_shape(tensorization or default, tuple(weight.shape))
@@ -144,7 +145,7 @@ class TTLayer(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight that the cores stand for, rebuilt at each access: (out, in) or (out, in, kh, kw).
+        """The dense weight that the cores stand for, rebuilt at each access, in the shape that torch has it in.
 
         Entry (i, j) is G_1[i_1, j_1] ... G_d[i_d, j_d] (Novikov et al. 2015, section 3.1). Gradients flow to the cores.
 
@@ -192,13 +193,18 @@ class TTLayer(nn.Module, ABC):
         Raises:
             ShapeError: input of another shape, or of whole numbers.
         """
-        x = input  # The name is that of torch's own layers, for calls by keyword.
+        # The name is that of torch's own layers, for calls by keyword.
+        call = self._call(input)
+        return self._run(call.execution, input, call.made.operands)
+
+    def _call(self, x: Tensor) -> Call:
+        """How this call runs, and what it takes of the cores."""
         key = self._key(x)
         # To choose takes as long as a small convolution. Read once: another thread may replace it meanwhile.
         call = None if key is None else self._cache.call
         if call is None or not call.serves(key):
             call = self._prepared(x, key)
-        return self._run(call.execution, x, call.made.operands)
+        return call
 
     def _key(self, x: Tensor) -> Hashable | None:
         """What the next call must have in common with this one to run as it does; None where it never does."""

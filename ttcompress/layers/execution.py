@@ -18,7 +18,7 @@ class ExecutionChoice:
     """Chooses the execution of each call by a cost model of multiply-adds and memory traffic."""
 
     def __init__(self, spec: LayerSpec, tensorization: Tensorization, tt_ranks: Sequence[int]) -> None:
-        self._weight_shape = spec.weight_shape
+        self._view_shape, self._transposed = spec.view_shape, spec.transposed
         self._tensorization = tensorization
         self._tt_ranks = tuple(tt_ranks)
         _, self.by_cores, self.dense = executions(spec, tensorization)
@@ -27,7 +27,7 @@ class ExecutionChoice:
 
     def _contraction_plans(self) -> list[cost.ContractionPlan]:
         """How inputs meet the cores, without and with gradients, for layers that contract them."""
-        if not is_contracted(self._weight_shape, self._tensorization):
+        if not is_contracted(self._view_shape, self._tensorization):
             return []
 
         core_shapes = self._tensorization.core_shapes(self._tt_ranks)
@@ -52,7 +52,7 @@ class ExecutionChoice:
         return self._made[key]
 
     def _compared(self, calls: cost.Calls, cached: bool, trains: bool) -> Execution:
-        layer = cost.LayerCosts(self._weight_shape, calls)
+        layer = cost.LayerCosts(self._view_shape, calls, transposed=self._transposed)
         form = self._tensorization, self._tt_ranks
 
         by_cores = layer.by_cores(*form, cached, self.plan(trains))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ttcompress.layers.conv import TTConv2d
+from ttcompress.layers.conv import CONV_LAYERS, TTConv
 from ttcompress.layers.linear import TTLinear
 from ttcompress.records.layers import LayerSpec, LinearSpec
 
 
-def tt_layer(spec: LayerSpec) -> type[TTLinear] | type[TTConv2d]:
+def tt_layer(spec: LayerSpec) -> type[TTLinear] | type[TTConv]:
     """The layer class of a kind: a fixed table, since files name kinds and never classes."""
-    return TTLinear if isinstance(spec, LinearSpec) else TTConv2d
+    return TTLinear if isinstance(spec, LinearSpec) else CONV_LAYERS[spec.kind]

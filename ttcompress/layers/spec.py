@@ -3,35 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from ttcompress.records.layers import ConvSpec, LayerSpec, LinearSpec, Spec
 
+TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | TransposedConvolution
+Replaceable = nn.Linear | Convolution
+"""Layers in whose place a TT layer can run."""
 
-def layer_spec(module: nn.Linear | nn.Conv2d) -> LayerSpec:
+
+CONVOLUTIONS: dict[str, type[Any]] = {
+    "conv1d": nn.Conv1d,
+    "conv2d": nn.Conv2d,
+    "conv3d": nn.Conv3d,
+    "conv_transpose1d": nn.ConvTranspose1d,
+    "conv_transpose2d": nn.ConvTranspose2d,
+    "conv_transpose3d": nn.ConvTranspose3d,
+}
+"""Convolutions by kind."""
+
+
+def layer_spec(module: Replaceable) -> LayerSpec:
     """Shape and geometry of a dense layer."""
     bias = module.bias is not None
     if isinstance(module, nn.Linear):
         return LinearSpec(module.in_features, module.out_features, bias)
 
+    transposed = isinstance(module, TransposedConvolution)
     return ConvSpec(
         in_channels=module.in_channels,
         out_channels=module.out_channels,
-        kernel_size=_pair(module.kernel_size),
-        stride=_pair(module.stride),
-        padding=module.padding if isinstance(module.padding, str) else _pair(module.padding),
-        dilation=_pair(module.dilation),
+        kernel_size=_whole(module.kernel_size),
+        stride=_whole(module.stride),
+        padding=module.padding if isinstance(module.padding, str) else _whole(module.padding),
+        dilation=_whole(module.dilation),
         padding_mode=module.padding_mode,
         bias=bias,
+        transposed=transposed,
+        output_padding=_whole(module.output_padding) if transposed else (),
     )
+
+
+def empty_layer(spec: LayerSpec) -> Replaceable:
+    """A dense layer on the meta device."""
+    # The fields of specs have the names of torch's arguments.
+    arguments = dict(vars(spec))
+    if isinstance(spec, LinearSpec):
+        return nn.Linear(**arguments, device="meta")
+
+    if not arguments.pop("transposed"):
+        del arguments["output_padding"]
+    made: Replaceable = CONVOLUTIONS[spec.kind](**arguments, device="meta")
+    return made
 
 
 def has_inputs_first(module: nn.Module) -> bool:
     """Whether the weight of a module has its inputs first: tables that are looked up, transposed convolutions."""
-    return isinstance(
-        module, nn.Embedding | nn.EmbeddingBag | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-    )
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag | TransposedConvolution)
 
 
 def viewed(weight: Tensor, spec: Spec) -> Tensor:
@@ -39,5 +70,5 @@ def viewed(weight: Tensor, spec: Spec) -> Tensor:
     return weight.transpose(0, 1) if spec.transposed else weight
 
 
-def _pair(value: Sequence[int]) -> tuple[int, int]:
-    return int(value[0]), int(value[1])
+def _whole(values: Sequence[int]) -> tuple[int, ...]:
+    return tuple(int(value) for value in values)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ttcompress.layers.spec import Replaceable
 from ttcompress.networks.running import Example, call
 from ttcompress.tt.cost import Calls
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Multiply-adds of the whole network for one input, and by fqn the calls of its Linear and Conv2d layers."""
+    """Multiply-adds of the whole network for one input, and by fqn the calls of its Linear layers and convolutions."""
 
     multiply_adds: int
     calls: Mapping[str, Calls]
@@ -32,7 +33,7 @@ def usage_of(model: nn.Module, example: Example) -> Usage:
     """
     calls: dict[str, Calls] = {}
 
-    def count(name: str, module: nn.Module, given: Any, named: Any, output: Tensor) -> None:
+    def count(name: str, module: Replaceable, given: Any, named: Any, output: Tensor) -> None:
         x = given[0] if given else named["input"]
         before = calls.get(name, Calls(0, 0))
         pixels, out_pixels = _positions(module, x), _positions(module, output)
@@ -43,7 +44,7 @@ def usage_of(model: nn.Module, example: Example) -> Usage:
         stack.callback(model.train, was_training)
         one = example.suited(model.eval()).zeros(model)
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, Replaceable):
                 hook = module.register_forward_hook(partial(count, name), with_kwargs=True)
                 stack.enter_context(hook)
         counter = stack.enter_context(FlopCounterMode(display=False))
@@ -52,11 +53,12 @@ def usage_of(model: nn.Module, example: Example) -> Usage:
     return Usage(int(counter.get_total_flops()) // 2, calls)
 
 
-def _positions(module: nn.Module, x: Tensor) -> int:
-    """Rows of a Linear; pixels of a Conv2d, over all images."""
+def _positions(module: Replaceable, x: Tensor) -> int:
+    """Rows of a Linear; pixels of a convolution, over all images."""
     if isinstance(module, nn.Linear):
         return x.numel() // x.shape[-1]
-    return x.numel() // x.shape[-3]
+    channels = x.shape[-1 - len(module.kernel_size)]
+    return x.numel() // channels
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.errors import ArchitectureError, shortlist
+from ttcompress.layers.spec import Replaceable
 from ttcompress.networks.factories import one_line
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -141,10 +142,8 @@ def _named_globals(function: FunctionType) -> list[Any]:
 
 
 def held_layers(model: nn.Module) -> dict[str, str]:
-    """Linear and Conv2d layers by fqn that something outside the module tree holds, or their parameters, and who."""
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
-    }
+    """Linear layers and convolutions by fqn that something outside the module tree holds, or their parameters, and who."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Replaceable)}
     found = holders(model)
 
     homes = dict[int, list[tuple[str, Tensor]]]()

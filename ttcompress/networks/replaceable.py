@@ -7,11 +7,11 @@ from functools import cache
 from torch import nn
 
 from ttcompress.errors import shortlist
-from ttcompress.layers.conv import TTConv2d
-from ttcompress.layers.linear import TTLinear
+from ttcompress.layers.kinds import tt_layer
+from ttcompress.layers.spec import Replaceable, empty_layer, layer_spec
 from ttcompress.networks.held import COMPILED, held_layers
 from ttcompress.networks.matrices import MATRIX_TYPES
-from ttcompress.records.layers import ConvSpec, LinearSpec
+from ttcompress.records.layers import ConvSpec, LayerSpec, LinearSpec
 from ttcompress.tt.shapes import tensorize_shape
 
 HOOKS = {
@@ -29,12 +29,12 @@ HOOKS = {
 def obstacles(model: nn.Module) -> dict[str, str]:
     """Layers by fqn that have to stay the objects that they are, and why.
 
-    What else hangs on a Linear or Conv2d goes along (`own_attributes`).
+    What else hangs on a Linear or a convolution goes along (`own_attributes`).
     """
     shared = _shared_biases(model)
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, Replaceable):
             reason = _own_obstacle(module) or shared.get(name, "")
             if reason:
                 found[name] = reason
@@ -54,21 +54,24 @@ def own_attributes(module: nn.Module) -> dict[str, object]:
 @cache
 def _usual(kind: type) -> frozenset[str]:
     """The attributes that a layer of this kind has of itself."""
-    made: nn.Module
-    if issubclass(kind, TTLinear):
-        linear = LinearSpec(1, 1, bias=True)
-        made = TTLinear(linear, tensorize_shape("lowrank", (1, 1)), 1, device="meta")
-    elif issubclass(kind, TTConv2d):
-        conv = ConvSpec(1, 1, (1, 1))
-        made = TTConv2d(conv, tensorize_shape("lowrank", (1, 1, 1, 1)), 1, device="meta")
-    elif issubclass(kind, nn.Conv2d):
-        made = nn.Conv2d(1, 1, 1, device="meta")
-    else:
-        made = nn.Linear(1, 1, device="meta")
-    return frozenset(vars(made))
+    for spec in SMALLEST:
+        dense, ours = empty_layer(spec), tt_layer(spec)
+        if issubclass(kind, ours):
+            view = tensorize_shape("lowrank", spec.view_shape)
+            return frozenset(vars(ours(spec, view, 1, device="meta")))
+        if issubclass(kind, type(dense)):
+            return frozenset(vars(dense))
+    return frozenset()
 
 
-def _own_obstacle(module: nn.Linear | nn.Conv2d) -> str:
+SMALLEST: tuple[LayerSpec, ...] = (
+    LinearSpec(1, 1, bias=True),
+    *(ConvSpec(1, 1, (1,) * dims, transposed=each) for dims in (1, 2, 3) for each in (False, True)),
+)
+"""A layer of each kind that can be replaced."""
+
+
+def _own_obstacle(module: Replaceable) -> str:
     hooks = [words for name, words in HOOKS.items() if vars(module).get(name)]
     if hooks:
         return f"it has {hooks[0]}, which another layer would not run"
@@ -85,7 +88,7 @@ def _own_obstacle(module: nn.Linear | nn.Conv2d) -> str:
     if overridden:
         return f"its object has a {shortlist(overridden)} of its own"
 
-    replacement = TTLinear if isinstance(module, nn.Linear) else TTConv2d
+    replacement = tt_layer(layer_spec(module))
     taken = sorted(name for name in own if name in _usual(replacement) or _is_ours(replacement, name))
     if taken:
         return f"its object has a {shortlist(taken)}, as a TT layer has"

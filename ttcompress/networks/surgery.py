@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.errors import PlanError, ShapeError, shortlist
-from ttcompress.layers.conv import TTConv2d
+from ttcompress.layers.base import TTLayer
 from ttcompress.layers.kinds import tt_layer
-from ttcompress.layers.linear import TTLinear
 from ttcompress.layers.rebuilt import TTWeight, rebuild, rebuilt_in, restore
-from ttcompress.layers.spec import layer_spec
+from ttcompress.layers.spec import Replaceable, empty_layer, layer_spec
 from ttcompress.networks.replaceable import obstacles, own_attributes
 from ttcompress.networks.weights import cores_of, parameter_of, tied_names, weight_of
 from ttcompress.records.common import Progress
-from ttcompress.records.layers import LinearSpec, WeightSpec, cores_name
+from ttcompress.records.layers import WeightSpec, cores_name
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.tt.decompose import TTSVD, decompose_weight
 from ttcompress.tt.quantize import as_stored
@@ -63,8 +62,8 @@ def check_layers(model: nn.Module, layers: Sequence[LayerPlan]) -> None:
             continue
 
         module = modules.get(layer.fqn)
-        if not isinstance(module, nn.Linear | nn.Conv2d):
-            wrong.append(f"{layer.fqn} is no Linear or Conv2d of this network")
+        if not isinstance(module, Replaceable):
+            wrong.append(f"{layer.fqn} is no Linear or convolution of this network")
         elif layer_spec(module) != layer.spec or getattr(module, "groups", 1) != 1:
             wrong.append(f"{layer.fqn} has another shape or geometry")
         elif layer.fqn in reasons:
@@ -213,7 +212,7 @@ def install_fresh(
 
 def expand_layers(model: nn.Module) -> nn.Module:
     """Put dense layers in the place of the TT layers, in the same module, which is returned."""
-    layers = {fqn: layer for fqn, layer in model.named_modules() if isinstance(layer, TTLinear | TTConv2d)}
+    layers = {fqn: layer for fqn, layer in model.named_modules() if isinstance(layer, TTLayer)}
     for fqn, layer in layers.items():
         swap(model, fqn, dense_layer(layer))
 
@@ -227,16 +226,10 @@ def expand_layers(model: nn.Module) -> nn.Module:
     return model
 
 
-def dense_layer(layer: TTLinear | TTConv2d) -> nn.Linear | nn.Conv2d:
+def dense_layer(layer: TTLayer) -> Replaceable:
     """The layer that a TT layer stands for."""
-    spec, weight = layer.spec, layer.weight.detach()
-    dense: nn.Linear | nn.Conv2d
-    if isinstance(spec, LinearSpec):
-        dense = nn.Linear(spec.in_features, spec.out_features, spec.bias, device="meta")
-    else:
-        # The fields of a ConvSpec have the names of torch's arguments.
-        dense = nn.Conv2d(**vars(spec), device="meta")
-
+    weight = layer.weight.detach()
+    dense = empty_layer(layer.spec)
     trains = any(core.requires_grad for core in layer.cores)
     dense.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), trains)
     if layer.bias is not None:

@@ -44,7 +44,7 @@ class Counting:
         if self.unit is None:
             return None
         calls = self.calls.get(layer.fqn, Calls(0, 0))
-        return LayerCosts(layer.spec.view_shape, calls, self.unit)
+        return LayerCosts(layer.spec.view_shape, calls, self.unit, layer.spec.transposed)
 
     def can_save(self, layer: Layer | LayerPlan) -> bool:
         """Whether cores may cost less than the weight: what is rebuilt from them runs as ever."""

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from ttcompress.errors import shortlist
+from ttcompress.layers.spec import Convolution, Replaceable
 from ttcompress.networks.matrices import Weights
 from ttcompress.planning.selection import LEFT_OUT_MARK, Layer, class_name
 from ttcompress.records.common import WARNING
@@ -101,12 +102,15 @@ def find_normed_layers(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and fqn and module.num_features == outputs:
             found.append(fqn)
-        is_layer = isinstance(module, nn.Linear | nn.Conv2d)
-        if is_layer or not any(module.children()):
-            fqn, outputs = (
-                (name, len(module.weight)) if isinstance(module, nn.Linear | nn.Conv2d) else ("", 0)
-            )
+        if isinstance(module, Replaceable):
+            fqn, outputs = name, _outputs(module)
+        elif not any(module.children()):
+            fqn, outputs = "", 0
     return found
+
+
+def _outputs(module: Replaceable) -> int:
+    return module.out_features if isinstance(module, nn.Linear) else module.out_channels
 
 
 # ------------------------------------------------------------------------------------------------ what nothing reaches
@@ -154,12 +158,12 @@ def _kind(model: nn.Module, name: str) -> str:
     owner = name.rpartition(".")[0]
     layer, of_parametrization, _ = owner.partition(".parametrizations.")
     module = model.get_submodule(layer if of_parametrization else owner)
-    if isinstance(module, nn.Conv2d) and module.groups != 1:
+    if isinstance(module, Convolution) and module.groups != 1:
         return f"{class_name(module)} with groups"
     is_computed = parametrize.is_parametrized(module) or not isinstance(
         getattr(module, "weight", None), nn.Parameter
     )
-    if isinstance(module, nn.Linear | nn.Conv2d) and is_computed:
+    if isinstance(module, Replaceable) and is_computed:
         return f"{class_name(module)} whose weight is computed"
 
     # The projection of an attention is a Linear of its own.

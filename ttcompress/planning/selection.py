@@ -223,7 +223,7 @@ def _layer(fqn: str, module: nn.Module, own_name: str, stays: bool) -> Layer:
 
     `stays` where the module has to remain the object that it is.
     """
-    has_layer = type(module) in (nn.Linear, nn.Conv2d) and own_name == "weight"
+    has_layer = type(module) in (nn.Linear, *CONVOLUTIONS) and own_name == "weight"
     if has_layer and not stays and getattr(module, "groups", 1) == 1:
         return Layer(fqn, module, layer_spec(module))  # type: ignore[arg-type]
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 
 from ttcompress.records.common import Json
+from ttcompress.records.layers import CONV_KINDS
 
 
 def one_of(*words: str) -> Meta:
@@ -36,7 +37,7 @@ Measured = Annotated[float, Meta(ge=0)]
 """An error, a time or a ratio."""
 Percent = Annotated[float, Meta(ge=0, le=100)]
 Interval = tuple[Percent, Percent]
-Kind = Annotated[str, one_of("linear", "conv2d", "weight")]
+Kind = Annotated[str, one_of("linear", *CONV_KINDS, "weight")]
 """Of a layer."""
 
 
@@ -51,17 +52,50 @@ class LinearForm(Struct, forbid_unknown_fields=True):
     bias: bool
 
 
-class ConvForm(Struct, forbid_unknown_fields=True):
-    """The `spec` of a Conv2d."""
+class ConvForm(Struct, forbid_unknown_fields=True, kw_only=True):
+    """What the `spec` of all convolutions has."""
 
     in_channels: Size
     out_channels: Size
-    kernel_size: tuple[Size, Size]
-    stride: tuple[Size, Size] = (1, 1)
-    padding: tuple[FromZero, FromZero] | Annotated[str, one_of("same", "valid")] = (0, 0)
-    dilation: tuple[Size, Size] = (1, 1)
     padding_mode: Annotated[str, one_of("zeros", "reflect", "replicate", "circular")] = "zeros"
     bias: bool = True
+
+
+NamedPadding = Annotated[str, one_of("same", "valid")]
+
+
+class ConvForm1d(ConvForm, forbid_unknown_fields=True, kw_only=True):
+    """The `spec` of a convolution in one dimension."""
+
+    kernel_size: tuple[Size]
+    stride: tuple[Size] = (1,)
+    padding: tuple[FromZero] | NamedPadding = (0,)
+    dilation: tuple[Size] = (1,)
+    output_padding: tuple[FromZero] = (0,)
+
+
+class ConvForm2d(ConvForm, forbid_unknown_fields=True, kw_only=True):
+    """In two dimensions."""
+
+    kernel_size: tuple[Size, Size]
+    stride: tuple[Size, Size] = (1, 1)
+    padding: tuple[FromZero, FromZero] | NamedPadding = (0, 0)
+    dilation: tuple[Size, Size] = (1, 1)
+    output_padding: tuple[FromZero, FromZero] = (0, 0)
+
+
+class ConvForm3d(ConvForm, forbid_unknown_fields=True, kw_only=True):
+    """In three dimensions."""
+
+    kernel_size: tuple[Size, Size, Size]
+    stride: tuple[Size, Size, Size] = (1, 1, 1)
+    padding: tuple[FromZero, FromZero, FromZero] | NamedPadding = (0, 0, 0)
+    dilation: tuple[Size, Size, Size] = (1, 1, 1)
+    output_padding: tuple[FromZero, FromZero, FromZero] = (0, 0, 0)
+
+
+CONV_FORMS: dict[int, type[ConvForm]] = {1: ConvForm1d, 2: ConvForm2d, 3: ConvForm3d}
+"""By dimensions of the window."""
 
 
 class WeightForm(Struct, forbid_unknown_fields=True):

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import ClassVar
 
 from ttcompress.errors import ShapeError
+from ttcompress.records.common import Json, listed
 from ttcompress.tt.shapes import Tensorization, is_contracted
 
 
@@ -40,6 +41,10 @@ class Spec:
     def weight_shape(self) -> tuple[int, ...]:
         """Of the parameter."""
         raise NotImplementedError
+
+    def to_json(self) -> Json:
+        """The `spec` of plans, reports and files."""
+        return listed(self)
 
     @property
     def view_shape(self) -> tuple[int, ...]:
@@ -83,25 +88,59 @@ class WeightSpec(Spec):
         return self.shape
 
 
+CONV_KINDS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+"""Of convolutions, by the names of torch.nn.functional."""
+
+
 @dataclass(frozen=True)
 class ConvSpec(Spec):
-    """Shape and geometry of a 2-d convolution with groups=1, attributes as in torch.nn.Conv2d."""
+    """Shape and geometry of a convolution in one to three dimensions, attributes as in torch.nn.
+
+    What is left out is as torch has it by default. `output_padding` is of transposed convolutions only.
+
+    >>> ConvSpec(8, 4, (3,), transposed=True).kind, ConvSpec(8, 4, (3, 3)).stride
+    ('conv_transpose1d', (1, 1))
+    """
 
     in_channels: int
     out_channels: int
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] | str = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
     padding_mode: str = "zeros"
     bias: bool = True
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
 
-    kind = "conv2d"
+    def __post_init__(self) -> None:
+        for name, usual in (("stride", 1), ("padding", 0), ("dilation", 1), ("output_padding", 0)):
+            if getattr(self, name) == ():
+                object.__setattr__(self, name, (usual,) * self.dims)
+
+    @property
+    def dims(self) -> int:
+        """Dimensions of the window: 1, 2 or 3."""
+        return len(self.kernel_size)
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        """Of CONV_KINDS."""
+        return f"conv_transpose{self.dims}d" if self.transposed else f"conv{self.dims}d"
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """(out_channels, in_channels, kh, kw)."""
-        return (self.out_channels, self.in_channels, *self.kernel_size)
+        """(out_channels, in_channels, *window); with the inputs first where it is transposed."""
+        out, inp = self.out_channels, self.in_channels
+        return (inp, out, *self.kernel_size) if self.transposed else (out, inp, *self.kernel_size)
+
+    def to_json(self) -> Json:
+        """As files have it: the kind tells whether it is transposed."""
+        fields = super().to_json()
+        del fields["transposed"]
+        if not any(self.output_padding):
+            del fields["output_padding"]
+        return fields
 
 
 def cores_name(parameter: str) -> str:
@@ -116,7 +155,7 @@ def executions(spec: LayerSpec, tensorization: Tensorization) -> tuple[Execution
     """The executions that a layer has: `auto`, then the one by its TT-cores if it has one, then `dense`."""
     if isinstance(spec, WeightSpec):
         return (Execution.AUTO, Execution.DENSE)
-    by_cores = Execution.CONTRACT if is_contracted(spec.weight_shape, tensorization) else Execution.CHAIN
+    by_cores = Execution.CONTRACT if is_contracted(spec.view_shape, tensorization) else Execution.CHAIN
     return (Execution.AUTO, by_cores, Execution.DENSE)
 
 

@@ -10,11 +10,11 @@ from typing import cast
 from msgspec.structs import asdict
 
 from ttcompress.errors import PlanError, ShapeError
-from ttcompress.records.common import Json, compression, listed
+from ttcompress.records.common import Json, compression
 from ttcompress.records.decoding import FieldError, check_values, decode, refusing_as, shown, within
 from ttcompress.records.forms import (
+    CONV_FORMS,
     MOST_PARAMS,
-    ConvForm,
     KeptLayerForm,
     LayerForm,
     LinearForm,
@@ -152,7 +152,7 @@ class LayerPlan:
             "relative_error": self.relative_error,
             "output_error": dict(self.output_error) if self.output_error else None,
             "weight_dtype": self.weight_dtype,
-            "spec": listed(self.spec),
+            "spec": self.spec.to_json(),
             **({"note": self.note} if self.note else {}),
             **({"execution": self.execution.value} if self.execution != Execution.AUTO else {}),
             **({"core_dtype": self.core_dtype} if self.core_dtype else {}),
@@ -209,7 +209,18 @@ def _spec(form: LayerForm, where: str) -> LayerSpec:
         return WeightSpec(tuple(given.shape), given.parameter, given.transposed)
     if form.kind == "linear":
         return LinearSpec(**asdict(decode(form.spec, LinearForm, f"{where}.spec")))
-    return ConvSpec(**asdict(decode(form.spec, ConvForm, f"{where}.spec")))
+    return _conv_spec(form, where)
+
+
+def _conv_spec(form: LayerForm, where: str) -> ConvSpec:
+    dims = int(form.kind[-2])
+    transposed = form.kind.startswith("conv_transpose")
+    given: Json = asdict(decode(form.spec, CONV_FORMS[dims], f"{where}.spec"))
+    if not transposed and any(given["output_padding"]):
+        raise FieldError(f"{where}.spec.output_padding belongs to transposed convolutions")
+    if transposed and (given["padding_mode"] != "zeros" or isinstance(given["padding"], str)):
+        raise FieldError(f"{where}.spec.padding of a transposed convolution must be numbers of zeros")
+    return ConvSpec(**given, transposed=transposed)
 
 
 def _tensorization(form: LayerForm, spec: LayerSpec) -> Tensorization:

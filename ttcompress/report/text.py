@@ -133,7 +133,7 @@ def _layer_cells(layer: LayerPlan) -> list[str]:
     way = "" if layer.execution == "auto" else f" run {layer.execution}"
     return [
         layer.fqn,
-        "x".join(map(str, layer.spec.weight_shape)),
+        _shape(layer),
         layer.tensorization.format + way,
         _modes(layer),
         ",".join(map(str, layer.tt_ranks[1:-1])),
@@ -141,6 +141,13 @@ def _layer_cells(layer: LayerPlan) -> list[str]:
         f"{layer.params_after:,}",
         format_compression(compression(layer.params_before, layer.params_after)),
     ]
+
+
+def _shape(layer: LayerPlan) -> str:
+    """Of the weight, with the kind of its layer where two or four dimensions do not tell it."""
+    shape = "x".join(map(str, layer.spec.weight_shape))
+    is_usual = layer.spec.kind in ("linear", "conv2d")
+    return shape if is_usual else f"{layer.spec.kind} {shape}"
 
 
 def _modes(layer: LayerPlan) -> str:

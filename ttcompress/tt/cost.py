@@ -51,7 +51,7 @@ NOTHING = Cost(0, 0)
 class Calls(NamedTuple):
     """How much a layer has to do: positions that it reads and that it writes.
 
-    They are the rows of a Linear, the pixels of a Conv2d.
+    They are the rows of a Linear, the pixels of a convolution.
     """
 
     pixels: int
@@ -178,11 +178,20 @@ def merge_cost(shapes: Sequence[Shape]) -> Cost:
 
 
 class LayerCosts(NamedTuple):
-    """A weight (out, in) or (out, in, kh, kw), how much it has to do, and what costs are counted in."""
+    """A weight (out, in) or (out, in, *window), how much it has to do, and what costs are counted in.
+
+    A convolution works at the positions that it writes; a `transposed` one, which scatters, at those that it reads.
+    """
 
     weight_shape: tuple[int, ...]
     calls: Calls
     unit: Unit = TIME
+    transposed: bool = False
+
+    @property
+    def _worked(self) -> int:
+        """Positions at which the window is applied."""
+        return self.calls.pixels if self.transposed else self.calls.out_pixels
 
     @property
     def _moved(self) -> int:
@@ -197,7 +206,7 @@ class LayerCosts(NamedTuple):
             return Cost(self.calls.pixels * out * inp, out * inp)
 
         blocked = self.unit.blocked
-        madds = self.calls.out_pixels * blocked(inp) * blocked(out) * prod(window)
+        madds = self._worked * blocked(inp) * blocked(out) * prod(window)
         return Cost(madds + self.unit.convolution, self._moved)
 
     def rebuilt(self, tensorization: Tensorization, tt_ranks: Sequence[int]) -> Cost:
@@ -255,7 +264,7 @@ class LayerCosts(NamedTuple):
         """Return the cost of a convolution for each output, to one channel, after the contraction."""
         out, _, *window = self.weight_shape
         blocked = self.unit.blocked
-        madds = self.calls.out_pixels * out * prod(window) * blocked(rank) * blocked(1)
+        madds = self._worked * out * prod(window) * blocked(rank) * blocked(1)
         # What the contraction leaves is written and read.
         between = 2 * self.calls.pixels * out * rank
         return Cost(madds + self.unit.convolution, between + self._moved)
@@ -263,7 +272,7 @@ class LayerCosts(NamedTuple):
     def _conv_cost(self, tensorization: Tensorization, index: int, left: Any, right: Any) -> Cost:
         """Return the cost of one core as a convolution.
 
-        A chain is 1x1, kh x kw, 1x1; otherwise everything before the last core is one kh x kw, with 1x1 after
+        A chain is 1x1, the window, 1x1; otherwise everything before the last core is one window, with 1x1 after
         it.
         """
         out, inp, *window = self.weight_shape
@@ -283,7 +292,7 @@ class LayerCosts(NamedTuple):
             return Cost(0 * left, 0)
 
         channels = left if is_chain else inp
-        madds = out_pixels * blocked(channels) * prod(window) * blocked(right)
+        madds = self._worked * blocked(channels) * prod(window) * blocked(right)
         return Cost(madds + self.unit.convolution, BETWEEN * out_pixels * right)
 
 
