@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.calibrate.decompose import weight_only
-from ttcompress.calibrate.observe import hooked, layer_inputs, weight_size
+from ttcompress.calibrate.observe import Call, hooked, layer_inputs
 from ttcompress.calibrate.reference import Reference
+from ttcompress.calibrate.uses import Use, uses_of
 from ttcompress.data.calibration_images import Calibration
 from ttcompress.networks.running import NetworkInput, batch_size, call, device_of, placed
+from ttcompress.networks.weights import cores_of, tied_names, weight_of
 from ttcompress.records.common import Progress
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.tt.decompose import spread_norm
@@ -37,34 +39,49 @@ def sweep_layers(
     lost.
     """
     layers = {layer.fqn: layer for layer in plan.layers}
-    order = [name for name in reference.statistics if name in layers]
-    for done, name in enumerate(order):
+    order = [layers[fqn] for fqn in reference.statistics if fqn in layers]
+    order = [layer for layer in order if _sole_use(reference.dense, layer)]
+    for done, layer in enumerate(order):
         if progress:
-            progress(f"fitting {name}", done, len(order))
-
-        module: Any = reference.dense.get_submodule(name)
-        swapped: Any = compressed.get_submodule(name)
-        pairs = input_pairs(reference.dense, compressed, name, reference.calibration)
-        # Where there is a bias it takes up the mean error, so that the cores need not.
-        has_bias = module.bias is not None
-        fitting = pairs.centred() if has_bias else pairs
-
-        start = [core.detach().double() for core in swapped.cores]
-        metric = reference.statistics[name].output_metric
-        cores = fit_layer(module.weight.detach(), layers[name], start, fitting, metric, sweeps)
-        for core, fitted in zip(swapped.cores, spread_norm(cores), strict=True):
-            core.data = fitted.to(core)
-        if has_bias:
-            swapped.bias.data = _bias_for_mean(module, swapped, pairs)
+            progress(f"fitting {layer.fqn}", done, len(order))
+        _sweep(reference, compressed, layer, sweeps)
 
 
-def _bias_for_mean(module: Any, swapped: Any, pairs: Moments) -> Tensor:
-    """The bias with which the mean output is that of the dense layer: b + W mean[x] - W~ mean[x~]."""
-    mean_ours, mean_dense = pairs.means
-    wanted = module.weight.detach().flatten(1).to(mean_dense) @ mean_dense
-    given = swapped.weight.detach().flatten(1).to(mean_ours) @ mean_ours
-    bias: Tensor = module.bias.detach() + (wanted - given)
-    return bias.to(module.bias)
+def _sole_use(model: nn.Module, layer: LayerPlan) -> Use | None:
+    """The one module that multiplies by a weight, where there is one.
+
+    What is looked up does not depend on what came before, so that nothing is left to fit.
+    """
+    uses = uses_of(model, layer.fqn, layer.spec, tied_names(model))
+    if len(uses) != 1 or uses[0].is_lookup or uses[0].swapped:
+        return None
+    return uses[0]
+
+
+def _sweep(reference: Reference, compressed: nn.Module, layer: LayerPlan, sweeps: int) -> None:
+    module: Any = reference.dense.get_submodule(layer.module_fqn)
+    swapped: Any = compressed.get_submodule(layer.module_fqn)
+    pairs = input_pairs(reference.dense, compressed, layer.module_fqn, reference.calibration)
+    # A module that does not run has another one read its weight.
+    if pairs.is_empty:
+        return
+
+    # Where there is a bias it takes up the mean error, so that the cores need not.
+    has_bias = module.bias is not None
+    fitting = pairs.centred() if has_bias else pairs
+
+    own = cores_of(compressed, layer)
+    start = [core.detach().double() for core in own]
+    weight, metric = weight_of(reference.dense, layer), reference.statistics[layer.fqn].output_metric
+    cores = fit_layer(weight, layer, start, fitting, metric, sweeps)
+    for core, fitted in zip(own, spread_norm(cores), strict=True):
+        core.data = fitted.to(core)
+    if has_bias:
+        mean_ours, mean_dense = pairs.means
+        wanted = weight.flatten(1).to(mean_dense) @ mean_dense
+        given = weight_of(compressed, layer).flatten(1).to(mean_ours) @ mean_ours
+        # With it the mean output is that of the dense layer: b + W mean[x] - W~ mean[x~].
+        swapped.bias.data = (module.bias.detach() + (wanted - given)).to(module.bias)
 
 
 def fit_layer(
@@ -96,9 +113,8 @@ class _Reached(BaseException):
 
 def input_pairs(dense: nn.Module, compressed: nn.Module, name: str, calibration: Calibration) -> Moments:
     """Paired moments of a layer's inputs in the compressed network (own) and in the dense one (crossed)."""
-    module = dense.get_submodule(name)
-    _, size = weight_size(module)
-    pairs = Moments(size, paired=True)
+    module: Any = dense.get_submodule(name)
+    pairs = Moments(module.weight[0].numel(), paired=True)
 
     device, seen = device_of(dense), 0
     for offset, batch in enumerate(calibration.fitting(0)):
@@ -120,8 +136,8 @@ def _inputs_of(model: nn.Module, name: str, inputs: NetworkInput) -> list[Tensor
     """The inputs of the first call of a layer; the rest of the network does not run."""
     caught: list[Tensor] = []
 
-    def catch(_: str, module: nn.Module, x: Tensor) -> None:
-        caught.append(x.detach())
+    def catch(_: str, module: nn.Module, call: Call) -> None:
+        caught.append(call.first.detach())
         raise _Reached
 
     with hooked(model, [name], catch), suppress(_Reached):
