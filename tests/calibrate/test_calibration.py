@@ -26,6 +26,7 @@ from ttcompress.calibrate.observe import layer_inputs
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.statistics import LayerStatistics, measure
 from ttcompress.calibrate.sweeps import fit_layer, input_pairs, sweep_layers
+from ttcompress.calibrate.uses import Kind, Use
 from ttcompress.data.calibration_images import DEFAULT_IMAGES, Calibration, draw_calibration
 from ttcompress.errors import DataError
 from ttcompress.layers.spec import layer_spec
@@ -554,11 +555,12 @@ def test_a_mean_that_the_bias_takes_up_costs_no_rank() -> None:
 def test_pairs_are_the_inputs_of_both_networks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observe, "POSITIONS", 10**9)
     monkeypatch.setattr(sweeps, "SWEEP_IMAGES", 17)
-    dense, model, _, calibration = compressed(name)
+    dense, model, plan, calibration = compressed(name)
     fqn, last, ran = ORDER[name][1], "4" if name == "vectors" else "head", []
     for each in (dense, model):
         each.get_submodule(last).register_forward_hook(lambda *_: ran.append(1))
-    pairs = input_pairs(dense, model, fqn, calibration)
+    (layer,) = [layer for layer in plan.layers if layer.fqn == fqn]
+    pairs = input_pairs(dense, model, layer, Use(fqn, Kind.PRODUCT), calibration)
     assert not ran
     batches = [*calibration.fitting(0)][:2]
     (ours, _), (theirs, _) = (seen(each, fqn, batches) for each in (model, dense))

@@ -30,6 +30,11 @@ class Call:
         first: Tensor = self.given[0] if self.given else next(iter(self.named.values()))
         return first
 
+    def argument(self, index: int, names: Sequence[str]) -> Tensor:
+        """The input of this index, which may have been given by name."""
+        argument: Tensor = self.given[index] if index < len(self.given) else self.named[names[index]]
+        return argument
+
 
 @contextmanager
 def hooked(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod, sqrt
 from operator import itemgetter
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttcompress.calibrate.observe import Call, hooked, layer_inputs, layer_outputs
-from ttcompress.calibrate.uses import Use, around_weight, modules_run, parameter_named, uses_of
+from ttcompress.calibrate.observe import Call, hooked, layer_outputs
+from ttcompress.calibrate.uses import Kind, Use, around_weight, modules_run, parameter_named, uses_of
 from ttcompress.data.calibration_images import Calibration
 from ttcompress.errors import DataError
 from ttcompress.layers.spec import viewed
@@ -50,7 +51,7 @@ class LayerStatistics:
     """Moments of one weight: inputs (in, window) row-major, the same held out, and gradients at its outputs.
 
     They are averages over the `positions` of an image at which a convolution has its weight. `unseen` is the share
-    of the input metric that is spread evenly.
+    of the input metric that is spread evenly, `use` the one module at which the weight is seen, where there is one.
     """
 
     inputs: Moments
@@ -58,6 +59,7 @@ class LayerStatistics:
     outputs: Moments
     positions: int = 1
     unseen: float = 0.0
+    use: Use | None = None
 
     @property
     def input_metric(self) -> Moments:
@@ -150,19 +152,15 @@ class _Part:
             return None if is_held_out else self.outputs
         return self.held_out if is_held_out else self.inputs
 
-    def add_inputs(self, module: nn.Module, x: Tensor, at: _Batch) -> None:
+    def add_inputs(self, module: nn.Module, call: Call, at: _Batch) -> None:
         """Add what goes into the module."""
         assert self.use is not None
         self.has_run = True
+        found, self.positions = self.use.inputs(module, call, at.offset)
         goal = self._goal(self.use.swapped, at.is_held_out)
-        if self.use.is_lookup:
-            self.positions = max(1, x[0].numel())
-            if goal is not None:
-                goal.count(x, at.num_images)
-            return
-        columns, self.positions = layer_inputs(module, x, at.offset)
         if goal is not None:
-            goal.add(columns, weight=at.num_images)
+            add = goal.count if self.use.kind is Kind.LOOKUP else goal.add
+            add(found.detach(), weight=at.num_images)
 
     def add_gradient(self, module: nn.Module, gradient: Tensor, at: _Batch) -> None:
         """Add the gradients at what comes out of it."""
@@ -171,11 +169,17 @@ class _Part:
         if goal is not None:
             goal.add(layer_outputs(module, gradient), weight=at.num_images)
 
+    @property
+    def needs_own_gradient(self) -> bool:
+        """Whether inputs, outputs or both are not seen."""
+        return self.use is None or not self.use.shows_outputs
+
     def add_own_gradient(self, gradient: Tensor, at: _Batch) -> None:
         """Add the gradient (out, in window) of the weight itself, a sum over the images of a batch."""
         self.has_run = True
         # Moments are averages over columns; here their sum counts, over the images.
-        for side, columns in ((False, gradient.T), (True, gradient)):
+        sides = ((True, gradient), (False, gradient.T)) if self.use is None else ((True, gradient),)
+        for side, columns in sides:
             goal = self._goal(side, at.is_held_out)
             if goal is not None:
                 goal.add(columns * sqrt(columns.shape[1] / at.num_images), weight=at.num_images)
@@ -187,13 +191,12 @@ class _Measured:
     def __init__(self, fqn: str, spec: LayerSpec, uses: Sequence[Use]) -> None:
         self.fqn = fqn
         self.spec = spec
-        self.is_seen = bool(uses)
-        self.unseen = UNSEEN if any(use.is_lookup for use in uses) else 0.0
+        self.unseen = UNSEEN if any(use.kind is Kind.LOOKUP for use in uses) else 0.0
 
         out, *rest = spec.view_shape
         inp = prod(rest)
         # Of the rows of a table nothing goes together. Of a single product, a sketch knows more than a diagonal.
-        rows = [any(use.is_lookup and use.swapped == way for use in uses) for way in (False, True)]
+        rows = [any(use.kind is Kind.LOOKUP and use.swapped == way for use in uses) for way in (False, True)]
         is_large = [size > MATRIX_LIMIT and len(uses) != 1 for size in (inp, out)]
         diagonals = rows[0] or is_large[0], rows[1] or is_large[1]
         ways: Sequence[Use | None] = uses or [None]
@@ -202,6 +205,11 @@ class _Measured:
     @property
     def has_run(self) -> bool:
         return any(part.has_run for part in self.parts)
+
+    @property
+    def needs_own_gradient(self) -> bool:
+        """Whether some of what it is multiplied by, or what that makes, is not seen."""
+        return any(part.needs_own_gradient for part in self.parts)
 
     @property
     def held_out_needs_gradients(self) -> bool:
@@ -219,10 +227,10 @@ class _Measured:
             return self._total()
         (part,) = self.parts
         outputs = part.outputs
-        if not self.is_seen:
-            # Both moments have the same trace, which is to count once.
-            outputs = outputs.scaled(1 / (part.inputs.trace or 1.0))
-        return LayerStatistics(part.inputs, part.held_out, outputs, part.positions, self.unseen)
+        if part.needs_own_gradient:
+            # Its moments have the whole of both sides, which is to count once.
+            outputs = outputs.scaled(1 / (part.inputs.trace * part.positions or 1.0))
+        return LayerStatistics(part.inputs, part.held_out, outputs, part.positions, self.unseen, part.use)
 
     def _total(self) -> LayerStatistics:
         """The moments of a sum of products of moments: each weighed by what the other one has."""
@@ -241,21 +249,18 @@ class _Measured:
 
 def _in_order(model: nn.Module, specs: Mapping[str, LayerSpec], calibration: Calibration) -> list[_Measured]:
     """The weights in the order in which they are used first, each with the uses at which it can be seen."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    ran = modules_run(model, names, next(iter(calibration.held_out())))
+    order = {name: number for number, name in enumerate(ran)}
     tied = tied_names(model)
-    uses = {fqn: uses_of(model, fqn, spec, tied) for fqn, spec in specs.items()}
-    around = {fqn: around_weight(fqn, spec) for fqn, spec in specs.items()}
-    watched = {use.fqn for found in uses.values() for use in found}
-    watched.update(name for names in around.values() for name in names)
 
-    ran = modules_run(model, watched, next(iter(calibration.held_out())))
-    placed_at = {name: number for number, name in enumerate(ran)}
     found = []
     for fqn, spec in specs.items():
+        uses = uses_of(model, fqn, spec, tied, ran)
         # A parent may read the weight of a child that never runs.
-        seen = uses[fqn] if all(use.fqn in placed_at for use in uses[fqn]) else []
-        innermost = next((name for name in around[fqn] if name in placed_at), "")
-        first = seen[0].fqn if seen else innermost
-        found.append((placed_at.get(first, 0), _Measured(fqn, spec, seen)))
+        innermost = next((name for name in around_weight(fqn, spec) if name in ran), "")
+        first = uses[0].fqn if uses else innermost
+        found.append((order.get(first, 0), _Measured(fqn, spec, uses)))
     return [measured for _, measured in sorted(found, key=itemgetter(0))]
 
 
@@ -305,7 +310,7 @@ def _fill(
 def _few(batch: Any, most: int, group: Sequence[_Measured]) -> list[Any]:
     """A batch in pieces, where it gives weights one gradient each."""
     size = batch_size(batch)
-    if all(each.is_seen for each in group) or size <= most:
+    if not any(each.needs_own_gradient for each in group) or size <= most:
         return [batch]
     return [map_tensors(itemgetter(slice(start, start + most)), batch) for start in range(0, size, most)]
 
@@ -319,9 +324,14 @@ class _Batch:
     is_held_out: bool = False
 
 
-def _parts(group: Sequence[_Measured]) -> dict[str, _Part]:
-    """By the name of the module at which each is seen."""
-    return {part.use.fqn: part for each in group for part in each.parts if part.use is not None}
+def _parts(group: Sequence[_Measured]) -> dict[str, list[_Part]]:
+    """By the name of the module at which they are seen."""
+    found: dict[str, list[_Part]] = {}
+    for each in group:
+        for part in each.parts:
+            if part.use is not None:
+                found.setdefault(part.use.fqn, []).append(part)
+    return found
 
 
 @torch.no_grad()
@@ -330,7 +340,8 @@ def _watch(model: nn.Module, group: Sequence[_Measured], inputs: Any, at: _Batch
     parts = _parts(group)
 
     def observe(name: str, module: nn.Module, call: Call) -> None:
-        parts[name].add_inputs(module, call.first, at)
+        for part in parts[name]:
+            part.add_inputs(module, call, at)
 
     with hooked(model, parts, observe):
         forward(model, placed(inputs, device_of(model)))
@@ -342,32 +353,47 @@ def _backward(
     """Add what the weights see of a batch, and the gradients of a random projection of its outputs."""
     parts = _parts(group)
 
-    def observe(name: str, module: nn.Module, call: Call, output: Tensor) -> Tensor:
+    def observe(name: str, module: nn.Module, call: Call, output: Any) -> Any:
         if not torch.is_grad_enabled():
             raise DataError(
                 f"{name} runs without gradients, which calibration needs: exclude it, or leave out calib"
             )
-        part = parts[name]
-        part.add_inputs(module, call.first.detach(), at)
+        for part in parts[name]:
+            part.add_inputs(module, call, at)
 
-        # A leaf of its own, so that gradients flow from here on, whatever the input of the network is.
-        leaf = output if output.requires_grad else output.detach().requires_grad_()
-        # And a copy of it, for a leaf may not be overwritten, as an in-place ReLU would.
-        leaf = leaf.clone()
-        leaf.register_hook(lambda gradient: part.add_gradient(module, gradient, at))  # type: ignore[no-untyped-call]
-        return leaf
+        seen = [part for part in parts[name] if part.use is not None and part.use.shows_outputs]
+        if not seen:
+            return None
+        # Attention returns its weights beside its output.
+        first, *others = output if isinstance(output, tuple) else (output,)
+        leaf = _leaf(first)
+        for part in seen:
+            leaf.register_hook(partial(_add_gradient, part, module, at))  # type: ignore[no-untyped-call]
+        return (leaf, *others) if isinstance(output, tuple) else leaf
 
-    unseen = {each: parameter_named(model, each.fqn, each.spec) for each in group if not each.is_seen}
-    with hooked(model, parts, observe, after=True), _trained(unseen.values()):
+    own = [each for each in group if each.needs_own_gradient]
+    parameters = [parameter_named(model, each.fqn, each.spec) for each in own]
+    with hooked(model, parts, observe, after=True), _trained(parameters):
         output = forward(model, placed(inputs, device_of(model)))
         projection = torch.randn(output.shape, generator=generator).to(output)
         with blaming("the network has no gradients"):
             (output * centred(projection)).sum().backward()  # type: ignore[no-untyped-call]
 
-        for each, parameter in unseen.items():
+        for each, parameter in zip(own, parameters, strict=True):
             if parameter.grad is not None:
                 gradient = viewed(parameter.grad, each.spec).flatten(1)
                 each.parts[0].add_own_gradient(gradient, at)
+
+
+def _leaf(output: Tensor) -> Tensor:
+    """The same output, from which gradients flow on, whatever the input of the network is."""
+    leaf = output if output.requires_grad else output.detach().requires_grad_()
+    # A copy, for a leaf may not be overwritten, as an in-place ReLU would.
+    return leaf.clone()
+
+
+def _add_gradient(part: _Part, module: nn.Module, at: _Batch, gradient: Tensor) -> None:
+    part.add_gradient(module, gradient, at)
 
 
 @contextmanager

@@ -49,11 +49,6 @@ class Moments:
         self._sums: list[Tensor] = []
 
     @property
-    def is_empty(self) -> bool:
-        """Whether nothing has been added."""
-        return not self._sums
-
-    @property
     def num_bytes(self) -> int:
         """Memory that the sums take."""
         if self.is_diagonal:
