@@ -25,6 +25,7 @@ from ttcompress.planning.selection import Layer, find_layers
 from ttcompress.planning.spectra import LayerSpectra, layer_spectra
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Progress
+from ttcompress.records.layers import LayerSpec
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.tt.cost import MULTIPLY_ADDS, TIME
 from ttcompress.tt.shapes import FORMATS, Tensorization, tensorize_shape
@@ -79,9 +80,9 @@ class Planner:
         self._searched = [request for request in requests if request.ranks is None]
 
     @property
-    def names(self) -> list[str]:
-        """The layers that a plan may replace."""
-        return [layer.fqn for layer in self._layers if not layer.kept]
+    def specs(self) -> dict[str, LayerSpec]:
+        """The layers that a plan may replace, by fqn."""
+        return {layer.fqn: layer.spec for layer in self._layers if not layer.kept}
 
     @cached_property
     def _spectra(self) -> list[LayerSpectra]:
