@@ -14,6 +14,7 @@ import cloup
 
 from ttcompress.cli_options import PATH, stated_recipe, takes
 from ttcompress.errors import TrainingStoppedError, TTCompressError
+from ttcompress.options import flag
 from ttcompress.records.common import WARNING, printable
 from ttcompress.terminal import (
     log_epoch,
@@ -181,13 +182,29 @@ def report_command(files: tuple[Path, ...], json: bool) -> None:
 
 
 @commands.command(
-    epilog=examples("expand net-tt.safetensors -o dense.pt", "expand shards-tt -o shards-dense")
+    epilog=examples(
+        "expand net-tt.safetensors -o dense.pt",
+        "expand net-tt.safetensors --factors -o plain.safetensors",
+        "expand shards-tt -o shards-dense",
+    )
 )
 @cloup.argument("file", type=PATH, help="A compressed file, or a folder of shards.")
 @takes("expand")
-def expand(file: Path, output: Path, force: bool) -> None:
-    """Turn compressed FILE back into an ordinary dense checkpoint: .pt, .pth or .safetensors."""
-    from ttcompress.commands.expand import expand_file
+def expand(file: Path, output: Path, factors: bool, force: bool, **given: Any) -> None:
+    """Turn compressed FILE back into an ordinary dense checkpoint: .pt, .pth or .safetensors.
+
+    With --factors into one whose layers are torch's own but still factored where that is faster.
+    """
+    from ttcompress.commands.expand import expand_file, expand_to_factors
+    from ttcompress.report.results import factors_lines
+
+    if factors:
+        stated = {name: value for name, value in given.items() if value is not None}
+        with working():
+            made = expand_to_factors(file, output, force=force, **stated)
+        print_lines(factors_lines(vars(made), output))
+        return
+    _refuse_without("--factors", given)
 
     done = expand_file(file, output, force)
     print_lines(
@@ -271,6 +288,13 @@ def _recipe_and_plan(given: dict[str, Any]) -> tuple[Recipe, CompressionPlan | N
     from ttcompress.planning.plan_file import read_plan
 
     return recipe, read_plan(given["plan"])
+
+
+def _refuse_without(needed: str, given: dict[str, Any]) -> None:
+    """End where options are stated that mean nothing without another one."""
+    for name, value in given.items():
+        if value is not None:
+            _fail(f"{flag(name)} needs {needed}", 2)
 
 
 def _show(report: Report, file: Path | None, as_json: bool) -> None:

@@ -260,15 +260,15 @@ TABLE: tuple[Option, ...] = (
         default="auto",
     ),
     Option(
-        "tune", SWITCH, LAYERS, COMPRESSING,
+        "tune", SWITCH, LAYERS, (*COMPRESSING, "expand"),
         "Decide that by measurement on --device: what is faster with one input and with 32 alike, else "
-        "auto.",
+        "auto. For expand --factors: what is faster here with --batch-size.",
         default=False,
     ),
     Option(
-        "input_size", COUNTS, LAYERS, (*COMPRESSING, "export", "bench"),
+        "input_size", COUNTS, LAYERS, (*COMPRESSING, "expand", "export", "bench"),
         "Of one input, such as 3,224,224, where something has to run: for export, bench, --macs-ratio, "
-        "--latency-ratio and --tune.",
+        "--latency-ratio, --tune and --factors.",
         otherwise="what the file records, or the architecture is known for", metavar="A,B,..",
     ),
     # Calibration.
@@ -399,7 +399,11 @@ TABLE: tuple[Option, ...] = (
     ),
     # Running.
     Option("device", TEXT, RUNNING, (*OPENING, "bench"), "auto, cpu, cuda or cuda:N.", default="auto", metavar="D"),
-    Option("batch_size", COUNT, RUNNING, OPENING, "Images a batch.", default=128, metavar="N"),
+    Option(
+        "batch_size", COUNT, RUNNING, (*OPENING, "expand"),
+        "Images a batch. For expand --factors: how many a call is going to have.",
+        default=128, otherwise="128; 1 for expand", metavar="N",
+    ),
     Option(
         "workers", FROM_ZERO, RUNNING, OPENING, "Processes that read image folders.", default=0,
         metavar="N",
@@ -423,7 +427,7 @@ TABLE: tuple[Option, ...] = (
     ),
     # Input and output.
     Option(
-        "arch", TEXT, FILES, (*OPENING, "export", "bench"),
+        "arch", TEXT, FILES, (*OPENING, "expand", "export", "bench"),
         "NAME, torchvision:NAME, zoo:NAME, mlp-784-300-10 (widths), path/to/net.py:factory, "
         "package.module:factory; or none: "
         "matrices by name.",
@@ -437,6 +441,12 @@ TABLE: tuple[Option, ...] = (
     Option(
         "output", PATH, FILES, (*COMPRESSING, "expand"), "Where to write.", metavar="OUT", of_run=False,
         flags=("-o", "--output"),
+    ),
+    Option(
+        "factors", SWITCH, FILES, ("expand",),
+        "Keep the cores where they are the cheaper way, as rows of stock layers; OUT is a .safetensors file that "
+        "load reads.",
+        default=False, of_run=False,
     ),
     Option("onnx", PATH, FILES, ("export",), "Where to write.", metavar="OUT", of_run=False),
     Option(
