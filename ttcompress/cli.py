@@ -233,7 +233,9 @@ def export_command(file: Path, onnx: Path, json: bool, **given: Any) -> None:
 
 @commands.command(
     epilog=examples(
-        "bench net-tt.safetensors", "bench net-tt.safetensors --batch-sizes 1,8 --device cuda --save"
+        "bench net-tt.safetensors",
+        "bench net-tt.safetensors --runtime onnx --threads 1",
+        "bench net-tt.safetensors --batch-sizes 1,8 --device cuda --save",
     )
 )
 @cloup.argument("file", type=PATH, help="A compressed file.")
@@ -245,18 +247,31 @@ def bench(
     save: bool,
     json: bool,
     device: str | None,
+    threads: int | None,
+    runtime: str | None,
+    tune: bool | None,
     **given: Any,
 ) -> None:
     """Measure time and memory of FILE against its dense network, and of each compressed layer."""
     from ttcompress.measure.bench import bench_file, is_slower, save_bench
     from ttcompress.options import OPTIONS
     from ttcompress.report import text
-    from ttcompress.runtime import chosen_device
+    from ttcompress.runtime import chosen_device, with_threads
 
     sizes = batch_sizes or OPTIONS["batch_sizes"].default
-    where = chosen_device(device or OPTIONS["device"].default)
-    with working() as progress:
-        result = bench_file(file, batch_sizes=sizes, device=where, progress=progress, **given)
+    runtime = runtime or OPTIONS["runtime"].default
+    in_onnxruntime = runtime.startswith("onnx")
+    where = chosen_device(device or ("cpu" if in_onnxruntime else OPTIONS["device"].default))
+    with working() as progress, with_threads(threads):
+        result = bench_file(
+            file,
+            batch_sizes=sizes,
+            device=where,
+            runtime=runtime,
+            tune=bool(tune),
+            progress=progress,
+            **given,
+        )
 
     if save:
         save_bench(file, result)

@@ -20,6 +20,8 @@ EFFORTS = ("fast", "default", "max")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "step")
 AUGMENTATIONS = ("none", "shift", "flip")
+RUNTIMES = ("torch", "compile", "onnx", "onnx-int8")
+LAYER_FORMS = ("tt", "plain")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 HOW_MUCH = "How much"
@@ -260,9 +262,9 @@ TABLE: tuple[Option, ...] = (
         default="auto",
     ),
     Option(
-        "tune", SWITCH, LAYERS, (*COMPRESSING, "expand"),
+        "tune", SWITCH, LAYERS, (*COMPRESSING, "expand", "bench"),
         "Decide that by measurement on --device: what is faster with one input and with 32 alike, else "
-        "auto. For expand --factors: what is faster here with --batch-size.",
+        "auto. For stock layers (expand --factors, bench): what is faster with as many inputs as a batch has.",
         default=False,
     ),
     Option(
@@ -420,6 +422,21 @@ TABLE: tuple[Option, ...] = (
         "training", SWITCH, RUNNING, ("bench",), "Training steps (forward and backward) instead of "
         "inference.",
         default=False, of_run=False,
+    ),
+    Option(
+        "runtime", one_of(RUNTIMES), RUNNING, ("bench",),
+        "Where both networks run: torch as it is, through torch.compile, or in onnxruntime, exported as export does it; "
+        "onnx-int8 after onnxruntime's dynamic quantisation.",
+        default="torch", of_run=False,
+    ),
+    Option(
+        "layers", one_of(LAYER_FORMS), RUNNING, ("export", "bench"),
+        "tt: as they are loaded; plain: in stock layers, each in the form that is cheaper (expand --factors).",
+        otherwise="tt for export and --training, else plain", of_run=False,
+    ),
+    Option(
+        "threads", COUNT, RUNNING, ("bench",), "Processor threads of the runtime.",
+        otherwise="as many as torch takes", metavar="N", of_run=False,
     ),
     Option(
         "fail_if_slower", SWITCH, RUNNING, ("bench",),

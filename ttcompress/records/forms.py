@@ -205,6 +205,7 @@ class SideForm(Struct):
     memory_format: str
     multiply_adds: Count
     peak_memory: Count | None = None
+    file_bytes: Count | None = None
 
 
 class WorkForm(Struct):
@@ -245,6 +246,8 @@ class BenchForm(Struct):
     torch: str = ""
     dtype: str = ""
     input_size: list[Size] = []
+    runtime: str = "torch"
+    layers: str = "tt"
 
 
 # --------------------------------------------------------------------------------------------------------------- report
