@@ -260,6 +260,8 @@ def bench(
 
     sizes = batch_sizes or OPTIONS["batch_sizes"].default
     runtime = runtime or OPTIONS["runtime"].default
+    if threads is not None and threads < 1:
+        _fail("--threads takes numbers from 1 on", 2)
     in_onnxruntime = runtime.startswith("onnx")
     where = chosen_device(device or ("cpu" if in_onnxruntime else OPTIONS["device"].default))
     with working() as progress, with_threads(threads):

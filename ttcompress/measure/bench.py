@@ -23,7 +23,7 @@ from ttcompress.layers.linear import TTLinear
 from ttcompress.measure.multiply_adds import multiply_adds
 from ttcompress.measure.plain_forms import fastest
 from ttcompress.measure.runtimes import check_runtime, made_ready
-from ttcompress.measure.timing import NOISE, by_turns, device_name, input_of, runner
+from ttcompress.measure.timing import NOISE, Received, by_turns, device_name, received_by, runner
 from ttcompress.networks.held import copied
 from ttcompress.networks.opening import input_shape, open_any
 from ttcompress.networks.plain import plain_network
@@ -43,6 +43,7 @@ def bench_file(
     runtime: str = "torch",
     layers: str | None = None,
     tune: bool = False,
+    with_layers: bool = True,
     progress: Progress | None = None,
 ) -> Json:
     """Measure a compressed file: the network and each of its compressed layers, dense against compressed.
@@ -54,6 +55,7 @@ def bench_file(
         runtime: `torch`, `compile`, `onnx` or `onnx-int8`; layers by themselves are timed in torch only.
         layers: `tt` or `plain`.
         tune: choose the forms of stock layers by measurement.
+        with_layers: measure each compressed layer, too.
 
     Raises:
         PlanError: batch sizes below 1, a file without compressed layers, or a runtime that does not do what is asked.
@@ -84,7 +86,7 @@ def bench_file(
             with torch.no_grad():
                 forward(ours, images)
             measured = _Measured({"dense": dense, "compressed": ours}, images, training, runtime)
-            entries.append(measured.entry(names))
+            entries.append(measured.entry(names if with_layers else ()))
     return {
         "file": source.name,
         "device": device_name(where),
@@ -133,7 +135,7 @@ class _Measured:
         if None not in peaks:
             found["memory_ratio"] = peaks[1] / peaks[0]
         in_torch = self._runtime == "torch"
-        found["layers"] = [self._layer(name) for name in names] if in_torch else []
+        found["layers"] = list(self._layers(names)) if in_torch else []
         return found
 
     def _side(self, side: str, seconds: Sequence[float]) -> Json:
@@ -149,10 +151,18 @@ class _Measured:
             "file_bytes": ready.file_bytes,
         }
 
-    def _layer(self, name: str) -> Json:
+    def _layers(self, names: Sequence[str]) -> Iterator[Json]:
+        received = {
+            side: received_by(model, names, self._ready[side].images) for side, model in self._models.items()
+        }
+        for name in names:
+            # One that does not run, as heads for training alone do not, takes no time.
+            if all(name in of_side for of_side in received.values()):
+                yield self._layer(name, {side: _made_up(received[side][name]) for side in received})
+
+    def _layer(self, name: str, received: dict[str, Tensor]) -> Json:
         models = self._models
         layers = {side: model.get_submodule(name) for side, model in models.items()}
-        received = {side: input_of(models[side], layers[side], self._ready[side].images) for side in models}
         runs = [runner(layers[side], received[side], self._training) for side in models]
         timings = by_turns(runs[0], runs[1], self._device, 1 / 10)
         return {
@@ -162,6 +172,10 @@ class _Measured:
             "time_ratio": timings.ratio,
             "multiply_adds": {side: multiply_adds(layers[side], received[side]) for side in models},
         }
+
+
+def _made_up(received: Tensor | Received) -> Tensor:
+    return received.made_up() if isinstance(received, Received) else received
 
 
 def peak_memory(model: nn.Module, images: Tensor) -> int:
