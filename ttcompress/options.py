@@ -20,6 +20,8 @@ EFFORTS = ("fast", "default", "max")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "step")
 AUGMENTATIONS = ("none", "shift", "flip")
+RUNTIMES = ("torch", "compile", "onnx", "onnx-int8")
+LAYER_FORMS = ("tt", "plain")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 HOW_MUCH = "How much"
@@ -260,15 +262,15 @@ TABLE: tuple[Option, ...] = (
         default="auto",
     ),
     Option(
-        "tune", SWITCH, LAYERS, COMPRESSING,
+        "tune", SWITCH, LAYERS, (*COMPRESSING, "expand", "bench"),
         "Decide that by measurement on --device: what is faster with one input and with 32 alike, else "
-        "auto.",
+        "auto. For stock layers (expand --factors, bench): what is faster with as many inputs as a batch has.",
         default=False,
     ),
     Option(
-        "input_size", COUNTS, LAYERS, (*COMPRESSING, "export", "bench"),
+        "input_size", COUNTS, LAYERS, (*COMPRESSING, "expand", "export", "bench"),
         "Of one input, such as 3,224,224, where something has to run: for export, bench, --macs-ratio, "
-        "--latency-ratio and --tune.",
+        "--latency-ratio, --tune and --factors.",
         otherwise="what the file records, or the architecture is known for", metavar="A,B,..",
     ),
     # Calibration.
@@ -399,7 +401,11 @@ TABLE: tuple[Option, ...] = (
     ),
     # Running.
     Option("device", TEXT, RUNNING, (*OPENING, "bench"), "auto, cpu, cuda or cuda:N.", default="auto", metavar="D"),
-    Option("batch_size", COUNT, RUNNING, OPENING, "Images a batch.", default=128, metavar="N"),
+    Option(
+        "batch_size", COUNT, RUNNING, (*OPENING, "expand"),
+        "Images a batch. For expand --factors: how many a call is going to have.",
+        default=128, otherwise="128; 1 for expand", metavar="N",
+    ),
     Option(
         "workers", FROM_ZERO, RUNNING, OPENING, "Processes that read image folders.", default=0,
         metavar="N",
@@ -418,12 +424,27 @@ TABLE: tuple[Option, ...] = (
         default=False, of_run=False,
     ),
     Option(
+        "runtime", one_of(RUNTIMES), RUNNING, ("bench",),
+        "Where both networks run: torch as it is, through torch.compile, or in onnxruntime, exported as export does it; "
+        "onnx-int8 after onnxruntime's dynamic quantisation.",
+        default="torch", of_run=False,
+    ),
+    Option(
+        "layers", one_of(LAYER_FORMS), RUNNING, ("export", "bench"),
+        "tt: as they are loaded; plain: in stock layers, each in the form that is cheaper (expand --factors).",
+        otherwise="tt for export and --training, else plain", of_run=False,
+    ),
+    Option(
+        "threads", COUNT, RUNNING, ("bench",), "Processor threads of the runtime.",
+        otherwise="as many as torch takes", metavar="N", of_run=False,
+    ),
+    Option(
         "fail_if_slower", SWITCH, RUNNING, ("bench",),
         "Exit with 1 if the compressed network takes over 5 % longer at any batch size.", default=False, of_run=False,
     ),
     # Input and output.
     Option(
-        "arch", TEXT, FILES, (*OPENING, "export", "bench"),
+        "arch", TEXT, FILES, (*OPENING, "expand", "export", "bench"),
         "NAME, torchvision:NAME, zoo:NAME, mlp-784-300-10 (widths), path/to/net.py:factory, "
         "package.module:factory; or none: "
         "matrices by name.",
@@ -437,6 +458,12 @@ TABLE: tuple[Option, ...] = (
     Option(
         "output", PATH, FILES, (*COMPRESSING, "expand"), "Where to write.", metavar="OUT", of_run=False,
         flags=("-o", "--output"),
+    ),
+    Option(
+        "factors", SWITCH, FILES, ("expand",),
+        "Keep the cores where they are the cheaper way, as rows of stock layers; OUT is a .safetensors file that "
+        "load reads.",
+        default=False, of_run=False,
     ),
     Option("onnx", PATH, FILES, ("export",), "Where to write.", metavar="OUT", of_run=False),
     Option(

@@ -45,6 +45,17 @@ def threads_as_set() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def with_threads(count: int | None) -> Iterator[None]:
+    """So many threads, and then as many as before; None for as many as there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def chosen_device(name: str) -> torch.device:
     """The device of that name; `auto` is the GPU where there is one.
 

@@ -250,6 +250,7 @@ class SideForm(Struct):
     memory_format: str
     multiply_adds: Count
     peak_memory: Count | None = None
+    file_bytes: Count | None = None
 
 
 class WorkForm(Struct):
@@ -290,6 +291,8 @@ class BenchForm(Struct):
     torch: str = ""
     dtype: str = ""
     input_size: list[Size] = []
+    runtime: str = "torch"
+    layers: str = "tt"
 
 
 # --------------------------------------------------------------------------------------------------------------- report
