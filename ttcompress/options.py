@@ -106,6 +106,9 @@ RANKS = Kind(
     lambda value: _is_count(value) or _each(_is_count)(value),
     "ranks",
 )
+MULTIPLE = Kind(
+    "a whole number above 0 or auto", lambda value: _is_count(value) or value == "auto", "count_or_auto"
+)
 ABOVE_ONE = Kind("above 1", lambda value: _is_number(value) and value > 1, "float")
 ABOVE_ZERO = Kind("a number above 0", lambda value: _is_number(value) and value > 0, "float")
 NOT_NEGATIVE = Kind("a number, 0 or above", lambda value: _is_number(value) and value >= 0, "float")
@@ -245,6 +248,12 @@ TABLE: tuple[Option, ...] = (
         "The TT format; auto compares all of them (with ranks by hand it is matrix for Linear and chain "
         "for Conv2d).",
         default="auto",
+    ),
+    Option(
+        "rank_multiple", MULTIPLE, LAYERS, COMPRESSING,
+        "TT-ranks that --eps and budgets choose are multiples of N, or all that a cut carries; below N powers "
+        "of two. auto: 8 where both sides of a layer have 128 and more and the budget can be met so, else 1.",
+        default="auto", metavar="N",
     ),
     Option("in_modes", COUNTS, LAYERS, COMPRESSING, "Factors of the inputs." + _SINGLE_LAYER, metavar="A,B,.."),
     Option("out_modes", COUNTS, LAYERS, COMPRESSING, "Factors of the outputs." + _SINGLE_LAYER, metavar="A,B,.."),
