@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -107,7 +107,7 @@ def finetune_file(
         model.float().to(world.device)
         _check_fit(model, setup.teacher, data.stream)
 
-        state = train(model, training_options(settings, world), setup, resume)
+        state = train(model, training_options(settings), setup, resume)
         model.load_state_dict(state.best)
         _retype(model, types)
         if start.report:
@@ -122,7 +122,7 @@ def finetune_file(
 @torch.no_grad()
 def _check_fit(model: nn.Module, teacher: nn.Module | None, stream: Stream) -> None:
     """See that the network, and the teacher, take the training images and have a class for each label."""
-    images, _ = next(iter(replace(stream, workers=0).epoch(0)))
+    images, _ = stream.sample
     labels = stream.images.num_classes or 0
 
     for network in filter(None, (model, teacher)):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any, Protocol
 
@@ -28,6 +29,10 @@ class TrainingBatches(Protocol):
     @property
     def steps(self) -> int:
         """Batches an epoch."""
+
+    @property
+    def sample(self) -> tuple[Tensor, Tensor | None]:
+        """A batch to try things on, which takes none from the training."""
 
     def mean_count(self, images: Tensor) -> float:
         """How many images the batches of one process have on average, for a batch like this one."""
@@ -54,6 +59,11 @@ class LoaderBatches:
         if not isinstance(self.loader, Sized):
             raise DataError("train_loader must have a length, as lists and DataLoaders have")
         return len(self.loader)
+
+    @cached_property
+    def sample(self) -> tuple[Tensor, Tensor | None]:
+        """The first batch that the loader gives, asked for once: to ask may draw random numbers of the user's."""
+        return next(self.epoch(0))
 
     def mean_count(self, images: Tensor) -> float:
         """Of this very batch: the last one may be smaller."""
@@ -111,6 +121,11 @@ class Stream:
     def steps(self) -> int:
         """Batches an epoch; the last images of its order that fill no batch wait for another epoch."""
         return max(1, len(self.images) // self.batch_size)
+
+    @property
+    def sample(self) -> Batch:
+        """The first batch of all, read by this process alone."""
+        return next(replace(self, workers=0).epoch(0))
 
     def mean_count(self, images: Tensor) -> float:
         """How many images a batch of one process has on average.

@@ -24,6 +24,7 @@ from ttcompress.processes import World
 from ttcompress.records.common import Json
 from ttcompress.train.batch_norm import parallel
 from ttcompress.train.optimize import Average, make_optimizer, not_finite, rate_at, tt_layers, update
+from ttcompress.train.precision import chosen_precision, lay_out, settled
 from ttcompress.train.setup import TrainingOptions, TrainingSetup
 from ttcompress.train.state import State
 from ttcompress.train.step import backward
@@ -46,18 +47,17 @@ def train(model: nn.Module, options: TrainingOptions, setup: TrainingSetup, resu
         CheckpointError: nothing fitting to resume.
     """
     state = _initial_state(model, options, setup)
-    if resume and setup.checkpoint:
-        state.load(setup.checkpoint, setup.fingerprint, setup.world.device)
-        if state.epoch > options.epochs or state.step > setup.stream.steps:
-            raise CheckpointError(f"{setup.checkpoint}: damaged: it is further than the training goes")
-
-    forward = parallel(model, setup.world)
-    if options.compile:
-        forward = torch.compile(forward)
-        if setup.teacher is not None:
-            setup.teacher.compile()
-
     with stop_requests() as stop_requested:
+        if resume and setup.checkpoint:
+            state.load(setup.checkpoint, setup.fingerprint, setup.world.device)
+            if state.epoch > options.epochs or state.step > setup.stream.steps:
+                raise CheckpointError(f"{setup.checkpoint}: damaged: it is further than the training goes")
+        else:
+            state.precision = chosen_precision(state, options, setup)
+
+        options = settled(options, state.precision, setup.world.device)
+        lay_out(model, options)
+        forward = _forward(model, options, setup)
         if not state.history:
             _finish_epoch(state, setup, {})
         while state.epoch < options.epochs:
@@ -74,11 +74,6 @@ def train(model: nn.Module, options: TrainingOptions, setup: TrainingSetup, resu
 
 
 def _initial_state(model: nn.Module, options: TrainingOptions, setup: TrainingSetup) -> State:
-    if options.channels_last:
-        for parameter in model.parameters():
-            if parameter.dim() == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-
     if options.deterministic:
         # cuBLAS is deterministic only with a workspace of fixed size.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -94,6 +89,16 @@ def _initial_state(model: nn.Module, options: TrainingOptions, setup: TrainingSe
         Average(model, options.ema) if options.ema else None,
         unbounded=frozenset(not_finite(model)),
     )
+
+
+def _forward(model: nn.Module, options: TrainingOptions, setup: TrainingSetup) -> Any:
+    """What is called in training; compiled, with the teacher, where the options say so."""
+    forward = parallel(model, setup.world)
+    if options.compile:
+        forward = torch.compile(forward)
+        if setup.teacher is not None:
+            setup.teacher.compile()
+    return forward
 
 
 # --------------------------------------------------------------------------------------------------- an epoch
@@ -188,7 +193,7 @@ def _finish_epoch(state: State, setup: TrainingSetup, record: Json, seconds: flo
 
     _save(state, setup)
     if setup.log and setup.world.leads:
-        setup.log({**record, "seconds": seconds})
+        setup.log({**record, "precision": state.precision, "seconds": seconds})
 
 
 def best_epoch(history: Sequence[Json], start_counts: bool) -> Json:

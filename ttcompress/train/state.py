@@ -15,6 +15,7 @@ from ttcompress.files.header import brief, canonical_json
 from ttcompress.files.output import replacing
 from ttcompress.records.common import Json
 from ttcompress.train.optimize import Average
+from ttcompress.train.setup import PRECISIONS
 
 
 @dataclass
@@ -22,13 +23,15 @@ class State:
     """A training at some step: `step` batches of epoch `epoch` are done.
 
     `sums` are over those: the number of images, their summed loss and how many were classified right. `unbounded`
-    are tensors that had NaN or Inf from the start, as masks do.
+    are tensors that had NaN or Inf from the start, as masks do. `precision` is the one that the training runs in: a
+    choice by the clock, which going on does not make again.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: Average | None
+    precision: str = "float32"
     epoch: int = 0
     step: int = 0
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
@@ -50,6 +53,7 @@ class State:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": average,
+            "precision": self.precision,
             "progress": {"epoch": self.epoch, "step": self.step, "sums": self.sums, "history": self.history},
             "best": self.best,
         }
@@ -88,6 +92,7 @@ class State:
             self.average.values = content["average"]["values"]
             self.average.updates = content["average"]["updates"]
 
+        self.precision = content["precision"]
         for name in PROGRESS:
             setattr(self, name, content["progress"][name])
         self.best = content["best"]
@@ -123,6 +128,8 @@ def problem_of(content: dict[str, Any], state: State) -> str:
     for name in ("model", "optimizer", "scaler", "progress", "best"):
         if not isinstance(content.get(name), dict):
             return f"it lacks {name}"
+    if content.get("precision") not in tuple(PRECISIONS):
+        return "its precision"
 
     average = content.get("average")
     if (average is None) != (state.average is None):
