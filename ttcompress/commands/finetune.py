@@ -27,7 +27,7 @@ from ttcompress.recipe import Recipe
 from ttcompress.records.common import Progress
 from ttcompress.records.plan import CompressionPlan
 from ttcompress.records.report import Report
-from ttcompress.runtime import chosen_device, seeded
+from ttcompress.runtime import chosen_device, deterministic, seeded
 from ttcompress.settings import Settings
 from ttcompress.torchrun import expected_rank
 from ttcompress.train.loop import train
@@ -101,7 +101,11 @@ def finetune_file(
     model = start.network.model
     types = {name: each.dtype for name, each in model.state_dict().items()}
 
-    with seeded(settings.seed), joined(chosen_device(settings.device)) as world:
+    with (
+        deterministic(settings.deterministic),
+        seeded(settings.seed),
+        joined(chosen_device(settings.device)) as world,
+    ):
         say_frozen(model)
         setup, data = training_setup(start, settings, checkpoint, world, progress, log)
         model.float().to(world.device)

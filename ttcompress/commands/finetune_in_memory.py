@@ -19,6 +19,7 @@ from ttcompress.processes import World
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Json, Progress
 from ttcompress.runtime import chosen_device, seeded
+from ttcompress.runtime import deterministic as reproducible
 from ttcompress.settings import Settings
 from ttcompress.train.loop import train
 from ttcompress.train.setup import TrainingOptions, TrainingSetup
@@ -97,7 +98,7 @@ def finetune(
             progress=progress,
             log=log,
         )
-        with seeded(settings.seed):
+        with reproducible(settings.deterministic), seeded(settings.seed):
             _check_batches(setup)
             say_frozen(module)
             state = train(module.to(where), options, setup)

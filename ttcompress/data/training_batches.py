@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ttcompress.data.augment import flipped, random_numbers, shifted, shifts
+from ttcompress.data.sending import sent
 from ttcompress.data.sets import Batch, Images, SampledBatch
 from ttcompress.errors import DataError
 from ttcompress.records.report import Preprocessing
@@ -73,10 +74,10 @@ class LoaderBatches:
         """Yield floating-point inputs in float32 and labels (N,) or None, on the device."""
         for batch in islice(self.loader, start, None):
             inputs, labels = self._parts(batch)
-            inputs = inputs.to(self.device)
+            inputs = sent(inputs, self.device)
             if inputs.is_floating_point():
                 inputs = inputs.float()
-            yield inputs, None if labels is None else labels.to(self.device)
+            yield inputs, None if labels is None else sent(labels, self.device)
 
     @staticmethod
     def _parts(batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -140,8 +141,8 @@ class Stream:
         random_crop = self.augmentation != "none"
         batches = self.images.training_batches(self.preprocessing, sampled, self.workers, random_crop)
         for (_, numbers), (pixels, labels) in zip(sampled, batches, strict=True):
-            augmented = self._augmented(pixels.to(self.device), numbers)
-            yield self._normalised(augmented), None if labels is None else labels.to(self.device)
+            augmented = self._augmented(sent(pixels, self.device), numbers)
+            yield self._normalised(augmented), None if labels is None else sent(labels, self.device)
 
     def _shares(self, epoch: int, start: int) -> Iterator[NDArray[np.int64]]:
         """Indices of this process's images in each batch of an epoch, from batch `start` on."""
@@ -166,6 +167,12 @@ class Stream:
         return pixels
 
     def _normalised(self, pixels: Tensor) -> Tensor:
-        mean = torch.tensor(self.preprocessing.mean, device=self.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.preprocessing.std, device=self.device).view(1, -1, 1, 1)
+        mean, std = self._statistics
         return (pixels.float() / 255 - mean) / std
+
+    @cached_property
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel on the device, sent there once."""
+        both = self.preprocessing.mean, self.preprocessing.std
+        mean, std = (torch.tensor(each, device=self.device).view(1, -1, 1, 1) for each in both)
+        return mean, std

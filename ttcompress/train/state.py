@@ -68,7 +68,7 @@ class State:
             CheckpointError: no such file, a damaged one, or one of a training with other options, naming
                 them.
         """
-        content = _read(path, device)
+        content = _read(path)
         differing = differences(content["fingerprint"], fingerprint)
         if differing:
             raise CheckpointError(f"{path}: was trained otherwise: {differing}; repeat the command as it was")
@@ -78,31 +78,34 @@ class State:
                 f"{path}: is of another network, or damaged: {problem}; start again without --resume"
             )
         try:
-            self._restore(content)
+            self._restore(content, device)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path}: is of another network, or damaged: {brief(error)}; start again without --resume"
             ) from error
 
-    def _restore(self, content: dict[str, Any]) -> None:
+    def _restore(self, content: dict[str, Any], device: torch.device) -> None:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
         if self.average:
-            self.average.values = content["average"]["values"]
+            self.average.values = {
+                name: each.to(device) for name, each in content["average"]["values"].items()
+            }
             self.average.updates = content["average"]["updates"]
 
         self.precision = content["precision"]
         for name in PROGRESS:
             setattr(self, name, content["progress"][name])
-        self.best = content["best"]
+        self.best = {name: each.to(device) for name, each in content["best"].items()}
 
 
-def _read(path: Path, device: torch.device) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: nothing to resume, no such file")
     try:
-        content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        # Not to the device, where it would be held twice, and AdamW's counters be waited for in every step.
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         kind = type(error).__name__
         raise CheckpointError(f"{path}: not a readable training checkpoint: {kind}") from error
