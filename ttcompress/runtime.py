@@ -74,8 +74,25 @@ def chosen_device(name: str) -> torch.device:
 
 
 @contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Have torch use operators that give the same bits each time, where that is wanted; the setting is put back."""
+    if not wanted:
+        yield
+        return
+    # cuBLAS is deterministic only with a workspace of fixed size, which it looks for when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random numbers from this seed; the caller's own state is put back."""
-    with torch.random.fork_rng():
+    """Random numbers from this seed; the caller's own state is put back, on all devices."""
+    # Named, since torch warns of more than one that is not.
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield

@@ -192,10 +192,12 @@ def peak_memory(model: nn.Module, images: Tensor) -> int:
     ]
     fixed = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
     if images.device.type == "cuda":
+        # The other network, which is there too, does not count.
+        before = torch.cuda.memory_allocated(images.device)
         torch.cuda.reset_peak_memory_stats(images.device)
         with torch.no_grad():
             model(images)
-        return int(torch.cuda.max_memory_allocated(images.device))
+        return sum(fixed.values()) + int(torch.cuda.max_memory_allocated(images.device)) - before
     with torch.no_grad(), _LiveTensors({*fixed, images.untyped_storage().data_ptr()}) as live:
         model(images)
     return sum(fixed.values()) + int(live.peak)

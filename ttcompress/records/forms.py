@@ -239,6 +239,7 @@ class FinetuningForm(Struct):
     best: FromZero
     before: Json | None
     history: Annotated[list[EpochForm], Meta(min_length=1)]
+    precision: str | None = None
 
 
 class SideForm(Struct):

@@ -264,7 +264,9 @@ def _finetuning_lines(finetuning: Json | None) -> list[str]:
     history, teacher = finetuning["history"], finetuning["teacher"]
     taught = f", taught by {teacher}" if teacher else ""
     # The first is the network as it was.
-    lines = [f"fine-tuned        {len(history) - 1} epochs on {finetuning['train']}{taught}"]
+    precision = finetuning.get("precision")
+    narrow = f", in {precision}" if precision not in (None, "float32") else ""
+    lines = [f"fine-tuned        {len(history) - 1} epochs on {finetuning['train']}{taught}{narrow}"]
 
     before = finetuning["before"]
     if before and before.get("n"):
