@@ -13,7 +13,8 @@ import click
 import cloup
 
 from ttcompress.cli_options import PATH, stated_recipe, takes
-from ttcompress.errors import TrainingStoppedError, TTCompressError
+from ttcompress.cli_pages import PageRequest, Verb, asked_page
+from ttcompress.errors import CheckpointError, PlanError, TrainingStoppedError, TTCompressError
 from ttcompress.records.common import WARNING, printable
 from ttcompress.terminal import (
     log_epoch,
@@ -28,6 +29,7 @@ from ttcompress.version import __version__
 
 if TYPE_CHECKING:
     from ttcompress.recipe import Recipe
+    from ttcompress.records.common import Json
     from ttcompress.records.plan import CompressionPlan
     from ttcompress.records.report import Report
 
@@ -53,22 +55,32 @@ def commands() -> None:
 
 
 @commands.command(
+    cls=Verb,
     epilog=examples(
         "compress resnet20.th --ratio 2 --calib cifar10:data --data cifar10:data",
         "compress vgg16.pt --ranks 4 -o small.safetensors",
-    )
+    ),
 )
 @cloup.argument(
     "checkpoint", type=PATH, help="A dense checkpoint: .pt, .pth, .th, .safetensors, or a folder of shards."
 )
 @takes("compress")
 def compress(
-    checkpoint: Path, output: Path | None, force: bool, dry_run: bool, resume: bool, json: bool, **given: Any
+    checkpoint: Path,
+    output: Path | None,
+    force: bool,
+    dry_run: bool,
+    resume: bool,
+    html: Path | None,
+    json: bool,
+    **given: Any,
 ) -> None:
     """Compress CHECKPOINT into STEM-tt.safetensors, with a report of what was gained and lost.
 
     With --arch none no network is needed; sharded checkpoints then become a folder STEM-tt.
     """
+    if dry_run and html:
+        raise PlanError("--dry-run writes nothing: leave out --html")
     if dry_run:
         _plan(checkpoint, None, force, json, given)
         return
@@ -76,13 +88,21 @@ def compress(
     from ttcompress.commands.compress import compress_and_train
 
     recipe, plan = _recipe_and_plan(given)
+    page = asked_page(html, force)
     with working(leads()) as progress:
-        log = None if progress else log_epoch
         done = compress_and_train(
-            checkpoint, output, recipe, plan, force=force, resume=resume, progress=progress, log=log
+            checkpoint,
+            output,
+            recipe,
+            plan,
+            force=force,
+            resume=resume,
+            progress=progress,
+            log=None if progress else log_epoch,
+            extras=page.extras if page else None,
         )
 
-    _show(done.report, done.output, json)
+    _show(done.report, done.output, json, page)
     if done.excess_drop is not None:
         allowed = f"--max-drop allows {recipe.max_drop:g}"
         _fail(f"accuracy falls by {done.excess_drop:.2f} points, {allowed}; {done.output} is written", 1)
@@ -90,6 +110,7 @@ def compress(
 
 @commands.command(
     "plan",
+    cls=Verb,
     epilog=examples("plan --arch vgg16 --ranks 4 -o plan.json", "plan resnet20.th --ratio 3 --format chain"),
 )
 @cloup.argument(
@@ -120,6 +141,7 @@ def _plan(
 
 @commands.command(
     "finetune",
+    cls=Verb,
     epilog=examples(
         "finetune resnet20-tt.safetensors --train cifar10:data --data cifar10:data",
         "finetune resnet20-tt.safetensors --train imagefolder:photos --epochs 5 --resume",
@@ -128,60 +150,89 @@ def _plan(
 @cloup.argument("model", type=PATH, required=False, help="A compressed file or a dense checkpoint.")
 @takes("finetune")
 def finetune_command(
-    model: Path | None, output: Path | None, force: bool, resume: bool, json: bool, **given: Any
+    model: Path | None,
+    output: Path | None,
+    force: bool,
+    resume: bool,
+    html: Path | None,
+    json: bool,
+    **given: Any,
 ) -> None:
     """Train MODEL further into STEM-ft.safetensors; stopped or killed, it goes on with --resume."""
     from ttcompress.commands.finetune import default_output, finetune_file
 
     recipe, plan = _recipe_and_plan(given)
     target = output or default_output(model, recipe)
+    page = asked_page(html, force)
     with working(leads()) as progress:
-        log = None if progress else log_epoch
         done = finetune_file(
-            model, target, recipe, plan, force=force, resume=resume, progress=progress, log=log
+            model,
+            target,
+            recipe,
+            plan,
+            force=force,
+            resume=resume,
+            progress=progress,
+            log=None if progress else log_epoch,
+            extras=page.extras if page else None,
         )
-    _show(done, target, json)
+    _show(done, target, json, page)
 
 
 @commands.command(
+    cls=Verb,
     epilog=examples(
         "evaluate resnet20.th --data cifar10:data", "evaluate net-tt.safetensors --data imagefolder:val"
-    )
+    ),
 )
 @cloup.argument("model", type=PATH, help="A dense checkpoint or a compressed file.")
 @takes("evaluate")
-def evaluate(model: Path, json: bool, **given: Any) -> None:
+def evaluate(model: Path, html: Path | None, force: bool, json: bool, **given: Any) -> None:
     """Measure the accuracy of MODEL on --data."""
     from ttcompress.commands.evaluate import evaluate_file
     from ttcompress.report.results import accuracy_json, accuracy_lines
 
+    page = asked_page(html, force)
     with working() as progress:
         accuracy, data = evaluate_file(model, stated_recipe(given), progress=progress)
+
+    result = accuracy_json(accuracy, data)
+    if page:
+        result["page"] = page.stopped()
+        page.write([{**_known(model), "evaluation": result, "page": result["page"]}])
     if json:
-        print_json(accuracy_json(accuracy, data))
+        print_json(result)
     else:
-        print_lines(accuracy_lines(accuracy, data))
+        print_lines([*accuracy_lines(accuracy, data), *_page_line(page)])
 
 
 @commands.command(
-    "report", epilog=examples("report net-tt.safetensors", "report small.safetensors smaller.safetensors")
+    "report",
+    cls=Verb,
+    epilog=examples("report net-tt.safetensors", "report small.safetensors smaller.safetensors"),
 )
 @cloup.argument("files", type=PATH, nargs=-1, required=True, help="Compressed files, or folders of shards.")
 @takes("report")
-def report_command(files: tuple[Path, ...], json: bool) -> None:
+def report_command(files: tuple[Path, ...], html: Path | None, force: bool, json: bool) -> None:
     """Show what compressed FILES hold, several side by side."""
     from ttcompress.report import text
 
+    page = asked_page(html, force)
     reports = [text.read_report(file) for file in files]
+    shown = [report.to_json() for report in reports]
+    if page:
+        page.write(shown)
+
     several = len(reports) > 1
     if json:
-        print_json([report.to_json() for report in reports] if several else reports[0].to_json())
+        print_json(shown if several else shown[0])
     else:
         print_table(text.render_side_by_side(reports) if several else text.render(reports[0]))
+        print_lines(_page_line(page))
 
 
 @commands.command(
-    epilog=examples("expand net-tt.safetensors -o dense.pt", "expand shards-tt -o shards-dense")
+    cls=Verb, epilog=examples("expand net-tt.safetensors -o dense.pt", "expand shards-tt -o shards-dense")
 )
 @cloup.argument("file", type=PATH, help="A compressed file, or a folder of shards.")
 @takes("expand")
@@ -197,6 +248,7 @@ def expand(file: Path, output: Path, force: bool) -> None:
 
 @commands.command(
     "export",
+    cls=Verb,
     epilog=examples("export net-tt.safetensors --onnx net.onnx", "export vgg16.pt --onnx vgg16.onnx"),
 )
 @cloup.argument("file", type=PATH, help="A compressed file or a dense checkpoint.")
@@ -215,9 +267,10 @@ def export_command(file: Path, onnx: Path, json: bool, **given: Any) -> None:
 
 
 @commands.command(
+    cls=Verb,
     epilog=examples(
         "bench net-tt.safetensors", "bench net-tt.safetensors --batch-sizes 1,8 --device cuda --save"
-    )
+    ),
 )
 @cloup.argument("file", type=PATH, help="A compressed file.")
 @takes("bench")
@@ -226,6 +279,8 @@ def bench(
     batch_sizes: Sequence[int] | None,
     fail_if_slower: bool,
     save: bool,
+    html: Path | None,
+    force: bool,
     json: bool,
     device: str | None,
     **given: Any,
@@ -238,20 +293,26 @@ def bench(
 
     sizes = batch_sizes or OPTIONS["batch_sizes"].default
     where = chosen_device(device or OPTIONS["device"].default)
+    page = asked_page(html, force)
     with working() as progress:
         result = bench_file(file, batch_sizes=sizes, device=where, progress=progress, **given)
 
     if save:
         save_bench(file, result)
+    shown = result
+    if page:
+        shown = {**result, "page": page.stopped()}
+        page.write([{**_known(file), "bench": result, "page": shown["page"]}])
     if json:
-        print_json(result)
+        print_json(shown)
     else:
         print_table(text.render_bench(result))
+        print_lines(_page_line(page))
     if fail_if_slower and is_slower(result):
         _fail("the compressed network is slower", 1)
 
 
-@commands.command(epilog=examples("demo", "report ttcompress-demo/digits-tt.safetensors"))
+@commands.command(cls=Verb, epilog=examples("demo", "report ttcompress-demo/digits-tt.safetensors"))
 def demo() -> None:
     """Train a small network on scikit-learn's digits, then run the real commands on it. No download."""
     from ttcompress.commands.demo import run_demo
@@ -273,7 +334,22 @@ def _recipe_and_plan(given: dict[str, Any]) -> tuple[Recipe, CompressionPlan | N
     return recipe, read_plan(given["plan"])
 
 
-def _show(report: Report, file: Path | None, as_json: bool) -> None:
+def _known(file: Path) -> Json:
+    """What a compressed file says of itself as JSON; of a dense checkpoint its name."""
+    from ttcompress.report.text import read_report
+
+    try:
+        return read_report(file).to_json()
+    except CheckpointError:
+        return {"file": file.name}
+
+
+def _page_line(page: PageRequest | None) -> list[str]:
+    return [f"page              {page.path}"] if page else []
+
+
+def _show(report: Report, file: Path | None, as_json: bool, page: PageRequest | None = None) -> None:
+    """Print a report, and write the page of it."""
     if not leads():
         return
     from ttcompress.report import text
@@ -283,10 +359,15 @@ def _show(report: Report, file: Path | None, as_json: bool) -> None:
             click.echo(f"ttcompress: {printable(note)}", err=True)
 
     shown = text.with_file(report, file) if file else report
+    data = shown.to_json()
+    if page:
+        data["page"] = page.stopped()
+        page.write([data])
     if as_json:
-        print_json(shown.to_json())
+        print_json(data)
     else:
         print_table(text.render(shown))
+        print_lines(_page_line(page))
 
 
 def main(arguments: list[str] | None = None) -> None:

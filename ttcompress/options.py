@@ -440,8 +440,13 @@ TABLE: tuple[Option, ...] = (
     ),
     Option("onnx", PATH, FILES, ("export",), "Where to write.", metavar="OUT", of_run=False),
     Option(
-        "force", SWITCH, FILES, (*COMPRESSING, "expand", "export"), "Replace an existing output.", default=False,
+        "html", PATH, FILES, ("compress", "finetune", "evaluate", "report", "bench"),
+        "Write what is known as one page for a browser: curve, layers, samples, training, time.", metavar="OUT",
         of_run=False,
+    ),
+    Option(
+        "force", SWITCH, FILES, (*COMPRESSING, "expand", "export", "evaluate", "report", "bench"),
+        "Replace an existing output.", default=False, of_run=False,
     ),
     Option(
         "dry_run", SWITCH, FILES, ("compress",), "Print the plan and write nothing.", default=False, of_run=False,

@@ -36,8 +36,9 @@ def print_json(value: Any) -> None:
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Print lines of text, names from outside among them."""
-    click.echo("\n".join(map(printable, lines)))
+    """Print lines of text, names from outside among them; nothing where there are none."""
+    if shown := [printable(line) for line in lines]:
+        click.echo("\n".join(shown))
 
 
 def print_table(renderable: RenderableType) -> None:

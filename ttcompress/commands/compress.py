@@ -27,6 +27,7 @@ from ttcompress.networks.stored import file_metadata, stored_sha256, stored_tens
 from ttcompress.planning.plan_file import is_made_by
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Progress
+from ttcompress.records.extras import Extras
 from ttcompress.records.plan import CompressionPlan
 from ttcompress.records.report import Report
 from ttcompress.runtime import chosen_device, fixed_threads, seeded
@@ -53,8 +54,11 @@ def compress_and_train(
     resume: bool = False,
     progress: Progress | None = None,
     log: EpochLog | None = None,
+    extras: Extras | None = None,
 ) -> Outcome:
     """The whole verb: compress a checkpoint, and where the recipe names epochs, train the result further.
+
+    `extras` gets what a page shows beside the report.
 
     Raises:
         TTCompressError: whatever does not fit, in one line.
@@ -69,7 +73,9 @@ def compress_and_train(
         if recipe.train:
             # What can be known to fail in the training fails before something long comes first.
             check_inputs(recipe)
-        report = compress_file(checkpoint, target, recipe, plan, force=force, progress=progress)
+        report = compress_file(
+            checkpoint, target, recipe, plan, force=force, progress=progress, extras=extras
+        )
 
     if recipe.train:
         report = finetune_file(
@@ -82,6 +88,7 @@ def compress_and_train(
             origin=checkpoint,
             progress=progress,
             log=log,
+            extras=extras,
         )
     return Outcome(report, target, drop_beyond_gate(report, recipe))
 
@@ -113,6 +120,7 @@ def compress_file(
     *,
     force: bool = False,
     progress: Progress | None = None,
+    extras: Extras | None = None,
 ) -> Report:
     """Compress a checkpoint into one file (docs/format.md) and return its report.
 
@@ -133,8 +141,8 @@ def compress_file(
 
     settings = Settings.of(recipe)
     network = open_dense(source, recipe.arch, settings.key)
-    network, inputs = open_inputs(network, settings, progress)
-    report = compress_network(network, settings, plan, inputs, progress)
+    network, inputs = open_inputs(network, settings, progress, extras)
+    report = compress_network(network, settings, plan, inputs, progress, extras)
 
     stored = stored_tensors(network.model, network.tensors, report.plan)
     example = _example(network, settings, inputs)
@@ -248,6 +256,7 @@ def compress_network(
     plan: CompressionPlan | None = None,
     inputs: Inputs | None = None,
     progress: Progress | None = None,
+    extras: Extras | None = None,
 ) -> Report:
     """Plan (unless a plan is given), decompose and swap in place, and measure before and after."""
     inputs = inputs or Inputs()
@@ -261,9 +270,14 @@ def compress_network(
         with fixed_threads():
             done = _searched(compressor, plan, inputs)
             if done:
+                if extras is not None:
+                    extras.spectra = compressor.spectra(done.plan)
                 adopt(network.model, done.model, done.plan)
             else:
-                done = compressor.apply(compressor.plan(settings.recipe, plan), inplace=True)
+                planned = compressor.plan(settings.recipe, plan)
+                if extras is not None:
+                    extras.spectra = compressor.spectra(planned)
+                done = compressor.apply(planned, inplace=True)
 
         accuracy = metric.summary(dense, metric.measure(network.model)) if metric else None
 

@@ -26,18 +26,25 @@ from ttcompress.planning.by_hand import with_better_format
 from ttcompress.planning.doubts import doubted, find_normed_layers
 from ttcompress.planning.plan_file import adopt_plan
 from ttcompress.planning.planner import Planner, Results
+from ttcompress.planning.prediction import drawn_layer
 from ttcompress.planning.selection import ADDING
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Json, Progress
+from ttcompress.records.extras import MOST_SPECTRA
 from ttcompress.records.layers import Execution
-from ttcompress.records.plan import CompressionPlan
+from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.runtime import threads_as_set
 from ttcompress.settings import Settings
+from ttcompress.tt.decompose import squared_spectra
 from ttcompress.tt.shapes import Tensorization
 from ttcompress.tt.whiten import ModeMetric
 
 SEARCH_STEP = 1.05
 """The search for the smallest network ends when the next point would be nearer than this factor."""
+
+
+LARGEST_DRAWN = 2**22
+"""Entries of weights up to which singular values are computed for a picture alone, which takes about a second."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class Compressed:
     plan: CompressionPlan
     calibration: Json | None = None
     search: tuple[Json, ...] = ()
+    prediction: Json | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,8 @@ class Compressor:
         images = self._images
         if images is None:
             model = self.model if inplace else copied(self.model)
-            return Compressed(model, self._decomposed(model, plan))
+            prediction = self._planner.prediction(plan)
+            return Compressed(model, self._decomposed(model, plan), prediction=prediction)
         statistics = self._statistics(tuple(layer.fqn for layer in plan.layers))
         reference = Reference(self._dense, statistics, images)
         compressed, plan, stages = compress_calibrated(
@@ -137,7 +146,28 @@ class Compressor:
         plan = self._doubted(plan)
         model = self.model if inplace else copied(self.model)
         adopt(model, compressed, plan)
-        return Compressed(model, plan, self.calibrated_on(stages))
+        return Compressed(model, plan, self.calibrated_on(stages), prediction=self._planner.prediction(plan))
+
+    def spectra(self, plan: CompressionPlan) -> list[Json]:
+        """The singular values of the layers of a plan that matter most, for pictures; to be asked for before `apply`.
+
+        Those that no budget needed are computed, of weights that are not too large.
+        """
+        shares = (self._planner.prediction(plan) or {}).get("shares", {})
+        most = sorted(plan.layers, key=lambda layer: (-shares.get(layer.fqn, 0.0), -layer.params_before))
+        chosen = {layer.fqn for layer in most[:MOST_SPECTRA]}
+        return [
+            drawn_layer(layer, cuts)
+            for layer in plan.layers
+            if layer.fqn in chosen and (cuts := self._cuts(layer)) is not None
+        ]
+
+    def _cuts(self, layer: LayerPlan) -> Sequence[Tensor] | None:
+        known = self._planner.cuts_of(layer)
+        if known is not None or layer.params_before > LARGEST_DRAWN:
+            return known
+        weight: Tensor = self.model.get_submodule(layer.fqn).weight  # type: ignore[assignment]
+        return squared_spectra(weight.detach(), layer.tensorization)
 
     def _decomposed(self, model: nn.Module, plan: CompressionPlan) -> CompressionPlan:
         """The plan with what came of it, once it has been applied to a network, by weight error."""

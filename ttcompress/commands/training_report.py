@@ -14,6 +14,7 @@ from ttcompress.files.tensors import tensor_bytes
 from ttcompress.measure.accuracy import Predictions, compare
 from ttcompress.networks.stored import stored_sha256, stored_tensors, tied_parameters
 from ttcompress.records.common import Json, Progress
+from ttcompress.records.extras import Extras
 from ttcompress.records.plan import CompressionPlan, KeptParameter, LayerPlan
 from ttcompress.records.report import Report
 from ttcompress.settings import Settings
@@ -34,6 +35,7 @@ def trained_report(
     state: State,
     data: TrainingData,
     progress: Progress | None,
+    extras: Extras | None = None,
 ) -> Report:
     """What was known before, with the training, the new errors of the weights and, with --data, the new accuracy."""
     model = start.network.model.eval()
@@ -42,7 +44,7 @@ def trained_report(
     images = measured_images(settings.recipe)
     accuracy = None
     if images and setup.world.leads:
-        accuracy = _accuracy(images, start, former, settings, data, progress)
+        accuracy = _accuracy(images, start, former, settings, data, progress, extras)
 
     stated = settings.recipe.to_json()
     finetuning = {
@@ -95,9 +97,10 @@ def _accuracy(
     settings: Settings,
     data: TrainingData,
     progress: Progress | None,
+    extras: Extras | None,
 ) -> Json:
     """Beside the dense network's, where that is at hand or was measured on the same images before."""
-    metric = accuracy_on(images, data.preprocessing, settings, progress)
+    metric = accuracy_on(images, data.preprocessing, settings, progress, extras)
     found: Predictions = metric.measure(start.network.model)
     if start.original is not None:
         return metric.summary(metric.measure(start.original), found)
