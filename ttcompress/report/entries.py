@@ -57,19 +57,27 @@ def _seconds(value: float) -> str:
 
 FORMS: Mapping[str, Callable[[Any], str]] = {
     "count": lambda value: f"{value:,}",
-    "percent": lambda value: f"{value:.2f} %",
-    "points": lambda value: f"{value:+.2f}",
-    "bytes": format_bytes,
+    "percent": lambda value: f"{value:.2f}\N{NO-BREAK SPACE}%",
+    "points": lambda value: f"{value:+.2f}".replace("-", "\N{MINUS SIGN}"),
+    "bytes": lambda value: format_bytes(value).replace(" ", "\N{NO-BREAK SPACE}"),
     "compression": format_compression,
     "ratiox": lambda value: f"{value:.4g}x",
     "ratio": lambda value: f"{value:.2f}",
     "error": lambda value: f"{value:.4f}" if value >= 1e-3 or value == 0 else f"{value:.1e}",
-    "share": lambda value: f"{100 * value:.1f} %",
+    "share": lambda value: f"{100 * value:.1f}\N{NO-BREAK SPACE}%",
     "number": lambda value: f"{value:.6g}",
-    "seconds": _seconds,
+    "seconds": lambda value: _seconds(value).replace(" ", "\N{NO-BREAK SPACE}"),
     "rate": lambda value: f"{value:,.0f}",
 }
 """How numbers are written."""
+
+
+def _printable(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {printable(key): _printable(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_printable(each) for each in data]
+    return printable(data) if isinstance(data, str) else data
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,10 @@ class Entry:
     number: int = 0
     images: Sequence[str | None] = field(default_factory=tuple)
     marked: bool = False
+
+    def __post_init__(self) -> None:
+        # Texts from outside may order a screen about, or be what no page can hold.
+        object.__setattr__(self, "data", _printable(self.data))
 
     # ------------------------------------------------------------------------------------------------ numbers in HTML
 
@@ -120,8 +132,8 @@ class Entry:
         return found_at(self.data, path) not in (None, "", [], {})
 
     def text(self, path: str) -> str:
-        """A text of the JSON, what would order about a reader's screen as its code."""
-        return printable(str(found_at(self.data, path) or ""))
+        """A text of the JSON, empty where there is none."""
+        return str(found_at(self.data, path) or "")
 
     @cached_property
     def label(self) -> str:
@@ -298,7 +310,13 @@ class Entry:
             if name != "layers":
                 shown = ",".join(map(str, value)) if isinstance(value, list) else value
                 parts.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {shown}"))
-        return printable(" ".join(parts))
+        return " ".join(parts)
+
+
+def command_words(command: str) -> Markup:
+    """A command whose lines end between words only, not after hyphens."""
+    words = [Markup("<span>{}</span>").format(word) for word in command.split(" ")]
+    return Markup(" ").join(words)
 
 
 def words_of(text: object) -> Markup:

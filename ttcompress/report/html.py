@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from ttcompress.files.output import replacing
 from ttcompress.records.common import Json, format_compression, printable
 from ttcompress.report import pictures
 from ttcompress.report.canvas import SIGNS
-from ttcompress.report.entries import HEAT_WORDS, Entry, cut_name, heat_of, words_of
+from ttcompress.report.entries import HEAT_WORDS, Entry, command_words, cut_name, heat_of, words_of
 from ttcompress.version import __version__
 
 
@@ -48,7 +48,7 @@ def render(entries: Sequence[Entry], command: str = "", title: str = "", mark: s
         (
             "summary",
             "Summary",
-            lambda: {"entries": entries, "command": command, "mark": mark, **_sides(entries)},
+            lambda: {"entries": entries, "command": printable(command), "mark": mark, **_sides(entries)},
         ),
         ("curve", "Quality against size", lambda: _curve(reports)),
         ("layers", "Layers", lambda: _layers(reports)),
@@ -70,7 +70,7 @@ def render(entries: Sequence[Entry], command: str = "", title: str = "", mark: s
     heading = title or _heading(entries)
     page = environment.get_template("page.html")
     return page.render(
-        title=f"{heading} \N{EN DASH} ttcompress",
+        title=f"{printable(heading)} \N{EN DASH} ttcompress",
         heading=words_of(printable(heading)),
         subtitle=_subtitle(entries),
         sections=sections,
@@ -82,11 +82,10 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
-        undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"breaking": words_of, "printable": printable}
+    environment.filters |= {"breaking": words_of, "command": command_words}
     environment.globals |= {
         "signs": SIGNS,
         "heat_words": HEAT_WORDS,
@@ -115,7 +114,7 @@ def _subtitle(entries: Sequence[Entry]) -> str:
     if not entry.is_report:
         return ""
     if entry.history:
-        how = f"trained {len(entry.history) - 1} epochs on {entry.text('finetuning/train')}"
+        how = f"trained further on {entry.text('finetuning/train')}"
     elif entry.has("calibration"):
         how = f"calibrated on {entry.text('calibration/data')}, without training"
     else:
@@ -189,5 +188,5 @@ def _answer(entry: Entry, place: int, sample: Json, side: str) -> Markup:
     """What a network says of a sample, and how sure it is."""
     said = sample[side]
     path = f"page/samples/{place}/{side}"
-    name = printable(str(said["name"])) if said.get("name") else entry.show(f"{path}/answer", "count")
+    name = said.get("name") or entry.show(f"{path}/answer", "count")
     return Markup("{}, {}").format(name, entry.show(f"{path}/confidence", "percent"))

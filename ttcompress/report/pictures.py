@@ -29,6 +29,8 @@ RATIOS = (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 70, 100)
 """Where an axis of compression may have its marks, and at a hundred, ten thousand ... times as much."""
 NAMED_LAYERS = 40
 """More names than this have no room below bars."""
+SINGLE_BARS = 150
+"""More layers than this have no bar of their own."""
 SPECTRUM_WIDTH = 340
 
 
@@ -59,9 +61,10 @@ def curve(entries: Sequence[Entry]) -> Picture | None:
         panels: list[Axes] = list(found[:, 0])
         if measured:
             _measured(panels[0], measured)
+        farthest = _farthest(entries)
         if predicted:
-            _predicted(panels[-1], predicted)
-        _compression_axis(panels[-1], entries, narrow)
+            _predicted(panels[-1], predicted, farthest)
+        _compression_axis(panels[-1], farthest, narrow)
 
     parts = []
     if measured:
@@ -108,10 +111,12 @@ def _measured(axes: Axes, entries: Sequence[Entry]) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5))
 
 
-def _predicted(axes: Axes, entries: Sequence[Entry]) -> None:
+def _predicted(axes: Axes, entries: Sequence[Entry], farthest: float) -> None:
+    largest = 0.0
     for entry in entries:
         points = entry.prediction["points"]
         axes.plot(*zip(*points, strict=True), color=colour_of(entry), zorder=2)
+        largest = max(largest, _between(points, farthest))
         at = entry.compression
         if points[0][0] <= at <= points[-1][0]:
             axes.plot(
@@ -120,7 +125,7 @@ def _predicted(axes: Axes, entries: Sequence[Entry]) -> None:
             )  # fmt: skip
     of = "outputs" if entries[0].prediction["by"] == "outputs" else "weights"
     axes.set_ylabel(f"predicted error\nof {of}")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * largest or 1)
     axes.yaxis.set_major_locator(MaxNLocator(4))
 
 
@@ -131,12 +136,15 @@ def _between(points: Sequence[Sequence[float]], at: float) -> float:
     return float(points[-1][1])
 
 
-def _compression_axis(axes: Axes, entries: Sequence[Entry], narrow: bool) -> None:
-    """Compression from 1 on, logarithmic, as far as anything of interest goes."""
+def _farthest(entries: Sequence[Entry]) -> float:
+    """Compression as far as anything of interest goes."""
     reached = [point["compression"] for entry in entries for point in entry.points]
     reached += [entry.compression for entry in entries]
-    farthest = max(3.0, 2.5 * max(reached))
+    return max(3.0, 2.5 * max(reached))
 
+
+def _compression_axis(axes: Axes, farthest: float, narrow: bool) -> None:
+    """Compression from 1 on, logarithmic."""
     axes.set_xscale("log")
     axes.set_xlim(0.97, farthest)
     scale = 1
@@ -165,33 +173,55 @@ def _spread(marks: Sequence[float], farthest: float, most: int) -> list[float]:
 
 
 def layers(entries: Sequence[Entry]) -> Picture | None:
-    """Parameters of every layer before, as outlines, and after, in the order of the network."""
+    """Parameters of every layer before, as outlines, and after: those replaced in the order of the network, then the rest."""
     names = list(dict.fromkeys(row["fqn"] for entry in entries for row in entry.layers))
     if not names:
         return None
-    several = len(entries) > 1
 
     def draw(figure: Figure, narrow: bool) -> None:
         axes = figure.subplots()
-        width = 0.84 / len(entries)
-        for place, entry in enumerate(entries):
-            rows = {row["fqn"]: row for row in entry.layers}
-            shown = [(index, rows[name]) for index, name in enumerate(names) if name in rows]
-            at = [index + (place - (len(entries) - 1) / 2) * width for index, _ in shown]
-            colours = [colour_of(entry) if several else _colour(row) for _, row in shown]
-            if place == 0:
-                axes.bar(
-                    [index for index, _ in shown], [row["before"] for _, row in shown], 0.84,
-                    color="none", edgecolor=MUTED, linewidth=0.9,
-                )  # fmt: skip
-            axes.bar(at, [row["after"] for _, row in shown], width, color=colours)
+        if len(names) > SINGLE_BARS:
+            _outlined(axes, entries, names)
+        else:
+            _barred(axes, entries, names)
         _layer_names(axes, names, narrow)
         axes.set_ylabel("parameters")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
         axes.yaxis.set_major_locator(MaxNLocator(5))
 
-    alt = f"parameters of each of {len(names)} layers before and after, in the order of the network"
+    alt = f"parameters of each of {len(names)} layers before and after"
     return picture("layers", alt, draw, 300)
+
+
+def _barred(axes: Axes, entries: Sequence[Entry], names: Sequence[str]) -> None:
+    """A bar a layer and file."""
+    width = 0.84 / len(entries)
+    for place, entry in enumerate(entries):
+        rows = {row["fqn"]: row for row in entry.layers}
+        shown = [(index, rows[name]) for index, name in enumerate(names) if name in rows]
+        before, after = ([row[side] for _, row in shown] for side in ("before", "after"))
+        if place == 0:
+            axes.bar([at for at, _ in shown], before, 0.84, color="none", edgecolor=MUTED, linewidth=0.9)
+
+        shift = (place - (len(entries) - 1) / 2) * width
+        colours = [_colour(row) if len(entries) == 1 else colour_of(entry) for _, row in shown]
+        axes.bar([at + shift for at, _ in shown], after, width, color=colours)
+
+
+def _outlined(axes: Axes, entries: Sequence[Entry], names: Sequence[str]) -> None:
+    """Hundreds of layers as few lines: bars of one colour are one."""
+    for place, entry in enumerate(entries):
+        rows = {row["fqn"]: row for row in entry.layers}
+        if place == 0:
+            before = [rows[name]["before"] if name in rows else 0 for name in names]
+            axes.stairs(before, color=MUTED, linewidth=0.7)
+        if len(entries) > 1:
+            after = [rows[name]["after"] if name in rows else 0 for name in names]
+            axes.stairs(after, color=colour_of(entry), linewidth=1.2)
+            continue
+        for colour in dict.fromkeys(_colour(row) for row in entry.layers):
+            own = [rows[name]["after"] if _colour(rows[name]) == colour else 0 for name in names]
+            axes.stairs(own, fill=True, color=colour, linewidth=0)
 
 
 def _colour(row: Json) -> str:
@@ -205,7 +235,7 @@ def _layer_names(axes: Axes, names: Sequence[str], narrow: bool) -> None:
     axes.margins(x=0.01)
     most = NAMED_LAYERS // 2 if narrow else NAMED_LAYERS
     if len(names) > most:
-        axes.set_xlabel(f"{len(names)} layers in the order of the network")
+        axes.set_xlabel(f"{len(names)} layers")
         axes.set_xticks([])
         return
     shown = [name if len(name) <= 24 else f"…{name[-23:]}" for name in names]
