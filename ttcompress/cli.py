@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import click
 import cloup
 
-from ttcompress.cli_options import PATH, stated_recipe, takes
-from ttcompress.cli_pages import PageRequest, Verb, asked_page
+from ttcompress.cli_options import PATH, check_values, stated_recipe, takes
+from ttcompress.cli_pages import PageRequest, Verb, asked_page, sweep_page
 from ttcompress.errors import CheckpointError, PlanError, TrainingStoppedError, TTCompressError
 from ttcompress.records.common import WARNING, printable
 from ttcompress.terminal import (
     log_epoch,
+    print_csv,
     print_json,
     print_lines,
     print_table,
@@ -204,6 +205,66 @@ def evaluate(model: Path, html: Path | None, force: bool, json: bool, **given: A
         print_json(result)
     else:
         print_lines([*accuracy_lines(accuracy, data), *_page_line(page)])
+
+
+@commands.command(
+    "sweep",
+    cls=Verb,
+    epilog=examples(
+        "sweep resnet20.th --ratios 1.5,2,3,4,6 --calib cifar10:data --data cifar10:data -o sizes",
+        "sweep net.pt --ratios 2,3 --formats chain,matrix --data cifar10:data --max-drop 1 -o sizes",
+    ),
+)
+@cloup.argument("checkpoint", type=PATH, help="A dense checkpoint.")
+@takes("sweep")
+def sweep_command(
+    checkpoint: Path,
+    ratios: tuple[float, ...],
+    formats: tuple[str, ...] | None,
+    output: Path,
+    html: Path | None,
+    force: bool,
+    csv: bool,
+    json: bool,
+    **given: Any,
+) -> None:
+    """Compress CHECKPOINT to several sizes into a folder: a file each, a table, a page with the curve.
+
+    Stopped or killed, the same command goes on with the points that are missing.
+    """
+    from ttcompress.commands.sweep import sweep_file
+    from ttcompress.report import text
+
+    check_values(ratios=ratios, formats=formats)
+    recipe = stated_recipe(given)
+    page = sweep_page(html, output, force)
+    with working() as progress:
+        points = sweep_file(
+            checkpoint,
+            output,
+            recipe,
+            ratios,
+            formats or (),
+            force=force,
+            progress=progress,
+            extras=page.extras,
+        )
+
+    rows = [point.to_json() for point in points]
+    shown = {
+        "source": checkpoint.name,
+        "max_drop": recipe.max_drop,
+        "points": rows,
+        "page": page.stopped(),
+    }
+    page.write_sweep(shown, [point.report.to_json() for point in points])
+    if json:
+        print_json(shown)
+    elif csv:
+        print_csv(rows)
+    else:
+        print_table(text.render_sweep(shown))
+        print_lines(_page_line(page))
 
 
 @commands.command(

@@ -70,6 +70,34 @@ class PageRequest:
         entries = [Entry(each, number, images if number == 0 else ()) for number, each in enumerate(data)]
         write_page(self.path, render(entries, self.extras.command, **words))
 
+    def write_sweep(self, shown: Json, reports: Sequence[Json]) -> None:
+        """Write the page of a sweep: `shown` is what `--json` prints, `reports` are those of its points."""
+        from ttcompress.report.entries import Entry
+        from ttcompress.report.html import render, write_page
+
+        # Singular values and samples are of the first point that was made.
+        beside = [{**shown["page"]}, *({} for _ in reports[1:])]
+        entries = [
+            Entry(
+                {**report, "page": {**known, "format": point["format"]}},
+                number,
+                self.extras.images,
+                point["smallest"],
+            )
+            for number, (report, known, point) in enumerate(
+                zip(reports, beside, shown["points"], strict=True)
+            )
+        ]
+        title = f"{shown['source']} at {len(entries)} sizes"
+        mark = "" if shown["max_drop"] is None else f"smallest within {shown['max_drop']:g} points"
+        write_page(self.path, render(entries, self.extras.command, title, mark))
+
+
+def sweep_page(path: Path | None, folder: Path, force: bool) -> PageRequest:
+    """The page of a sweep: in its folder, where an older one of it is replaced, or where `--html` says."""
+    asked = asked_page(path, force)
+    return asked or PageRequest(folder / "index.html", Extras(command=command_line()))
+
 
 def asked_page(path: Path | None, force: bool) -> PageRequest | None:
     """The page that `--html` asks for, None where it is not given.

@@ -144,16 +144,26 @@ def compress_file(
     network, inputs = open_inputs(network, settings, progress, extras)
     report = compress_network(network, settings, plan, inputs, progress, extras)
 
-    stored = stored_tensors(network.model, network.tensors, report.plan)
-    example = _example(network, settings, inputs)
-    if example is not None:
-        factory = load_factory(recipe.arch) if recipe.arch and is_factory(recipe.arch) else None
-        prove(network.model, report, stored, factory, example)
-    write_safetensors(output, stored, file_metadata(report, stored))
+    write_compressed(output, network, report, recipe.arch, inputs_to_prove_with(network, settings, inputs))
     return report
 
 
-def _example(network: Network, settings: Settings, inputs: Inputs) -> Example | None:
+def write_compressed(
+    output: Path, network: Network, report: Report, arch: str | None, example: Example | None
+) -> None:
+    """Write a compressed network, once it has been proven on the example, if there is one.
+
+    Raises:
+        TTCompressError: the network as it will be loaded answers otherwise, or the file system refuses.
+    """
+    stored = stored_tensors(network.model, network.tensors, report.plan)
+    if example is not None:
+        factory = load_factory(arch) if arch and is_factory(arch) else None
+        prove(network.model, report, stored, factory, example)
+    write_safetensors(output, stored, file_metadata(report, stored))
+
+
+def inputs_to_prove_with(network: Network, settings: Settings, inputs: Inputs) -> Example | None:
     """Inputs of the network: some of those at hand, else such as it is known for."""
     if inputs.calibration is not None:
         return Example(inputs=next(iter(inputs.calibration.held_out())))
@@ -242,7 +252,7 @@ def plan_network(
     before = tensor_bytes(stored_tensors(network.model, network.tensors))
 
     with seeded(settings.seed):
-        compressor = _compressor(network, settings, plan, inputs, progress)
+        compressor = compressor_for(network, settings, plan, inputs, progress)
         with fixed_threads():
             done = _searched(compressor, plan, inputs) or Compressed(
                 network.model, compressor.plan(settings.recipe, plan), compressor.calibrated_on()
@@ -264,7 +274,7 @@ def compress_network(
     before = tensor_bytes(stored_tensors(network.model, network.tensors))
 
     with seeded(settings.seed):
-        compressor = _compressor(network, settings, plan, inputs, progress)
+        compressor = compressor_for(network, settings, plan, inputs, progress)
         dense = metric.measure(network.model) if metric else None
 
         with fixed_threads():
@@ -295,13 +305,18 @@ def _searched(compressor: Compressor, plan: CompressionPlan | None, inputs: Inpu
     return compressor.search(inputs.score) if _is_search(compressor.settings.recipe, plan) else None
 
 
-def _compressor(
+def compressor_for(
     network: Network,
     settings: Settings,
     plan: CompressionPlan | None,
     inputs: Inputs,
     progress: Progress | None,
 ) -> Compressor:
+    """What compresses this network under these settings.
+
+    Raises:
+        DataError: options whose data are missing, or the other way round.
+    """
     unused = settings.recipe.given("calib_images", "effort")
     if unused and inputs.calibration is None:
         raise DataError(f"{unused[0]} needs --calib")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import sqrt
 
@@ -62,6 +62,7 @@ class Compressed:
 class Compressor:
     """How one network is compressed; what does not depend on the target is computed once.
 
+    `measured` are the statistics of layers so far; compressors of the same network and images may share them.
     `results` may compute spectra elsewhere. Multiply-adds and latency depend on the first input of `example`, else
     on `input_shape`, that of one input, else on the first input to calibrate on.
     """
@@ -74,6 +75,11 @@ class Compressor:
     results: Results | None = None
     input_shape: tuple[int, ...] = ()
     example: NetworkInput | None = None
+    measured: dict[str, LayerStatistics] = field(default_factory=dict)
+
+    def sharing(self, other: Compressor) -> Compressor:
+        """This one with the statistics of the other, which is of the same network and images."""
+        return replace(self, measured=other.measured)
 
     def plan(self, recipe: Recipe, given: CompressionPlan | None = None) -> CompressionPlan:
         """The plan for a recipe, or the one given, checked against the network.
@@ -273,20 +279,16 @@ class Compressor:
 
     def _statistics(self, names: tuple[str, ...]) -> dict[str, LayerStatistics]:
         """Of these layers; those measured before are remembered."""
-        missing = [name for name in names if name not in self._measured]
+        missing = [name for name in names if name not in self.measured]
         if missing and self._images is not None:
             found = measure(self._dense, missing, self._images, self.settings.seed, self.progress)
-            self._measured.update(found)
-            idle = [name for name in missing if name not in self._measured]
+            self.measured.update(found)
+            idle = [name for name in missing if name not in self.measured]
             if idle:
                 raise DataError(
                     f"the network does not run {shortlist(idle)} on the calibration data: --exclude it"
                 )
-        return self._measured
-
-    @cached_property
-    def _measured(self) -> dict[str, LayerStatistics]:
-        return {}
+        return self.measured
 
     @cached_property
     def _images(self) -> Calibration | None:

@@ -132,7 +132,8 @@ def _predicted(axes: Axes, entries: Sequence[Entry], farthest: float) -> None:
 def _between(points: Sequence[Sequence[float]], at: float) -> float:
     for (left, low), (right, high) in pairwise(points):
         if left <= at <= right:
-            return low + (high - low) * (at - left) / (right - left)
+            share = (at - left) / (right - left)
+            return float(low + (high - low) * share)
     return float(points[-1][1])
 
 
@@ -140,7 +141,7 @@ def _farthest(entries: Sequence[Entry]) -> float:
     """Compression as far as anything of interest goes."""
     reached = [point["compression"] for entry in entries for point in entry.points]
     reached += [entry.compression for entry in entries]
-    return max(3.0, 2.5 * max(reached))
+    return max(3.0, 2.5 * float(max(reached)))
 
 
 def _compression_axis(axes: Axes, farthest: float, narrow: bool) -> None:
