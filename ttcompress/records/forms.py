@@ -296,6 +296,14 @@ class BenchForm(Struct):
     layers: str = "tt"
 
 
+class PredictionForm(Struct):
+    """What `prediction` holds: pairs of compression and relative error, and the share of each layer in the error."""
+
+    by: Annotated[str, one_of("weights", "outputs")]
+    points: list[tuple[Measured, Measured]]
+    shares: dict[str, Annotated[float, Meta(ge=0, le=1)]] = {}
+
+
 # --------------------------------------------------------------------------------------------------------------- report
 
 
@@ -347,6 +355,7 @@ class ReportForm(Struct):
     search: list[PointForm] = []
     finetuning: FinetuningForm | None = None
     bench: BenchForm | None = None
+    prediction: PredictionForm | None = None
     tensors_sha256: str | None = None
     params_before: Count | None = None
     params_after: Count | None = None
