@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ttcompress.commands.in_memory import save as save
     from ttcompress.errors import TTCompressError as TTCompressError
     from ttcompress.layers.conv import TTConv2d as TTConv2d
+    from ttcompress.layers.embedding import TTEmbedding as TTEmbedding
     from ttcompress.layers.linear import TTLinear as TTLinear
     from ttcompress.networks.opening import load as load
     from ttcompress.recipe import LayerRule as LayerRule
@@ -34,6 +35,7 @@ _HOMES = {
     "Report": "records.report",
     "TTCompressError": "errors",
     "TTConv2d": "layers.conv",
+    "TTEmbedding": "layers.embedding",
     "TTLinear": "layers.linear",
     "compress": "commands.in_memory",
     "evaluate": "commands.in_memory",

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from ttcompress.errors import ShapeError
-from ttcompress.layers.base import TTLayer
+from ttcompress.layers.base import TTMap
 from ttcompress.records.layers import ConvSpec, Execution
 from ttcompress.tt.contract import contract_groups, dense_weight, merge_all, merge_groups, pad_features
 from ttcompress.tt.cost import Calls, ContractionPlan
 
 
-class TTConv2d(TTLayer):
+class TTConv2d(TTMap):
     """A 2-d convolution with its kernel in TT form, in any of the formats (Garipov et al. 2016, section 4).
 
     Input (batch, in_channels, height, width) or without the batch axis. `chain`, `naive` and `lowrank` run as stock

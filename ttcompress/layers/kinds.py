@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from ttcompress.layers.conv import TTConv2d
+from ttcompress.layers.embedding import TTEmbedding
 from ttcompress.layers.linear import TTLinear
-from ttcompress.records.layers import LayerSpec, LinearSpec
+from ttcompress.records.layers import EmbeddingSpec, LayerSpec, LinearSpec
 
 
-def tt_layer(spec: LayerSpec) -> type[TTLinear] | type[TTConv2d]:
+def tt_layer(spec: LayerSpec) -> type[TTLinear] | type[TTEmbedding] | type[TTConv2d]:
     """The layer class of a kind: a fixed table, since files name kinds and never classes."""
+    if isinstance(spec, EmbeddingSpec):
+        return TTEmbedding
     return TTLinear if isinstance(spec, LinearSpec) else TTConv2d

@@ -6,11 +6,16 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ttcompress.records.layers import ConvSpec, LayerSpec, LinearSpec, Spec
+from ttcompress.records.layers import ConvSpec, EmbeddingSpec, LayerSpec, LinearSpec, Spec
 
 
-def layer_spec(module: nn.Linear | nn.Conv2d) -> LayerSpec:
+def layer_spec(module: nn.Linear | nn.Embedding | nn.Conv2d) -> LayerSpec:
     """Shape and geometry of a dense layer."""
+    if isinstance(module, nn.Embedding):
+        return EmbeddingSpec(
+            module.num_embeddings, module.embedding_dim, module.padding_idx, module.scale_grad_by_freq
+        )
+
     bias = module.bias is not None
     if isinstance(module, nn.Linear):
         return LinearSpec(module.in_features, module.out_features, bias)

@@ -141,9 +141,11 @@ def _named_globals(function: FunctionType) -> list[Any]:
 
 
 def held_layers(model: nn.Module) -> dict[str, str]:
-    """Linear and Conv2d layers by fqn that something outside the module tree holds, or their parameters, and who."""
+    """Linear, Embedding and Conv2d layers by fqn that something outside the module tree holds, or their parameters, and who."""
     layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d)
     }
     found = holders(model)
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 
 from torch import nn
 
 from ttcompress.errors import shortlist
+from ttcompress.layers.base import TTLayer
 from ttcompress.layers.conv import TTConv2d
+from ttcompress.layers.embedding import TTEmbedding
 from ttcompress.layers.linear import TTLinear
 from ttcompress.networks.held import COMPILED, held_layers
 from ttcompress.networks.matrices import MATRIX_TYPES
-from ttcompress.records.layers import ConvSpec, LinearSpec
+from ttcompress.records.layers import ConvSpec, EmbeddingSpec, LinearSpec
 from ttcompress.tt.shapes import tensorize_shape
 
 HOOKS = {
@@ -34,7 +37,7 @@ def obstacles(model: nn.Module) -> dict[str, str]:
     shared = _shared_biases(model)
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
             reason = _own_obstacle(module) or shared.get(name, "")
             if reason:
                 found[name] = reason
@@ -61,14 +64,19 @@ def _usual(kind: type) -> frozenset[str]:
     elif issubclass(kind, TTConv2d):
         conv = ConvSpec(1, 1, (1, 1))
         made = TTConv2d(conv, tensorize_shape("lowrank", (1, 1, 1, 1)), 1, device="meta")
+    elif issubclass(kind, TTEmbedding):
+        table = EmbeddingSpec(1, 1)
+        made = TTEmbedding(table, tensorize_shape("lowrank", (1, 1)), 1, device="meta")
     elif issubclass(kind, nn.Conv2d):
         made = nn.Conv2d(1, 1, 1, device="meta")
+    elif issubclass(kind, nn.Embedding):
+        made = nn.Embedding(1, 1, device="meta")
     else:
         made = nn.Linear(1, 1, device="meta")
     return frozenset(vars(made))
 
 
-def _own_obstacle(module: nn.Linear | nn.Conv2d) -> str:
+def _own_obstacle(module: nn.Linear | nn.Embedding | nn.Conv2d) -> str:
     hooks = [words for name, words in HOOKS.items() if vars(module).get(name)]
     if hooks:
         return f"it has {hooks[0]}, which another layer would not run"
@@ -85,7 +93,9 @@ def _own_obstacle(module: nn.Linear | nn.Conv2d) -> str:
     if overridden:
         return f"its object has a {shortlist(overridden)} of its own"
 
-    replacement = TTLinear if isinstance(module, nn.Linear) else TTConv2d
+    replacement: type[TTLayer] = TTLinear if isinstance(module, nn.Linear) else TTConv2d
+    if isinstance(module, nn.Embedding):
+        replacement = TTEmbedding
     taken = sorted(name for name in own if name in _usual(replacement) or _is_ours(replacement, name))
     if taken:
         return f"its object has a {shortlist(taken)}, as a TT layer has"
@@ -100,6 +110,36 @@ def _own_obstacle(module: nn.Linear | nn.Conv2d) -> str:
 
 def _is_ours(replacement: type, name: str) -> bool:
     return hasattr(replacement, name) and not hasattr(nn.Module, name)
+
+
+def owners_of(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
+    """By id of a parameter all its places: the fqn of a module, the module, and its own name for it."""
+    owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        for own_name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((fqn, module, own_name))
+    return owners
+
+
+def shared_otherwise(model: nn.Module, reasons: Mapping[str, str]) -> set[int]:
+    """Parameters, by id, that are shared with something else than plain layers that can all run by the same cores.
+
+    Args:
+        reasons: the `obstacles` of the model.
+    """
+    modules = dict(model.named_modules())
+    stuck = {id(modules[fqn]) for fqn in reasons}
+
+    def runs(module: nn.Module, own_name: str) -> bool:
+        is_plain = type(module) in (nn.Linear, nn.Embedding, nn.Conv2d) and own_name == "weight"
+        return is_plain and id(module) not in stuck and getattr(module, "groups", 1) == 1
+
+    found = set[int]()
+    for parameter, owners in owners_of(model).items():
+        if len(owners) > 1 and not all(runs(module, own_name) for _, module, own_name in owners):
+            found.add(parameter)
+    return found
 
 
 def _shared_biases(model: nn.Module) -> dict[str, str]:
