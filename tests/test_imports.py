@@ -52,8 +52,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 """By package, or module beside the packages: the others that it may import."""
 OUTSIDE_ONLY_IN = {
     "click": {"cli", "cli_options", "terminal"}, "cloup": {"cli", "cli_options"}, "rich": {"report.text", "terminal"},
-    "onnx": {"commands.export"}, "onnx_ir": {"commands.export"}, "onnxruntime": {"commands.export"},
-    "onnxscript": {"commands.export"},
+    "onnx": {"networks.onnx_files"}, "onnx_ir": {"networks.onnx_files"}, "onnxruntime": {"networks.onnx_files"},
+    "onnxscript": {"networks.onnx_files"},
 }  # fmt: skip
 WITHOUT_TORCH = {
     "__init__", "__main__", "cli", "cli_options", "errors", "options", "recipe", "records", "report", "settings",

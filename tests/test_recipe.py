@@ -45,6 +45,7 @@ key = "ema"
 ranks = [2, 3]
 conv-ranks = 8
 format = "auto"
+rank_multiple = 8
 exec = "contract"
 tune = false
 input-size = [3, 32, 32]
@@ -239,6 +240,7 @@ def test_all_options_are_read_with_hyphens_or_underscores(tmp_path: Path) -> Non
         key="ema",
         ranks=(2, 3),
         conv_ranks=8,
+        rank_multiple=8,
         format="auto",
         exec="contract",
         tune=False,

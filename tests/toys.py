@@ -33,6 +33,7 @@ EVERYTHING = TrainingOptions(
     label_smoothing=0.1,
     distill=0.5,
     temperature=2.0,
+    precision="float32",
     seed=3,
 )
 

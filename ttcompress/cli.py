@@ -14,6 +14,7 @@ import cloup
 
 from ttcompress.cli_options import PATH, stated_recipe, takes
 from ttcompress.errors import TrainingStoppedError, TTCompressError
+from ttcompress.options import flag
 from ttcompress.records.common import WARNING, printable
 from ttcompress.terminal import (
     log_epoch,
@@ -181,13 +182,29 @@ def report_command(files: tuple[Path, ...], json: bool) -> None:
 
 
 @commands.command(
-    epilog=examples("expand net-tt.safetensors -o dense.pt", "expand shards-tt -o shards-dense")
+    epilog=examples(
+        "expand net-tt.safetensors -o dense.pt",
+        "expand net-tt.safetensors --factors -o plain.safetensors",
+        "expand shards-tt -o shards-dense",
+    )
 )
 @cloup.argument("file", type=PATH, help="A compressed file, or a folder of shards.")
 @takes("expand")
-def expand(file: Path, output: Path, force: bool) -> None:
-    """Turn compressed FILE back into an ordinary dense checkpoint: .pt, .pth or .safetensors."""
-    from ttcompress.commands.expand import expand_file
+def expand(file: Path, output: Path, factors: bool, force: bool, **given: Any) -> None:
+    """Turn compressed FILE back into an ordinary dense checkpoint: .pt, .pth or .safetensors.
+
+    With --factors into one whose layers are torch's own but still factored where that is faster.
+    """
+    from ttcompress.commands.expand import expand_file, expand_to_factors
+    from ttcompress.report.results import factors_lines
+
+    if factors:
+        stated = {name: value for name, value in given.items() if value is not None}
+        with working():
+            made = expand_to_factors(file, output, force=force, **stated)
+        print_lines(factors_lines(vars(made), output))
+        return
+    _refuse_without("--factors", given)
 
     done = expand_file(file, output, force)
     print_lines(
@@ -216,7 +233,9 @@ def export_command(file: Path, onnx: Path, json: bool, **given: Any) -> None:
 
 @commands.command(
     epilog=examples(
-        "bench net-tt.safetensors", "bench net-tt.safetensors --batch-sizes 1,8 --device cuda --save"
+        "bench net-tt.safetensors",
+        "bench net-tt.safetensors --runtime onnx --threads 1",
+        "bench net-tt.safetensors --batch-sizes 1,8 --device cuda --save",
     )
 )
 @cloup.argument("file", type=PATH, help="A compressed file.")
@@ -228,18 +247,33 @@ def bench(
     save: bool,
     json: bool,
     device: str | None,
+    threads: int | None,
+    runtime: str | None,
+    tune: bool | None,
     **given: Any,
 ) -> None:
     """Measure time and memory of FILE against its dense network, and of each compressed layer."""
     from ttcompress.measure.bench import bench_file, is_slower, save_bench
     from ttcompress.options import OPTIONS
     from ttcompress.report import text
-    from ttcompress.runtime import chosen_device
+    from ttcompress.runtime import chosen_device, with_threads
 
     sizes = batch_sizes or OPTIONS["batch_sizes"].default
-    where = chosen_device(device or OPTIONS["device"].default)
-    with working() as progress:
-        result = bench_file(file, batch_sizes=sizes, device=where, progress=progress, **given)
+    runtime = runtime or OPTIONS["runtime"].default
+    if threads is not None and threads < 1:
+        _fail("--threads takes numbers from 1 on", 2)
+    in_onnxruntime = runtime.startswith("onnx")
+    where = chosen_device(device or ("cpu" if in_onnxruntime else OPTIONS["device"].default))
+    with working() as progress, with_threads(threads):
+        result = bench_file(
+            file,
+            batch_sizes=sizes,
+            device=where,
+            runtime=runtime,
+            tune=bool(tune),
+            progress=progress,
+            **given,
+        )
 
     if save:
         save_bench(file, result)
@@ -271,6 +305,13 @@ def _recipe_and_plan(given: dict[str, Any]) -> tuple[Recipe, CompressionPlan | N
     from ttcompress.planning.plan_file import read_plan
 
     return recipe, read_plan(given["plan"])
+
+
+def _refuse_without(needed: str, given: dict[str, Any]) -> None:
+    """End where options are stated that mean nothing without another one."""
+    for name, value in given.items():
+        if value is not None:
+            _fail(f"{flag(name)} needs {needed}", 2)
 
 
 def _show(report: Report, file: Path | None, as_json: bool) -> None:

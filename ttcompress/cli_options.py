@@ -67,6 +67,17 @@ class Ranks(Numbers):
         return numbers[0] if len(numbers) == 1 else numbers
 
 
+class CountOrAuto(Number):
+    """A whole number, or the word auto."""
+
+    def __init__(self) -> None:
+        super().__init__(int)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse `8` or `auto`."""
+        return value if value == "auto" else super().convert(value, param, ctx)
+
+
 def read_number(text: str, kind: type[int] | type[float]) -> int | float | None:
     """The number that a text is, or None where it is none.
 
@@ -84,6 +95,7 @@ _TYPES: dict[str, Any] = {
     "ints": Numbers(int),
     "floats": Numbers(float),
     "ranks": Ranks(),
+    "count_or_auto": CountOrAuto(),
     "text": str,
     "texts": str,
     "path": PATH,

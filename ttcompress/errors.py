@@ -41,6 +41,16 @@ class TrainingStoppedError(TTCompressError):
     """A training that was asked to stop and saved its state; the command line exits with 130 on it."""
 
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left, on the CPU or on a GPU, whose errors are RuntimeErrors."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
     """What changed between two sets of options, for a one-line message; empty where nothing did."""
     changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]

@@ -20,7 +20,9 @@ EFFORTS = ("fast", "default", "max")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "step")
 AUGMENTATIONS = ("none", "shift", "flip")
-PRECISIONS = ("float32", "bfloat16", "float16")
+RUNTIMES = ("torch", "compile", "onnx", "onnx-int8")
+LAYER_FORMS = ("tt", "plain")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 HOW_MUCH = "How much"
 LAYERS = "Which layers, in which form"
@@ -103,6 +105,9 @@ RANKS = Kind(
     "a whole number above 0 or a list of them",
     lambda value: _is_count(value) or _each(_is_count)(value),
     "ranks",
+)
+MULTIPLE = Kind(
+    "a whole number above 0 or auto", lambda value: _is_count(value) or value == "auto", "count_or_auto"
 )
 ABOVE_ONE = Kind("above 1", lambda value: _is_number(value) and value > 1, "float")
 ABOVE_ZERO = Kind("a number above 0", lambda value: _is_number(value) and value > 0, "float")
@@ -244,6 +249,12 @@ TABLE: tuple[Option, ...] = (
         "for Conv2d).",
         default="auto",
     ),
+    Option(
+        "rank_multiple", MULTIPLE, LAYERS, COMPRESSING,
+        "TT-ranks that --eps and budgets choose are multiples of N, or all that a cut carries; below N powers "
+        "of two. auto: 8 where both sides of a layer have 128 and more and the budget can be met so, else 1.",
+        default="auto", metavar="N",
+    ),
     Option("in_modes", COUNTS, LAYERS, COMPRESSING, "Factors of the inputs." + _SINGLE_LAYER, metavar="A,B,.."),
     Option("out_modes", COUNTS, LAYERS, COMPRESSING, "Factors of the outputs." + _SINGLE_LAYER, metavar="A,B,.."),
     Option(
@@ -260,15 +271,15 @@ TABLE: tuple[Option, ...] = (
         default="auto",
     ),
     Option(
-        "tune", SWITCH, LAYERS, COMPRESSING,
+        "tune", SWITCH, LAYERS, (*COMPRESSING, "expand", "bench"),
         "Decide that by measurement on --device: what is faster with one input and with 32 alike, else "
-        "auto.",
+        "auto. For stock layers (expand --factors, bench): what is faster with as many inputs as a batch has.",
         default=False,
     ),
     Option(
-        "input_size", COUNTS, LAYERS, (*COMPRESSING, "export", "bench"),
+        "input_size", COUNTS, LAYERS, (*COMPRESSING, "expand", "export", "bench"),
         "Of one input, such as 3,224,224, where something has to run: for export, bench, --macs-ratio, "
-        "--latency-ratio and --tune.",
+        "--latency-ratio, --tune and --factors.",
         otherwise="what the file records, or the architecture is known for", metavar="A,B,..",
     ),
     # Calibration.
@@ -375,7 +386,12 @@ TABLE: tuple[Option, ...] = (
         "cutmix", NOT_NEGATIVE, TRAINING, LEARNING, "The same with windows of images.", default=0.0,
         metavar="A",
     ),
-    Option("precision", one_of(PRECISIONS), TRAINING, LEARNING, "Of autocast.", default="float32"),
+    Option(
+        "precision", one_of(PRECISIONS), TRAINING, LEARNING,
+        "Of autocast; cores and optimizer stay float32. auto: bfloat16 where steps timed at the start are at "
+        "least a tenth faster so, else float32, which trainings of under half a minute keep.",
+        default="auto",
+    ),
     Option(
         "channels_last", ON_OFF, TRAINING, LEARNING, "Memory format of images and weights.",
         otherwise="on CPUs and in half precision, where it is faster",
@@ -399,7 +415,11 @@ TABLE: tuple[Option, ...] = (
     ),
     # Running.
     Option("device", TEXT, RUNNING, (*OPENING, "bench"), "auto, cpu, cuda or cuda:N.", default="auto", metavar="D"),
-    Option("batch_size", COUNT, RUNNING, OPENING, "Images a batch.", default=128, metavar="N"),
+    Option(
+        "batch_size", COUNT, RUNNING, (*OPENING, "expand"),
+        "Images a batch. For expand --factors: how many a call is going to have.",
+        default=128, otherwise="128; 1 for expand", metavar="N",
+    ),
     Option(
         "workers", FROM_ZERO, RUNNING, OPENING, "Processes that read image folders.", default=0,
         metavar="N",
@@ -418,12 +438,27 @@ TABLE: tuple[Option, ...] = (
         default=False, of_run=False,
     ),
     Option(
+        "runtime", one_of(RUNTIMES), RUNNING, ("bench",),
+        "Where both networks run: torch as it is, through torch.compile, or in onnxruntime, exported as export does it; "
+        "onnx-int8 after onnxruntime's dynamic quantisation.",
+        default="torch", of_run=False,
+    ),
+    Option(
+        "layers", one_of(LAYER_FORMS), RUNNING, ("export", "bench"),
+        "tt: as they are loaded; plain: in stock layers, each in the form that is cheaper (expand --factors).",
+        otherwise="tt for export and --training, else plain", of_run=False,
+    ),
+    Option(
+        "threads", COUNT, RUNNING, ("bench",), "Processor threads of the runtime.",
+        otherwise="as many as torch takes", metavar="N", of_run=False,
+    ),
+    Option(
         "fail_if_slower", SWITCH, RUNNING, ("bench",),
         "Exit with 1 if the compressed network takes over 5 % longer at any batch size.", default=False, of_run=False,
     ),
     # Input and output.
     Option(
-        "arch", TEXT, FILES, (*OPENING, "export", "bench"),
+        "arch", TEXT, FILES, (*OPENING, "expand", "export", "bench"),
         "NAME, torchvision:NAME, zoo:NAME, mlp-784-300-10 (widths), path/to/net.py:factory, "
         "package.module:factory; or none: "
         "matrices by name.",
@@ -437,6 +472,12 @@ TABLE: tuple[Option, ...] = (
     Option(
         "output", PATH, FILES, (*COMPRESSING, "expand"), "Where to write.", metavar="OUT", of_run=False,
         flags=("-o", "--output"),
+    ),
+    Option(
+        "factors", SWITCH, FILES, ("expand",),
+        "Keep the cores where they are the cheaper way, as rows of stock layers; OUT is a .safetensors file that "
+        "load reads.",
+        default=False, of_run=False,
     ),
     Option("onnx", PATH, FILES, ("export",), "Where to write.", metavar="OUT", of_run=False),
     Option(

@@ -61,6 +61,11 @@ class World:
                 own.append(index)
         return sorted(own)
 
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it was given, as clocks have to."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def wait(self) -> None:
         """Wait until all processes are here.
 

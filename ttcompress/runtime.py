@@ -45,6 +45,17 @@ def threads_as_set() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def with_threads(count: int | None) -> Iterator[None]:
+    """So many threads, and then as many as before; None for as many as there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def chosen_device(name: str) -> torch.device:
     """The device of that name; `auto` is the GPU where there is one.
 
@@ -63,8 +74,25 @@ def chosen_device(name: str) -> torch.device:
 
 
 @contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Have torch use operators that give the same bits each time, where that is wanted; the setting is put back."""
+    if not wanted:
+        yield
+        return
+    # cuBLAS is deterministic only with a workspace of fixed size, which it looks for when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random numbers from this seed; the caller's own state is put back."""
-    with torch.random.fork_rng():
+    """Random numbers from this seed; the caller's own state is put back, on all devices."""
+    # Named, since torch warns of more than one that is not.
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield

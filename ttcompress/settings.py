@@ -20,6 +20,7 @@ class Settings:
     recipe: Recipe
     key: str
     format: str
+    rank_multiple: int | str
     exec: str
     tune: bool
     input_size: tuple[int, ...]

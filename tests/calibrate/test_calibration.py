@@ -26,12 +26,14 @@ from ttcompress.calibrate.observe import layer_inputs
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.statistics import LayerStatistics, measure
 from ttcompress.calibrate.sweeps import fit_layer, input_pairs, sweep_layers
+from ttcompress.calibrate.uses import Kind, Use
 from ttcompress.data.calibration_images import DEFAULT_IMAGES, Calibration, draw_calibration
 from ttcompress.errors import DataError
+from ttcompress.layers.spec import layer_spec
 from ttcompress.networks.surgery import apply_plan
 from ttcompress.planning.planner import make_plan
 from ttcompress.recipe import Recipe
-from ttcompress.records.layers import ConvSpec, LinearSpec
+from ttcompress.records.layers import ConvSpec, LayerSpec, LinearSpec
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.tt import whiten
 from ttcompress.tt.contract import dense_weight
@@ -105,6 +107,10 @@ def calibrated(inputs: Tensor, size: int = 16) -> Calibration:
     return draw_calibration(
         "toy", len(inputs), None, 0, lambda indices: inputs[torch.tensor(indices)].split(size)
     )
+
+
+def specs(model: nn.Module, names: Sequence[str]) -> dict[str, LayerSpec]:
+    return {name: layer_spec(model.get_submodule(name)) for name in names}  # type: ignore[arg-type]
 
 
 def columns(module: Any, x: Tensor) -> Full:
@@ -273,7 +279,7 @@ def test_moments_are_those_of_all_that_the_layers_see(name: str, monkeypatch: py
     monkeypatch.setattr(observe, "POSITIONS", 10**9)
     model, calibration = toy(name)
     state = deepcopy(model.state_dict())
-    statistics = measure(model, sorted(ORDER[name]), calibration, 0)
+    statistics = measure(model, specs(model, sorted(ORDER[name])), calibration, 0)
     assert [*statistics] == ORDER[name]
     for fqn, each in statistics.items():
         for moments, batches in (
@@ -300,12 +306,12 @@ def test_little_memory_takes_more_passes_but_gives_the_same(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, calibration = toy(name)
-    at_once = measure(model, ORDER[name], calibration, 3)
+    at_once = measure(model, specs(model, ORDER[name]), calibration, 3)
     monkeypatch.setattr(calibrate, "GROUP_BYTES", 1)
     passes: list[int] = []
     counted = Calibration("toy", 42, 6, lambda number: passes.append(number) or calibration.fitting(number),  # type: ignore[func-returns-value]
                           calibration.held_out)  # fmt: skip
-    one_by_one = measure(model, ORDER[name], counted, 3)
+    one_by_one = measure(model, specs(model, ORDER[name]), counted, 3)
     assert len(passes) == len(ORDER[name])
     assert [*at_once] == [*one_by_one]
     for fqn, each in at_once.items():
@@ -320,7 +326,7 @@ def test_moments_take_no_more_memory_for_more_images(name: str, monkeypatch: pyt
     shapes = []
     for count in (32, 160):
         model, calibration = toy(name, count)
-        statistics = measure(model, ORDER[name], calibration, 0)
+        statistics = measure(model, specs(model, ORDER[name]), calibration, 0)
         held = [m for each in statistics.values() for m in (each.inputs, each.held_out, each.outputs)]
         assert any(moments.is_sketch for moments in held)
         shapes.append([(tuple(moments.own.shape), moments.num_bytes) for moments in held])
@@ -344,7 +350,7 @@ def test_squared_norms_in_the_metric_are_changes_of_the_network(
     inputs = torch.randn(4096, *shape) * 3
     model(inputs[:1])
     model.requires_grad_(False)
-    statistics = measure(model, ["0"], calibrated(inputs, 512), 0)["0"]
+    statistics = measure(model, specs(model, ["0"]), calibrated(inputs, 512), 0)["0"]
     changed = deepcopy(model)
     difference = torch.randn(layer.weight.shape)
     changed[0].weight += difference
@@ -369,7 +375,8 @@ class Gated(nn.Module):
 def test_images_count_alike_whatever_the_size_of_their_batch() -> None:
     batches = [torch.zeros(30, 3), torch.ones(2, 3)]
     calibration = Calibration("toy", 32, 32, lambda number: batches, lambda: batches)
-    (found,) = measure(Gated(), ["layer"], calibration, 0).values()
+    gated = Gated()
+    (found,) = measure(gated, specs(gated, ["layer"]), calibration, 0).values()
     for moments in (found.inputs, found.held_out):
         close(moments.own, np.full((3, 3), 2 / 32), 1e-6)
     assert float(found.outputs.own.trace()) == pytest.approx(999 * 2 / 32, rel=0.2)
@@ -382,10 +389,10 @@ def test_hooks_go_also_when_something_breaks(bad: int) -> None:
     batches[bad][-1] = batches[bad][-1] * float("nan")
     broken = Calibration("toy", 42, 7, lambda number: batches[0], lambda: batches[1])
     with pytest.raises(DataError, match="NaN"):
-        measure(model, ORDER["images"], broken, 0)
+        measure(model, specs(model, ORDER["images"]), broken, 0)
     assert hooks(model) == 0
     with pytest.raises(DataError, match="does not take images"):
-        measure(model, ORDER["images"], calibrated(torch.zeros(16, 4, 7, 6).double()), 0)
+        measure(model, specs(model, ORDER["images"]), calibrated(torch.zeros(16, 4, 7, 6).double()), 0)
     assert hooks(model) == 0
 
 
@@ -508,7 +515,7 @@ def test_sweeps_change_cores_and_biases_only_and_bring_the_network_nearer(
     """Where a layer has a bias and runs once, the mean of its output is that of the dense layer."""
     monkeypatch.setattr(observe, "POSITIONS", 10**9)
     dense, model, plan, calibration = compressed(name)
-    statistics = measure(dense, ORDER[name], calibration, 0)
+    statistics = measure(dense, specs(dense, ORDER[name]), calibration, 0)
     states, before = (
         [deepcopy(each.state_dict()) for each in (dense, model)],
         network_error(dense, model, calibration),
@@ -538,7 +545,7 @@ def test_a_mean_that_the_bias_takes_up_costs_no_rank() -> None:
         for first in (one[0], other[0]):  # type: ignore[index]
             first.bias -= first.weight.detach() @ moved  # type: ignore[union-attr, operator]
         shifted = calibrated(moved + torch.cat([*calibration.fitting(0)]))
-        reference = Reference(one, measure(one, ["0", "2"], shifted, 0), shifted)
+        reference = Reference(one, measure(one, specs(one, ["0", "2"]), shifted, 0), shifted)
         sweep_layers(reference, other, plan, 1)
         missed.append(output_errors(one, other, plan, shifted)["0"])
     assert missed[1] == pytest.approx(missed[0], rel=0.01)
@@ -548,11 +555,12 @@ def test_a_mean_that_the_bias_takes_up_costs_no_rank() -> None:
 def test_pairs_are_the_inputs_of_both_networks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observe, "POSITIONS", 10**9)
     monkeypatch.setattr(sweeps, "SWEEP_IMAGES", 17)
-    dense, model, _, calibration = compressed(name)
+    dense, model, plan, calibration = compressed(name)
     fqn, last, ran = ORDER[name][1], "4" if name == "vectors" else "head", []
     for each in (dense, model):
         each.get_submodule(last).register_forward_hook(lambda *_: ran.append(1))
-    pairs = input_pairs(dense, model, fqn, calibration)
+    (layer,) = [layer for layer in plan.layers if layer.fqn == fqn]
+    pairs = input_pairs(dense, model, layer, Use(fqn, Kind.PRODUCT), calibration)
     assert not ran
     batches = [*calibration.fitting(0)][:2]
     (ours, _), (theirs, _) = (seen(each, fqn, batches) for each in (model, dense))

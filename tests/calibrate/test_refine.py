@@ -324,7 +324,12 @@ def perturbed(name: str) -> tuple[nn.Module, nn.Module, Statistics, Calibration]
         for layer in plan.layers:
             for core in model.get_submodule(layer.fqn).cores:
                 core *= 1 + 0.1 * torch.randn(core.shape, generator=seeded(1))
-    return dense, model, measure(dense, [layer.fqn for layer in plan.layers], calibration, 0), calibration
+    return (
+        dense,
+        model,
+        measure(dense, {layer.fqn: layer.spec for layer in plan.layers}, calibration, 0),
+        calibration,
+    )
 
 
 @pytest.mark.parametrize("name", LAYERS)

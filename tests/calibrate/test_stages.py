@@ -105,7 +105,7 @@ def make_toy(name: str) -> Toy:
     calibration = draw_calibration(
         "toy", 128, None, 0, lambda indices: inputs[torch.tensor(indices)].split(32)
     )
-    statistics = measure(dense, [layer.fqn for layer in plan.layers], calibration, 0)
+    statistics = measure(dense, {layer.fqn: layer.spec for layer in plan.layers}, calibration, 0)
     return Toy(Reference(dense, statistics, calibration), deepcopy(dense.state_dict()), plan)
 
 

@@ -22,6 +22,7 @@ from ttcompress.commands.compress import compress_file
 from ttcompress.errors import ArchitectureError, DataError, ExportError, TTCompressError
 from ttcompress.files.header import read_metadata
 from ttcompress.files.writing import write_dense
+from ttcompress.networks import onnx_files
 from ttcompress.networks.zoo import Mlp
 from ttcompress.recipe import Recipe
 
@@ -318,4 +319,4 @@ def test_operators_outside_the_standard_are_named() -> None:
     opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("my.own", 1)]
     model = onnx_ir.serde.deserialize_model(onnx.helper.make_model(graph, opset_imports=opsets))
     with pytest.raises(ExportError, match=r"not of the ONNX standard: my\.own::Gelu$"):
-        export._operators(model)
+        onnx_files.operators(model)

@@ -92,6 +92,20 @@ def test_a_compressed_file_comes_out_better_and_whole(folder: Path, tmp_path: Pa
     assert accuracy.top1 == after["accuracy"]["compressed"]
 
 
+@pytest.mark.parametrize(
+    ("options", "chosen"), [({}, "float32"), ({"precision": "bfloat16"}, "bfloat16")], ids=str
+)
+def test_the_file_says_in_which_precision_it_was_trained(
+    folder: Path, tmp_path: Path, options: dict[str, Any], chosen: str
+) -> None:
+    """A training of seconds stays in float32 unasked; cores and the rest are float32 in any case."""
+    output, report = tuned(folder / "digits-tt.safetensors", tmp_path, **options)
+    assert read_metadata(output)["finetuning"]["precision"] == chosen
+    assert {tensor.dtype for tensor in load_file(output).values()} == {torch.float32}
+    assert (", in bfloat16\n" in str(report)) == (chosen == "bfloat16")
+    assert torch.load(state_file(output), weights_only=True)["precision"] == chosen
+
+
 def test_the_errors_of_the_weights_are_those_of_the_new_ones(folder: Path, tmp_path: Path) -> None:
     output, _ = tuned(folder / "digits-tt.safetensors", tmp_path)
     model, dense = ttcompress.load(output), torch.load(folder / "digits.pt")

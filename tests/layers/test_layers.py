@@ -570,6 +570,24 @@ def test_autocast_gives_the_type_and_the_values_of_the_dense_layer(case: Any) ->
 
 
 @every_layer
+def test_under_autocast_cores_are_multiplied_in_float32(case: Any) -> None:
+    """The weight is then rounded once, as a dense one is, whatever comes in; float64 stays float64."""
+    layer, _, x = small(case)
+    layer.execution = "dense"
+    weight = layer.weight.detach()
+    dense = nn.functional.linear if weight.dim() == 2 else layer._window
+    for images in (x, x.bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(images)
+            wanted = dense(images, weight.bfloat16(), layer.bias.bfloat16())
+        assert torch.equal(y, wanted)
+        y.float().square().sum().backward()
+    assert {core.grad.dtype for core in layer.cores} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x.double()).dtype == torch.float64
+
+
+@every_layer
 def test_compile_without_graph_breaks(case: Any) -> None:
     layer, _, x = small(case)
     torch.compiler.reset()
@@ -578,6 +596,15 @@ def test_compile_without_graph_breaks(case: Any) -> None:
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
         assert close(compiled(x), layer(x))
         assert close(compiled(x[:1]), layer(x[:1]))
+
+
+@every_layer
+def test_compile_under_autocast(case: Any) -> None:
+    layer, _, x = small(case)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert close(compiled(x), layer(x), 0.05)
 
 
 @every_layer

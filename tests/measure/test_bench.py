@@ -19,6 +19,7 @@ from ttcompress.files.writing import write_dense
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
 from ttcompress.measure import bench, timing
+from ttcompress.measure.runtimes import made_ready
 from ttcompress.networks.surgery import expand_layers
 from ttcompress.networks.zoo import Mlp
 from ttcompress.recipe import Recipe
@@ -187,3 +188,107 @@ def test_batches_that_no_machine_has_are_one_line(
     assert code == 2
     assert "more than this machine has memory for" in err
     assert err.count("\n") == 1
+
+
+def test_inference_is_of_stock_layers_unless_told_otherwise(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[str] = []
+    for arguments in ((), ("--layers", "tt"), ("--training",), ("--training", "--layers", "plain")):
+        code, out, _ = run(
+            capsys, "bench", file, "--batch-sizes", "2", "--device", "cpu", "--json", *arguments
+        )
+        assert code == 0
+        seen.append(json.loads(out)["layers"])
+    assert seen == ["plain", "tt", "tt", "plain"]
+    # What TT layers keep beside their cores is left out.
+    peaks = []
+    for layers in ("tt", "plain"):
+        result = bench.bench_file(file, batch_sizes=[2], layers=layers)
+        peaks.append(result["batches"][0]["compressed"]["peak_memory"])
+    assert peaks[1] < peaks[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["compile", "onnx", "onnx-int8"])
+def test_other_runtimes(runtime: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(
+        capsys,
+        "bench",
+        file,
+        "--batch-sizes",
+        "1,3",
+        "--runtime",
+        runtime,
+        "--json",
+        "--threads",
+        "1",
+        "--save",
+    )
+    result = json.loads(out)
+    # The compiler logs what it likes.
+    assert (code, err if runtime != "compile" else "") == (0, "")
+    assert result["runtime"] == runtime
+    for entry in result["batches"]:
+        assert entry["time_ratio"] > 0
+        assert entry["layers"] == []
+        sizes = [entry[side]["file_bytes"] for side in ("dense", "compressed")]
+        assert sizes == [None, None] if runtime == "compile" else sizes[1] < sizes[0] / 2
+        assert entry["compressed"]["multiply_adds"] < entry["dense"]["multiply_adds"]
+    code, out, _ = run(capsys, "bench", file, "--batch-sizes", "1", "--runtime", runtime)
+    assert {"compile": "torch.compile", "onnx": "onnxruntime", "onnx-int8": "int8"}[runtime] in out
+    code, out, _ = run(capsys, "report", file)
+    assert code == 0
+    assert {"compile": "torch.compile", "onnx": "onnxruntime", "onnx-int8": "int8"}[runtime] in out
+
+
+def test_onnxruntime_computes_the_same_as_torch(file: Path) -> None:
+    model = ttcompress.load(file)
+    x = torch.randn(3, 1, 28, 28)
+    for runtime, most in (("onnx", 1e-4), ("onnx-int8", 0.1)):
+        ready = made_ready(runtime, model, x, training=False)
+        found, wanted = ready.run(), model(x)
+        assert isinstance(found, Tensor)
+        assert float((found - wanted).abs().max() / wanted.abs().max()) < most
+
+
+def test_what_runtimes_refuse(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (("--runtime", "onnx", "--training"), "leave --training out"),
+        (("--runtime", "tvm"), "tvm"),
+        (("--threads", "0"), "--threads"),
+    ):
+        code, out, err = run(capsys, "bench", file, *arguments)
+        assert (code, out, message in err) == (2, "", True), err
+
+
+def test_threads_are_as_asked_and_then_as_before(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        bench, "bench_file", lambda *given, **named: seen.append(torch.get_num_threads()) or {}
+    )
+    monkeypatch.setattr("ttcompress.cli.print_json", lambda result: None)
+    before = torch.get_num_threads()
+    cli.commands.main(["bench", str(file), "--threads", "3", "--json"], standalone_mode=False)
+    assert (seen, torch.get_num_threads()) == ([3], before)
+
+
+def test_layers_get_numbers_in_the_shape_and_order_of_memory_of_what_they_receive() -> None:
+    model = network()
+    x = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    received = timing.received_by(model, ["0", "2", "4"], x)
+    wanted = model[1](model[0](x))
+    made = received["2"].made_up()  # type: ignore[union-attr]
+    assert (made.shape, made.stride()) == (wanted.shape, wanted.stride())
+    # Tokens stay what they are: they are indices.
+    table = nn.Sequential(nn.Embedding(5, 4))
+    tokens = torch.tensor([[4, 1]])
+    assert torch.equal(timing.received_by(table, ["0"], tokens)["0"], tokens)  # type: ignore[arg-type]
+
+
+def test_the_faster_one_is_not_the_one_that_runs_first() -> None:
+    order: list[str] = []
+    timing.by_turns(lambda: order.append("dense"), lambda: order.append("compressed"), torch.device("cpu"))
+    # Two to warm up, two to know how long they take.
+    rounds = [order[start] for start in range(4, len(order), 2)]
+    assert {rounds.count("dense"), rounds.count("compressed")} <= {len(rounds) // 2, -(-len(rounds) // 2)}

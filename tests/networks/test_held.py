@@ -101,6 +101,7 @@ SHARED = {
     "array of its weight",
 }
 """What deepcopy leaves with the original, or takes apart."""
+WEIGHT_IS_HELD = {name for name in KEPT if "its weight" in name or name == "parameters"}
 
 
 class Net(nn.Module):
@@ -115,15 +116,23 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("how", KEPT)
-def test_a_layer_that_is_held_elsewhere_stays_dense(how: str) -> None:
+def test_a_layer_that_is_held_elsewhere_stays_the_object_that_it_is(how: str) -> None:
+    """What holds the layer sees its new weight; where the weight itself is held it stays dense."""
     net = Net(KEPT[how])
+    layer = net.a
     found = held_layers(net)
     assert found.keys() == {"a"}
     assert "kept" in found["a"] or "Net." in found["a"]
-    module, report = ttcompress.compress(net, ratio=1.2, include=["*"], inplace=True)
+
+    module, report = ttcompress.compress(net, ranks=2, include=["*"], inplace=True)
     assert module is net
+    assert net.a is layer
+    kinds = {each.fqn: each.spec.kind for each in report.plan.layers}
+    assert kinds["b"] == "linear"
+    if how not in WEIGHT_IS_HELD:
+        assert kinds["a"] == "weight"
+        return
     assert type(net.a) is nn.Linear
-    assert "b" in {layer.fqn for layer in report.plan.layers}
     reasons = {kept.name: kept.reason for kept in report.plan.kept}
     assert "outside the module tree" in reasons["a.weight"]
 
@@ -210,8 +219,8 @@ def test_a_file_whose_plan_names_a_held_layer_is_refused(tmp_path: Path) -> None
 
 
 def test_a_layer_named_outright_that_is_held_is_refused() -> None:
-    with pytest.raises(PlanError, match=r"a cannot be compressed \(also held by Net\.kept"):
-        ttcompress.compress(Net(KEPT["list"]), ratio=1.1, include=["a"])
+    with pytest.raises(PlanError, match=r"a cannot be compressed \(also held by something outside"):
+        ttcompress.compress(Net(KEPT["parameters"]), ratio=1.1, include=["a"])
     planned = ttcompress.plan(Net(lambda layer: None), ratio=1.1, include=["a"])
     with pytest.raises(PlanError, match=r"a cannot be (replaced|compressed)[: (]+also held"):
         ttcompress.compress(Net(KEPT["closure"]), plan=planned)

@@ -137,7 +137,11 @@ def test_the_steps_are_those_of_a_loop_written_by_hand(name: str, folder: Path) 
             **{key: pytest.approx(each, rel=1e-5) for key, each in expected.items()},
         }
     assert state.history[-1]["val"] == accuracy(model.eval())
-    assert [{key: each for key, each in line.items() if key != "seconds"} for line in logged] == state.history
+    unlogged = {"seconds", "precision"}
+    assert [
+        {key: each for key, each in line.items() if key not in unlogged} for line in logged
+    ] == state.history
+    assert {line["precision"] for line in logged} == {"float32"}
     assert logged[0]["seconds"] is None
     assert all(line["seconds"] > 0 for line in logged[1:])
 

@@ -339,7 +339,7 @@ def spoil(*keys: Any) -> Callable[[Any], object]:
 DAMAGE: dict[str, Callable[[Any], object]] = {
     **{
         f"no {name}": lambda content, name=name: content.pop(name)
-        for name in ("model", "optimizer", "progress", "best")
+        for name in ("model", "optimizer", "precision", "progress", "best")
     },
     **{
         f"{name} a list": put(name, value=[1])

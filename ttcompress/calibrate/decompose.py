@@ -24,16 +24,17 @@ def decompose(weight: Tensor, layer: LayerPlan, statistics: LayerStatistics) -> 
     """
     plain = weight_only(weight, layer)
     missed = weight - _dense(plain, weight)
-    limit = output_cost(missed, statistics.inputs)
+    limit = output_cost(missed, statistics.input_metric)
 
-    outputs = statistics.output_metric
-    best, least = plain, output_cost(missed, statistics.held_out, outputs)
-    for diagonal in (False, True):
+    outputs, held_out = statistics.output_metric, statistics.held_out_metric
+    best, least = plain, output_cost(missed, held_out, outputs)
+    # Of a table there is but a diagonal.
+    for diagonal in (False, True)[: 1 if statistics.inputs.is_diagonal else 2]:
         metrics = statistics.metrics(layer.tensorization, diagonal)
         cores = whitened_svd(weight, layer.tensorization, layer.tt_ranks, metrics)
         missed = weight - _dense(cores, weight)
-        cost = output_cost(missed, statistics.held_out, outputs)
-        if cost < least and output_cost(missed, statistics.inputs) <= limit:
+        cost = output_cost(missed, held_out, outputs)
+        if cost < least and output_cost(missed, statistics.input_metric) <= limit:
             best, least = cores, cost
     return best
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ttcompress.calibrate.observe import hooked
+from ttcompress.calibrate.observe import Call, hooked
+from ttcompress.calibrate.uses import around_weight, modules_run
 from ttcompress.data.calibration_images import Calibration
-from ttcompress.networks.running import call, centred, device_of, forward, placed
+from ttcompress.networks.running import call, centred, device_of, forward, placed, tensors_of
 from ttcompress.records.plan import CompressionPlan
 
 
@@ -33,26 +35,42 @@ def network_error(dense: nn.Module, compressed: nn.Module, calibration: Calibrat
 def output_errors(
     dense: nn.Module, compressed: nn.Module, plan: CompressionPlan, calibration: Calibration
 ) -> dict[str, float]:
-    """Relative error of each layer's output on the held-out images, what earlier layers lost included."""
-    names = [layer.fqn for layer in plan.layers]
+    """Relative error of each layer's output on the held-out images, what earlier layers lost included.
+
+    That of a weight which its own module does not run is the error of the module that does.
+    """
+    around = {layer.fqn: around_weight(layer.fqn, layer.spec) for layer in plan.layers}
+    watched = {name for outer in around.values() for name in outer}
+    ran = modules_run(dense, watched, next(iter(calibration.held_out())))
+    # A module that never runs has its weight read by one around it.
+    runs = {fqn: next(name for name in outer if name in ran) for fqn, outer in around.items()}
+    names = set(runs.values())
+
     missed, power = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     # A layer may run several times for a batch; its calls are in the same order in both networks.
     theirs: dict[str, list[Tensor]] = {name: [] for name in names}
 
-    def remember(name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
-        theirs[name].append(output.detach())
-        power[name] += float(output.double().square().sum())
+    def remember(name: str, module: nn.Module, call: Call, output: Any) -> None:
+        for tensor in _outputs(output):
+            theirs[name].append(tensor.detach())
+            power[name] += float(tensor.double().square().sum())
 
-    def compare(name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
-        difference = output - theirs[name].pop(0)
-        missed[name] += float(difference.double().square().sum())
+    def compare(name: str, module: nn.Module, call: Call, output: Any) -> None:
+        for tensor in _outputs(output):
+            difference = tensor - theirs[name].pop(0)
+            missed[name] += float(difference.double().square().sum())
 
     with hooked(dense, names, remember, after=True), hooked(compressed, names, compare, after=True):
         for batch in calibration.held_out():
             inputs = placed(batch, device_of(dense))
             call(dense, inputs)
             call(compressed, inputs)
-    return {name: _relative(missed[name], power[name]) for name in names}
+    return {fqn: _relative(missed[name], power[name]) for fqn, name in runs.items()}
+
+
+def _outputs(output: Any) -> list[Tensor]:
+    """What a module puts out in numbers: recurrent ones and attention return several tensors, or none for some."""
+    return [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
 
 
 def _relative(squared_miss: float, squared_norm: float) -> float:

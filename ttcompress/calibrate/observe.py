@@ -1,13 +1,15 @@
-"""What the layers of a network see while it runs, and their inputs and outputs as columns."""
+"""What the modules of a network see while it runs, and their inputs and outputs as columns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from math import ceil, prod, sqrt
+from math import ceil, prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -15,17 +17,35 @@ POSITIONS = 64
 """Output positions of an image that enter the moments of a convolution; larger maps are sampled on a grid."""
 
 
+@dataclass(frozen=True)
+class Call:
+    """What a module was called with, in order and by name."""
+
+    given: tuple[Any, ...]
+    named: dict[str, Any]
+
+    @property
+    def first(self) -> Tensor:
+        """The first input: that of a layer, whatever it is called with besides."""
+        first: Tensor = self.given[0] if self.given else next(iter(self.named.values()))
+        return first
+
+    def argument(self, index: int, names: Sequence[str]) -> Tensor:
+        """The input of this index, which may have been given by name."""
+        argument: Tensor = self.given[index] if index < len(self.given) else self.named[names[index]]
+        return argument
+
+
 @contextmanager
 def hooked(
     model: nn.Module, names: Iterable[str], observe: Callable[..., Any], after: bool = False
 ) -> Iterator[None]:
-    """observe(name, module, input[, output]) whenever one of these modules runs."""
+    """observe(name, module, call[, output]) whenever one of these modules runs."""
 
     def call(
-        name: str, module: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], *output: Tensor
+        name: str, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], *output: Any
     ) -> Any:
-        x = given[0] if given else named["input"]
-        return observe(name, module, x, *output)
+        return observe(name, module, Call(given, named), *output)
 
     handles = []
     for name in names:
@@ -34,54 +54,82 @@ def hooked(
         # A module may be called with its input by name.
         handles.append(register(partial(call, name), with_kwargs=True))
     try:
-        yield
+        with _module_by_module():
+            yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def layer_inputs(module: nn.Module, x: Tensor, offset: int = 0) -> tuple[Tensor, int]:
+@contextmanager
+def _module_by_module() -> Iterator[None]:
+    """Torch's fast paths of transformers run a whole layer in one call, past the modules in it."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+# ------------------------------------------------------------------------------------------------------------- columns
+
+
+def layer_inputs(module: Any, x: Tensor, offset: int = 0) -> tuple[Tensor, int]:
     """What the weight multiplies, as columns (size, rows), and how many positions an image has.
 
-    For a convolution these are im2col patches (in, kh, kw) on a grid of at most POSITIONS positions an image,
+    For a convolution these are im2col patches (in, window) on a grid of at most POSITIONS positions an image,
     moved along by `offset`.
     """
-    if not isinstance(module, nn.Conv2d):
+    if not isinstance(module, nn.modules.conv._ConvNd):
         size = x.shape[-1]
         return x.reshape(-1, size).T, max(1, x[0].numel() // size)
 
-    batch = x if x.dim() == 4 else x[None]
+    axes = len(module.kernel_size)
+    batch = x if x.dim() == axes + 2 else x[None]
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     padded = functional.pad(batch, module._reversed_padding_repeated_twice, mode=mode)
-    height, width = _output_size(module, padded)
+    sizes = _output_sizes(module, padded)
+    positions = prod(sizes)
 
-    # Neighbouring patches are much alike: some rows and columns are enough, other ones for another batch.
-    spacing = max(1, ceil(sqrt(height * width / POSITIONS)))
-    rows, columns = min(height, spacing), min(width, spacing)
-    down, right = module.stride
-    shifted = padded[:, :, down * (offset % rows) :, right * (offset % columns) :]
+    # Neighbouring patches are much alike: some of them along each axis are enough, other ones for another batch.
+    spacing = max(1, ceil((positions / POSITIONS) ** (1 / axes)))
+    strides = []
+    for axis, (size, stride) in enumerate(zip(sizes, module.stride, strict=True)):
+        every = min(size, spacing)
+        start = stride * (offset % every)
+        padded = padded.narrow(2 + axis, start, padded.shape[2 + axis] - start)
+        strides.append(stride * every)
+    return _patches(padded, module.kernel_size, module.dilation, strides), positions
 
-    stride = down * rows, right * columns
-    patches = functional.unfold(shifted, module.kernel_size, module.dilation, stride=stride)
-    return patches.transpose(0, 1).flatten(1), height * width
+
+def _patches(
+    padded: Tensor, kernel_size: Sequence[int], dilation: Sequence[int], strides: Sequence[int]
+) -> Tensor:
+    """Windows of a batch (images, in, ...) as columns (in window, images positions)."""
+    axes = len(kernel_size)
+    if axes == 2:
+        columns = functional.unfold(padded, kernel_size, dilation, stride=strides)  # type: ignore[arg-type]
+        return columns.transpose(0, 1).flatten(1)
+
+    windows = padded
+    for axis, (size, step, stride) in enumerate(zip(kernel_size, dilation, strides, strict=True)):
+        span = step * (size - 1) + 1
+        windows = windows.unfold(2 + axis, span, stride)[..., ::step]
+    along, within = range(2, 2 + axes), range(2 + axes, 2 + 2 * axes)
+    return windows.permute(1, *within, 0, *along).flatten(0, axes).flatten(1)
 
 
-def _output_size(module: nn.Conv2d, padded: Tensor) -> tuple[int, int]:
+def _output_sizes(module: Any, padded: Tensor) -> list[int]:
     sizes = []
     for axis, size in enumerate(padded.shape[2:]):
         span = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
         sizes.append((size - span) // module.stride[axis] + 1)
-    return sizes[0], sizes[1]
+    return sizes
 
 
-def layer_outputs(module: nn.Module, outputs: Tensor) -> Tensor:
+def layer_outputs(module: Any, outputs: Tensor) -> Tensor:
     """A layer's outputs, or gradients there, as columns (out, rows)."""
-    if isinstance(module, nn.Conv2d):
-        return outputs.movedim(-3, 0).flatten(1)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return outputs.movedim(-1 - len(module.kernel_size), 0).flatten(1)
     return outputs.reshape(-1, outputs.shape[-1]).T
-
-
-def weight_size(module: nn.Module) -> tuple[int, int]:
-    """Rows and columns of a layer's weight as the matrix that multiplies those columns."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.shape[0], prod(weight.shape[1:])

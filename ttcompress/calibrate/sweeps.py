@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from ttcompress.calibrate.decompose import weight_only
-from ttcompress.calibrate.observe import hooked, layer_inputs, weight_size
+from ttcompress.calibrate.observe import Call, hooked
 from ttcompress.calibrate.reference import Reference
+from ttcompress.calibrate.statistics import LayerStatistics
+from ttcompress.calibrate.uses import Kind, Use
 from ttcompress.data.calibration_images import Calibration
 from ttcompress.networks.running import NetworkInput, batch_size, call, device_of, placed
+from ttcompress.networks.weights import cores_of, weight_of
 from ttcompress.records.common import Progress
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.tt.decompose import spread_norm
@@ -37,34 +40,51 @@ def sweep_layers(
     lost.
     """
     layers = {layer.fqn: layer for layer in plan.layers}
-    order = [name for name in reference.statistics if name in layers]
-    for done, name in enumerate(order):
+    order = [layers[fqn] for fqn, each in reference.statistics.items() if fqn in layers and _is_fitted(each)]
+    for done, layer in enumerate(order):
         if progress:
-            progress(f"fitting {name}", done, len(order))
-
-        module: Any = reference.dense.get_submodule(name)
-        swapped: Any = compressed.get_submodule(name)
-        pairs = input_pairs(reference.dense, compressed, name, reference.calibration)
-        # Where there is a bias it takes up the mean error, so that the cores need not.
-        has_bias = module.bias is not None
-        fitting = pairs.centred() if has_bias else pairs
-
-        start = [core.detach().double() for core in swapped.cores]
-        metric = reference.statistics[name].output_metric
-        cores = fit_layer(module.weight.detach(), layers[name], start, fitting, metric, sweeps)
-        for core, fitted in zip(swapped.cores, spread_norm(cores), strict=True):
-            core.data = fitted.to(core)
-        if has_bias:
-            swapped.bias.data = _bias_for_mean(module, swapped, pairs)
+            progress(f"fitting {layer.fqn}", done, len(order))
+        _sweep(reference, compressed, layer, sweeps)
 
 
-def _bias_for_mean(module: Any, swapped: Any, pairs: Moments) -> Tensor:
+def _is_fitted(statistics: LayerStatistics) -> bool:
+    """Whether a weight multiplies what is seen of one module.
+
+    What is looked up does not depend on what came before, so that nothing is left to fit.
+    """
+    use = statistics.use
+    return use is not None and use.kind is not Kind.LOOKUP and not use.swapped
+
+
+def _sweep(reference: Reference, compressed: nn.Module, layer: LayerPlan, sweeps: int) -> None:
+    statistics = reference.statistics[layer.fqn]
+    assert statistics.use is not None
+    pairs = input_pairs(reference.dense, compressed, layer, statistics.use, reference.calibration)
+
+    # Where there is a bias it takes up the mean error, so that the cores need not.
+    theirs, ours = (_bias(each, layer, statistics.use) for each in (reference.dense, compressed))
+    fitting = pairs if theirs is None else pairs.centred()
+
+    own = cores_of(compressed, layer)
+    start = [core.detach().double() for core in own]
+    weight = weight_of(reference.dense, layer)
+    cores = fit_layer(weight, layer, start, fitting, statistics.output_metric, sweeps)
+    for core, fitted in zip(own, spread_norm(cores), strict=True):
+        core.data = fitted.to(core)
+    if theirs is not None and ours is not None:
+        ours.data = _bias_for_mean(theirs, weight, weight_of(compressed, layer), pairs)
+
+
+def _bias(model: nn.Module, layer: LayerPlan, use: Use) -> nn.Parameter | None:
+    return getattr(model.get_submodule(layer.module_fqn), use.bias) if use.bias else None
+
+
+def _bias_for_mean(bias: Tensor, weight: Tensor, fitted: Tensor, pairs: Moments) -> Tensor:
     """The bias with which the mean output is that of the dense layer: b + W mean[x] - W~ mean[x~]."""
     mean_ours, mean_dense = pairs.means
-    wanted = module.weight.detach().flatten(1).to(mean_dense) @ mean_dense
-    given = swapped.weight.detach().flatten(1).to(mean_ours) @ mean_ours
-    bias: Tensor = module.bias.detach() + (wanted - given)
-    return bias.to(module.bias)
+    wanted = weight.flatten(1).to(mean_dense) @ mean_dense
+    given = fitted.flatten(1).to(mean_ours) @ mean_ours
+    return (bias.detach() + (wanted - given)).to(bias)
 
 
 def fit_layer(
@@ -94,36 +114,37 @@ class _Reached(BaseException):
     """
 
 
-def input_pairs(dense: nn.Module, compressed: nn.Module, name: str, calibration: Calibration) -> Moments:
-    """Paired moments of a layer's inputs in the compressed network (own) and in the dense one (crossed)."""
-    module = dense.get_submodule(name)
-    _, size = weight_size(module)
-    pairs = Moments(size, paired=True)
+def input_pairs(
+    dense: nn.Module, compressed: nn.Module, layer: LayerPlan, use: Use, calibration: Calibration
+) -> Moments:
+    """Paired moments of a weight's inputs in the compressed network (own) and in the dense one (crossed)."""
+    pairs = Moments(prod(layer.spec.view_shape[1:]), paired=True)
 
-    device, seen = device_of(dense), 0
+    seen = 0
     for offset, batch in enumerate(calibration.fitting(0)):
         if seen >= SWEEP_IMAGES:
             break
         size = batch_size(batch)
         seen += size
-        inputs = placed(batch, device)
-        ours, theirs = _inputs_of(compressed, name, inputs), _inputs_of(dense, name, inputs)
-        # A layer that runs several times for a batch is fitted at its first call.
-        for x, t in zip(ours, theirs, strict=True):
-            columns, partners = layer_inputs(module, x, offset)[0], layer_inputs(module, t, offset)[0]
-            pairs.add(columns, partners, size)
+        inputs = placed(batch, device_of(dense))
+        geometry = dense.get_submodule(use.fqn)
+        columns, partners = (_columns(each, geometry, use, inputs, offset) for each in (compressed, dense))
+        pairs.add(columns, partners, size)
     return pairs
 
 
 @torch.no_grad()
-def _inputs_of(model: nn.Module, name: str, inputs: NetworkInput) -> list[Tensor]:
-    """The inputs of the first call of a layer; the rest of the network does not run."""
+def _columns(model: nn.Module, geometry: nn.Module, use: Use, inputs: NetworkInput, offset: int) -> Tensor:
+    """What the weight multiplies at the first call of its module; the rest of the network does not run.
+
+    A layer that runs several times for a batch is fitted at its first call.
+    """
     caught: list[Tensor] = []
 
-    def catch(_: str, module: nn.Module, x: Tensor) -> None:
-        caught.append(x.detach())
+    def catch(_: str, module: nn.Module, at: Call) -> None:
+        caught.append(use.inputs(module, at, offset, geometry)[0])
         raise _Reached
 
-    with hooked(model, [name], catch), suppress(_Reached):
+    with hooked(model, [use.fqn], catch), suppress(_Reached):
         call(model, inputs)
-    return caught
+    return caught[0]

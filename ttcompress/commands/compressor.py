@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import sqrt
@@ -30,7 +30,7 @@ from ttcompress.planning.planner import Planner, Results
 from ttcompress.planning.selection import ADDING
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Json, Progress
-from ttcompress.records.layers import Execution
+from ttcompress.records.layers import Execution, LayerSpec
 from ttcompress.records.plan import CompressionPlan
 from ttcompress.runtime import threads_as_set
 from ttcompress.settings import Settings
@@ -130,7 +130,7 @@ class Compressor:
         if images is None:
             model = self.model if inplace else copied(self.model)
             return Compressed(model, self._decomposed(model, plan))
-        statistics = self._statistics(tuple(layer.fqn for layer in plan.layers))
+        statistics = self._statistics({layer.fqn: layer.spec for layer in plan.layers})
         reference = Reference(self._dense, statistics, images)
         compressed, plan, stages = compress_calibrated(
             reference, plan, self.settings.effort, self.settings.seed, self.progress
@@ -222,7 +222,7 @@ class Compressor:
     def _planner(self) -> Planner:
         planner = Planner(self.model, self.settings.recipe, self.device, self.progress, self._running_order)
         if self.calibration is not None:
-            planner.metrics = partial(self._metrics, tuple(planner.names))
+            planner.metrics = partial(self._metrics, planner.specs)
         if self.results is not None:
             planner.results = self.results
         return planner
@@ -239,12 +239,14 @@ class Compressor:
         except TTCompressError:
             return ()
 
-    def _metrics(self, names: tuple[str, ...], fqn: str, tensorization: Tensorization) -> list[ModeMetric]:
-        return self._statistics(names)[fqn].metrics(tensorization)
+    def _metrics(
+        self, specs: Mapping[str, LayerSpec], fqn: str, tensorization: Tensorization
+    ) -> list[ModeMetric]:
+        return self._statistics(specs)[fqn].metrics(tensorization)
 
-    def _statistics(self, names: tuple[str, ...]) -> dict[str, LayerStatistics]:
-        """Of these layers; those measured before are remembered."""
-        missing = [name for name in names if name not in self._measured]
+    def _statistics(self, specs: Mapping[str, LayerSpec]) -> dict[str, LayerStatistics]:
+        """Of these weights; those measured before are remembered."""
+        missing = {name: spec for name, spec in specs.items() if name not in self._measured}
         if missing and self._images is not None:
             found = measure(self._dense, missing, self._images, self.settings.seed, self.progress)
             self._measured.update(found)

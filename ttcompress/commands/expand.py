@@ -1,24 +1,32 @@
-"""Back from a compressed file to an ordinary dense checkpoint."""
+"""From a compressed file to an ordinary checkpoint: the dense one, or one of stock layers that are factors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ttcompress.files.compressed import dense_infos
-from ttcompress.files.header import blaming
+from ttcompress.errors import CheckpointError
+from ttcompress.files.compressed import dense_infos, stored_report
+from ttcompress.files.header import PLAIN_KEY, blaming
 from ttcompress.files.output import alone, check_output
 from ttcompress.files.shards import Index, read_index
 from ttcompress.files.tensors import LazyTensors, tensor_infos
-from ttcompress.files.writing import write_dense, write_shards
+from ttcompress.files.writing import write_dense, write_safetensors, write_shards
+from ttcompress.layers.plain import ContractedLinear, described
 from ttcompress.layers.spec import viewed
-from ttcompress.networks.stored import core_values, read_stored
+from ttcompress.measure.plain_forms import fastest
+from ttcompress.networks.opening import factory_for, in_stock_layers, open_compressed
+from ttcompress.networks.plain import tt_layers
+from ttcompress.networks.stored import core_values, read_stored, stored_tensors
+from ttcompress.records.plain import PlainRecord
 from ttcompress.records.plan import LayerPlan
 from ttcompress.records.report import Report
 from ttcompress.tt.contract import dense_weight
+from ttcompress.version import __version__
 
 
 @alone
@@ -40,6 +48,56 @@ def expand_file(source: Path, output: Path, force: bool = False) -> Report:
     else:
         write_shards(output, _expanded_index(report, index), dense)
     return report
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """What became of the TT layers of a network: how many are rows of factors, how many dense."""
+
+    factored: int
+    dense: int
+    contracted: tuple[str, ...]
+    """Layers that are a `ContractedLinear`, which torch itself does not have."""
+    num_bytes: int
+
+
+@alone
+def expand_to_factors(
+    source: Path,
+    output: Path,
+    *,
+    arch: str | None = None,
+    input_size: Sequence[int] | None = None,
+    batch_size: int = 1,
+    tune: bool = False,
+    force: bool = False,
+) -> Expanded:
+    """Write the network of a compressed file with stock layers in the place of its TT layers, as `to_plain` has it.
+
+    Raises:
+        CheckpointError: not a compressed file, or an output that cannot be written or is no `.safetensors`.
+        ArchitectureError: what builds the network, or the size of its input, is not known.
+    """
+    if output.suffix != ".safetensors":
+        raise CheckpointError(f"{output}: end the name in .safetensors, which says how the layers are made")
+    check_output(output, force, source=source)
+
+    model, report = open_compressed(source, factory_for(stored_report(source).architecture, arch))
+    before = tt_layers(model)
+    with blaming(source):
+        model = in_stock_layers(model, report, input_size or (), batch_size, fastest if tune else None)
+    made = {fqn: model.get_submodule(fqn) for fqn in before}
+
+    factors = {fqn: each for fqn, each in made.items() if isinstance(each, nn.Sequential | ContractedLinear)}
+    layers = {fqn: tuple(described(each)) for fqn, each in factors.items()}
+    record = PlainRecord(__version__, layers, report.source, report.architecture, report.preprocessing)
+    tensors = stored_tensors(model, model.state_dict())
+    write_safetensors(output, tensors, record.to_json(), key=PLAIN_KEY)
+
+    contracted = [fqn for fqn, each in factors.items() if isinstance(each, ContractedLinear)]
+    return Expanded(
+        len(factors) - len(contracted), len(made) - len(factors), tuple(contracted), output.stat().st_size
+    )
 
 
 def _expanded(report: Report, tensors: Mapping[str, Tensor]) -> LazyTensors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from ttcompress.recipe import Recipe
 from ttcompress.records.common import Progress
 from ttcompress.records.plan import CompressionPlan
 from ttcompress.records.report import Report
-from ttcompress.runtime import chosen_device, seeded
+from ttcompress.runtime import chosen_device, deterministic, seeded
 from ttcompress.settings import Settings
 from ttcompress.torchrun import expected_rank
 from ttcompress.train.loop import train
@@ -101,13 +101,17 @@ def finetune_file(
     model = start.network.model
     types = {name: each.dtype for name, each in model.state_dict().items()}
 
-    with seeded(settings.seed), joined(chosen_device(settings.device)) as world:
+    with (
+        deterministic(settings.deterministic),
+        seeded(settings.seed),
+        joined(chosen_device(settings.device)) as world,
+    ):
         say_frozen(model)
         setup, data = training_setup(start, settings, checkpoint, world, progress, log)
         model.float().to(world.device)
         _check_fit(model, setup.teacher, data.stream)
 
-        state = train(model, training_options(settings, world), setup, resume)
+        state = train(model, training_options(settings), setup, resume)
         model.load_state_dict(state.best)
         _retype(model, types)
         if start.report:
@@ -122,7 +126,7 @@ def finetune_file(
 @torch.no_grad()
 def _check_fit(model: nn.Module, teacher: nn.Module | None, stream: Stream) -> None:
     """See that the network, and the teacher, take the training images and have a class for each label."""
-    images, _ = next(iter(replace(stream, workers=0).epoch(0)))
+    images, _ = stream.sample
     labels = stream.images.num_classes or 0
 
     for network in filter(None, (model, teacher)):

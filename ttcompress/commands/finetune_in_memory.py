@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Never
 
 import torch
 from torch import nn
 
 from ttcompress.commands.in_memory import LabelledBatches, check_keywords, speaking_python
-from ttcompress.commands.training import frozen, say_frozen
+from ttcompress.commands.training import frozen, say_frozen, training_options
 from ttcompress.data.training_batches import LoaderBatches
 from ttcompress.errors import DataError
 from ttcompress.measure.accuracy import predict
@@ -19,6 +19,7 @@ from ttcompress.processes import World
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Json, Progress
 from ttcompress.runtime import chosen_device, seeded
+from ttcompress.runtime import deterministic as reproducible
 from ttcompress.settings import Settings
 from ttcompress.train.loop import train
 from ttcompress.train.setup import TrainingOptions, TrainingSetup
@@ -86,7 +87,7 @@ def finetune(
         names = {each.name for each in fields(TrainingOptions)} | {"device"}
         settings = Settings.of(Recipe(**{name: given[name] for name in names}))
         where = chosen_device(settings.device)
-        options = _options(settings, where)
+        options = _options(settings)
 
         setup = TrainingSetup(
             LoaderBatches(train_loader, where),
@@ -97,7 +98,7 @@ def finetune(
             progress=progress,
             log=log,
         )
-        with seeded(settings.seed):
+        with reproducible(settings.deterministic), seeded(settings.seed):
             _check_batches(setup)
             say_frozen(module)
             state = train(module.to(where), options, setup)
@@ -106,11 +107,9 @@ def finetune(
     return state.history
 
 
-def _options(settings: Settings, device: torch.device) -> TrainingOptions:
-    values = {each.name: getattr(settings, each.name) for each in fields(TrainingOptions)}
+def _options(settings: Settings) -> TrainingOptions:
     # A module of the user's own may hold anything: its memory format is not changed unasked.
-    values["channels_last"] = bool(settings.channels_last)
-    return TrainingOptions(**values)
+    return replace(training_options(settings), channels_last=bool(settings.channels_last))
 
 
 def _score(val: LabelledBatches | None, device: torch.device) -> Callable[[nn.Module], float]:
@@ -132,6 +131,6 @@ def _check_batches(setup: TrainingSetup) -> None:
     # Whether there is any is asked first: some loaders can be gone through once only.
     if setup.stream.steps == 0:
         raise DataError("train_loader gives no batch")
-    _, labels = next(setup.stream.epoch(0))
+    _, labels = setup.stream.sample
     if labels is None and setup.teacher is None:
         raise DataError("train_loader gives no labels: name a network to learn from with teacher")

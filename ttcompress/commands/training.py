@@ -46,13 +46,9 @@ class TrainingData:
     preprocessing: Preprocessing
 
 
-def training_options(settings: Settings, world: World) -> TrainingOptions:
+def training_options(settings: Settings) -> TrainingOptions:
     """The settings of the training alone."""
-    values = {each.name: getattr(settings, each.name) for each in fields(TrainingOptions)}
-    if settings.channels_last is None:
-        # Where convolutions run faster so (docs/finetune.md).
-        values["channels_last"] = world.device.type == "cpu" or settings.precision != "float32"
-    return TrainingOptions(**values)
+    return TrainingOptions(**{each.name: getattr(settings, each.name) for each in fields(TrainingOptions)})
 
 
 def training_setup(
@@ -89,7 +85,7 @@ def training_setup(
     stream = _stream(chosen, preprocessing, settings, world)
     score = _score_on(val, preprocessing, settings, world, None if val.labelled else teacher)
     fingerprint = {
-        **vars(training_options(settings, world)),
+        **vars(training_options(settings)),
         "batch_size": settings.batch_size,
         "augment": stream.augmentation,
         "processes": world.size,

@@ -51,6 +51,7 @@ def trained_report(
         "val": data.val,
         "teacher": data.teacher,
         "options": {name: value for name, value in stated.items() if name not in ELSEWHERE},
+        "precision": state.precision,
         "start_counts": setup.start_counts,
         "best": best_epoch(state.history, setup.start_counts)["epoch"],
         "before": former.accuracy,

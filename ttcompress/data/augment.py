@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from ttcompress.data.sending import sent
+
 CROP = 8
 """Small images move by up to one pixel in this many."""
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
@@ -49,7 +51,7 @@ def _hashed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def flipped(batch: Tensor, which: Tensor) -> Tensor:
     """Images (N, C, H, W), those of `which` (N,) mirrored left to right."""
-    is_flipped = which.to(batch.device)[:, None, None, None]
+    is_flipped = sent(which, batch.device)[:, None, None, None]
     return torch.where(is_flipped, batch.flip(-1), batch)
 
 
@@ -59,9 +61,10 @@ def shifted(batch: Tensor, down: Tensor, right: Tensor) -> Tensor:
     reach = int(torch.stack([down, right]).abs().max()) if size else 0
     padded = functional.pad(batch, (reach,) * 4)
 
-    image = torch.arange(size).to(batch.device)
-    rows = ((reach - down)[:, None] + torch.arange(height)).to(batch.device)
-    columns = ((reach - right)[:, None] + torch.arange(width)).to(batch.device)
+    device = batch.device
+    image = torch.arange(size, device=device)
+    rows = sent(reach - down, device)[:, None] + torch.arange(height, device=device)
+    columns = sent(reach - right, device)[:, None] + torch.arange(width, device=device)
 
     channels_last = padded.permute(0, 2, 3, 1)
     moved = channels_last[image[:, None, None], rows[:, :, None], columns[:, None, :]]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ttcompress.data.augment import flipped, random_numbers, shifted, shifts
+from ttcompress.data.sending import sent
 from ttcompress.data.sets import Batch, Images, SampledBatch
 from ttcompress.errors import DataError
 from ttcompress.records.report import Preprocessing
@@ -28,6 +30,10 @@ class TrainingBatches(Protocol):
     @property
     def steps(self) -> int:
         """Batches an epoch."""
+
+    @property
+    def sample(self) -> tuple[Tensor, Tensor | None]:
+        """A batch to try things on, which takes none from the training."""
 
     def mean_count(self, images: Tensor) -> float:
         """How many images the batches of one process have on average, for a batch like this one."""
@@ -55,6 +61,11 @@ class LoaderBatches:
             raise DataError("train_loader must have a length, as lists and DataLoaders have")
         return len(self.loader)
 
+    @cached_property
+    def sample(self) -> tuple[Tensor, Tensor | None]:
+        """The first batch that the loader gives, asked for once: to ask may draw random numbers of the user's."""
+        return next(self.epoch(0))
+
     def mean_count(self, images: Tensor) -> float:
         """Of this very batch: the last one may be smaller."""
         return float(len(images))
@@ -63,10 +74,10 @@ class LoaderBatches:
         """Yield floating-point inputs in float32 and labels (N,) or None, on the device."""
         for batch in islice(self.loader, start, None):
             inputs, labels = self._parts(batch)
-            inputs = inputs.to(self.device)
+            inputs = sent(inputs, self.device)
             if inputs.is_floating_point():
                 inputs = inputs.float()
-            yield inputs, None if labels is None else labels.to(self.device)
+            yield inputs, None if labels is None else sent(labels, self.device)
 
     @staticmethod
     def _parts(batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -112,6 +123,11 @@ class Stream:
         """Batches an epoch; the last images of its order that fill no batch wait for another epoch."""
         return max(1, len(self.images) // self.batch_size)
 
+    @property
+    def sample(self) -> Batch:
+        """The first batch of all, read by this process alone."""
+        return next(replace(self, workers=0).epoch(0))
+
     def mean_count(self, images: Tensor) -> float:
         """How many images a batch of one process has on average.
 
@@ -125,8 +141,8 @@ class Stream:
         random_crop = self.augmentation != "none"
         batches = self.images.training_batches(self.preprocessing, sampled, self.workers, random_crop)
         for (_, numbers), (pixels, labels) in zip(sampled, batches, strict=True):
-            augmented = self._augmented(pixels.to(self.device), numbers)
-            yield self._normalised(augmented), None if labels is None else labels.to(self.device)
+            augmented = self._augmented(sent(pixels, self.device), numbers)
+            yield self._normalised(augmented), None if labels is None else sent(labels, self.device)
 
     def _shares(self, epoch: int, start: int) -> Iterator[NDArray[np.int64]]:
         """Indices of this process's images in each batch of an epoch, from batch `start` on."""
@@ -151,6 +167,12 @@ class Stream:
         return pixels
 
     def _normalised(self, pixels: Tensor) -> Tensor:
-        mean = torch.tensor(self.preprocessing.mean, device=self.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.preprocessing.std, device=self.device).view(1, -1, 1, 1)
+        mean, std = self._statistics
         return (pixels.float() / 255 - mean) / std
+
+    @cached_property
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel on the device, sent there once."""
+        both = self.preprocessing.mean, self.preprocessing.std
+        mean, std = (torch.tensor(each, device=self.device).view(1, -1, 1, 1) for each in both)
+        return mean, std

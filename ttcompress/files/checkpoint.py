@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ttcompress.errors import CheckpointError, shortlist
-from ttcompress.files.header import METADATA_KEY, check_readable, read_header
+from ttcompress.files.header import METADATA_KEY, PLAIN_KEY, check_readable, read_header
 from ttcompress.files.shards import check_homes, checkpoint_files, pickled_index, read_index, resolve
 from ttcompress.files.state_dict import StateDict, read_state_dict
 from ttcompress.files.tensors import is_finite, state_sha256, tensor_infos
@@ -182,8 +182,19 @@ def is_compressed(path: Path) -> bool:
     return is_safetensors(first) and METADATA_KEY in read_header(first)[1]
 
 
+def is_plain(path: Path) -> bool:
+    """Whether a file holds a plain network, as `expand --factors` writes it.
+
+    Raises:
+        CheckpointError: missing or empty, or a damaged safetensors file.
+    """
+    first = checkpoint_files(path)[0]
+    check_readable(first)
+    return is_safetensors(first) and PLAIN_KEY in read_header(first)[1]
+
+
 def load_compressed(path: Path) -> dict[str, Tensor]:
-    """The tensors of a compressed file or folder, memory-mapped; its metadata are read by `shards`."""
+    """The tensors of a compressed file or folder, or of a plain one, memory-mapped, without their metadata."""
     return _read_tensors(path)
 
 

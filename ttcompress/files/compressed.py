@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from ttcompress.files.shards import checkpoint_files, read_metadata
 from ttcompress.records.decoding import decode, refusing_as
 from ttcompress.records.forms import StoredForm
 from ttcompress.records.plan import LayerPlan
-from ttcompress.records.report import Report
+from ttcompress.records.report import Architecture, Report
 
 TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64", "int8": "I8"}
 """Types of weights and cores as safetensors spells them."""
@@ -98,11 +98,20 @@ def _stored_otherwise(report: Report) -> list[str]:
 
 def _check_architecture(report: Report, infos: Mapping[str, TensorInfo]) -> None:
     """See that no width of the network is beyond all of its tensors: building it would fill the memory."""
-    if report.architecture is None:
-        return
     shapes = [info.shape for info in dense_infos(report, infos).values()]
+    check_arguments(report.architecture, shapes)
+
+
+def check_arguments(architecture: Architecture | None, shapes: Iterable[Sequence[int]]) -> None:
+    """See that no argument of an architecture is beyond all dimensions of its tensors.
+
+    Raises:
+        CheckpointError: one is.
+    """
+    if architecture is None:
+        return
     largest = max([USUAL_ARGUMENT, *(size for shape in shapes for size in shape)])
-    for name, value in report.architecture.arguments.items():
+    for name, value in architecture.arguments.items():
         if value > largest:
             raise CheckpointError(
                 f"architecture.arguments.{name} is {value:,}, its tensors have at most {largest:,}"

@@ -25,6 +25,8 @@ ITEM_SIZE = {
 }  # fmt: skip
 MOST_HEADER_BYTES = 100_000_000
 METADATA_KEY = "ttcompress"
+PLAIN_KEY = "ttcompress.plain"
+"""Where a file of a plain network describes its layers."""
 RESERVED = "__metadata__"
 """The one name in a header that is none of a tensor."""
 
@@ -139,18 +141,22 @@ def _read_text(path: Path) -> tuple[bytes, int]:
     return text, size - 8 - length
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The `ttcompress` metadata of a compressed file, parsed.
+def read_metadata(path: Path, key: str = METADATA_KEY) -> dict[str, Any]:
+    """The `ttcompress` metadata of a compressed file, or those under another key, parsed.
 
     Raises:
         CheckpointError: not a safetensors file, or one that was not written by this tool.
     """
     _, metadata = read_header(path)
-    if METADATA_KEY not in metadata:
+    if key not in metadata:
+        if PLAIN_KEY in metadata:
+            raise CheckpointError(
+                f"{path}: made by expand --factors; name the compressed file that it was made of"
+            )
         raise CheckpointError(f"{path}: a safetensors file, but not one that ttcompress wrote")
 
     try:
-        value = parse_json(metadata[METADATA_KEY])
+        value = parse_json(metadata[key])
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged ttcompress metadata ({brief(error)})") from error
     if not isinstance(value, dict):

@@ -17,16 +17,20 @@ from ttcompress.records.common import Json
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Json | None = None, mode: int | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Json | None = None,
+    mode: int | None = None,
+    key: str = METADATA_KEY,
 ) -> None:
     """Write one safetensors file (docs/format.md), byte for byte the same for the same content.
 
-    Its permissions are those of a new file, or `mode`.
+    Its permissions are those of a new file, or `mode`; metadata stand under `key`.
     """
     # Other readers insist on the format.
     texts = {"format": "pt"}
     if metadata:
-        texts[METADATA_KEY] = canonical_json(metadata)
+        texts[key] = canonical_json(metadata)
     start, order = encode_header(tensor_infos(tensors), texts)
 
     with replacing(path, mode) as temporary, temporary.open("wb") as file:

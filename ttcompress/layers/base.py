@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.errors import PlanError, ShapeError
-from ttcompress.layers.cache import Cache, Call, call_key, in_type_of, made_once
+from ttcompress.layers.cache import Cache, Call, call_key, made_for
 from ttcompress.layers.execution import ExecutionChoice
 from ttcompress.layers.spec import Replaceable, layer_spec, viewed
 from ttcompress.records.layers import Execution, LayerSpec, checked_execution, executions
@@ -224,7 +224,7 @@ class TTLayer(nn.Module, ABC):
         execution = self._chosen(calls, keeps, trains)
 
         make = partial(self._operands, execution, x, self._choice.plan(trains), keeps)
-        made = self._cache.made(execution, x, cores, make) if keeps else made_once(make(in_type_of(x, cores)))
+        made = self._cache.made(execution, x, cores, make) if keeps else made_for(x, cores, make)
         call = Call(key, execution, made)
         self._cache.call = None if key is None else call
         return call

@@ -107,6 +107,20 @@ def made_once(operands: Any) -> Made:
     return Made((), operands, None)
 
 
+def made_for(x: Tensor, cores: Sequence[Tensor], make: Make) -> Made:
+    """What serves this call only, as every step of a training makes it.
+
+    Under autocast cores are multiplied in float32, and what comes of them is cast as weights are: that is nearer, and
+    one cast instead of one for each core.
+    """
+    device = x.device.type
+    # There is none for meta tensors, nor for float64.
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return made_once(make(in_type_of(x, cores)))
+    with torch.autocast(device, enabled=False):
+        return made_once(make([core.float() for core in cores]))
+
+
 def call_key(x: Tensor, cores: Sequence[Tensor]) -> Hashable | None:
     """All that the execution of a call and its operands depend on, but for the values of the cores.
 

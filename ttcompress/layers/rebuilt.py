@@ -156,7 +156,10 @@ def restore(module: nn.Module, parameter: str, dense: nn.Parameter) -> None:
     del module._modules[cores_name(parameter)]
     left = names - {parameter}
     module.__class__ = _computing(base, left) if left else base
-    setattr(module, parameter, dense)
+    # Past __setattr__: recurrent modules look there for a list of their weights, which is made below.
+    module._parameters[parameter] = dense
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
 
 
 def rebuilt_weight(module: nn.Module, parameter: str) -> TTWeight:

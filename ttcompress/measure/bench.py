@@ -21,9 +21,12 @@ from ttcompress.files.writing import write_safetensors
 from ttcompress.layers.base import TTLayer
 from ttcompress.layers.rebuilt import TTWeight
 from ttcompress.measure.multiply_adds import multiply_adds
-from ttcompress.measure.timing import NOISE, at_its_best, by_turns, device_name, input_of, runner
+from ttcompress.measure.plain_forms import fastest
+from ttcompress.measure.runtimes import check_runtime, made_ready
+from ttcompress.measure.timing import NOISE, Received, by_turns, device_name, received_by, runner
 from ttcompress.networks.held import copied
 from ttcompress.networks.opening import input_shape, open_any
+from ttcompress.networks.plain import plain_network
 from ttcompress.networks.running import Example, blaming, forward, input_dtype
 from ttcompress.networks.surgery import expand_layers
 from ttcompress.networks.weights import tt_parts
@@ -38,19 +41,32 @@ def bench_file(
     batch_sizes: Sequence[int] = (1, 32),
     device: torch.device | None = None,
     training: bool = False,
+    runtime: str = "torch",
+    layers: str | None = None,
+    tune: bool = False,
+    with_layers: bool = True,
     progress: Progress | None = None,
 ) -> Json:
     """Measure a compressed file: the network and each of its compressed layers, dense against compressed.
 
-    Both sides run in the memory format that is faster for them, on random inputs.
+    Both sides run in the memory format that is faster for them, on random inputs. Inference is of the network in stock
+    layers, as `to_plain` makes it for the batch size, unless `layers` says otherwise; training is of the TT layers.
+
+    Args:
+        runtime: `torch`, `compile`, `onnx` or `onnx-int8`; layers by themselves are timed in torch only.
+        layers: `tt` or `plain`.
+        tune: choose the forms of stock layers by measurement.
+        with_layers: measure each compressed layer, too.
 
     Raises:
-        PlanError: batch sizes below 1, or a file without compressed layers.
+        PlanError: batch sizes below 1, a file without compressed layers, or a runtime that does not do what is asked.
         TTCompressError: a file that cannot be read, or whose input size is neither recorded nor given.
     """
     if min(batch_sizes) < 1:
         raise PlanError("--batch-sizes takes numbers from 1 on")
     where = device or torch.device("cpu")
+    check_runtime(runtime, where, training)
+    as_layers = layers or ("tt" if training else "plain")
     network = open_any(source, arch)
     shape = input_shape(source, network, input_size)
     compressed = network.model.to(where).train(training)
@@ -67,7 +83,13 @@ def bench_file(
             progress(f"batch size {batch}", number, len(batch_sizes))
         images = Example(shape).batch(dense, batch)
         with blaming(f"a batch of {batch} inputs of shape {shape}"):
-            entries.append(_compare(dense, compressed, images, names, training))
+            ours = compressed
+            if as_layers == "plain":
+                ours = plain_network(copied(compressed), Example(shape), batch, fastest if tune else None)
+            with torch.no_grad():
+                forward(ours, images)
+            measured = _Measured({"dense": dense, "compressed": ours}, images, training, runtime)
+            entries.append(measured.entry(names if with_layers else ()))
     return {
         "file": source.name,
         "device": device_name(where),
@@ -75,6 +97,8 @@ def bench_file(
         "dtype": str(input_dtype(dense)).removeprefix("torch."),
         "input_size": list(shape),
         "what": "training step" if training else "inference",
+        "runtime": runtime,
+        "layers": as_layers,
         "batches": entries,
     }
 
@@ -93,48 +117,68 @@ def is_slower(result: Json) -> bool:
     return any(entry["time_ratio"] > NOISE for entry in result["batches"])
 
 
-def _compare(
-    dense: nn.Module, compressed: nn.Module, images: Tensor, names: Sequence[str], training: bool
-) -> Json:
-    models = {"dense": dense, "compressed": compressed}
-    with torch.no_grad():
-        forward(compressed, images)
-    inputs, formats = {}, {}
-    for side, model in models.items():
-        inputs[side], formats[side] = at_its_best(model, images, training)
-    runs = [runner(models[side], inputs[side], training) for side in models]
-    timings = by_turns(runs[0], runs[1], images.device)
-    entry: Json = {"batch": len(images), "time_ratio": timings.ratio}
-    for side, model in models.items():
-        seconds = getattr(timings, side)
-        entry[side] = {
+class _Measured:
+    """Both networks on one batch in one runtime."""
+
+    def __init__(self, models: dict[str, nn.Module], images: Tensor, training: bool, runtime: str) -> None:
+        self._models, self._training, self._runtime = models, training, runtime
+        self._device = images.device
+        self._batch = len(images)
+        self._ready = {side: made_ready(runtime, model, images, training) for side, model in models.items()}
+
+    def entry(self, names: Sequence[str]) -> Json:
+        """What is reported of the networks and of the layers of these names."""
+        dense, compressed = self._ready["dense"], self._ready["compressed"]
+        timings = by_turns(dense.run, compressed.run, self._device)
+        found: Json = {"batch": self._batch, "time_ratio": timings.ratio}
+        for side in self._models:
+            found[side] = self._side(side, getattr(timings, side))
+
+        peaks = [found[side]["peak_memory"] for side in ("dense", "compressed")]
+        if None not in peaks:
+            found["memory_ratio"] = peaks[1] / peaks[0]
+        in_torch = self._runtime == "torch"
+        found["layers"] = list(self._layers(names)) if in_torch else []
+        return found
+
+    def _side(self, side: str, seconds: Sequence[float]) -> Json:
+        model, ready = self._models[side], self._ready[side]
+        is_seen = self._runtime == "torch" and not self._training
+        return {
             "median": median(seconds),
             "p90": quantiles(seconds, n=10)[-1],
-            "throughput": len(images) / median(seconds),
-            "memory_format": formats[side],
-            "multiply_adds": multiply_adds(model, inputs[side]),
-            "peak_memory": None if training else peak_memory(model, inputs[side]),
+            "throughput": self._batch / median(seconds),
+            "memory_format": ready.memory_format,
+            "multiply_adds": multiply_adds(model, ready.images),
+            "peak_memory": peak_memory(model, ready.images) if is_seen else None,
+            "file_bytes": ready.file_bytes,
         }
-    if not training:
-        entry["memory_ratio"] = entry["compressed"]["peak_memory"] / entry["dense"]["peak_memory"]
-    entry["layers"] = [_compare_layers(models, inputs, name, training) for name in names]
-    return entry
+
+    def _layers(self, names: Sequence[str]) -> Iterator[Json]:
+        received = {
+            side: received_by(model, names, self._ready[side].images) for side, model in self._models.items()
+        }
+        for name in names:
+            # One that does not run, as heads for training alone do not, takes no time.
+            if all(name in of_side for of_side in received.values()):
+                yield self._layer(name, {side: _made_up(received[side][name]) for side in received})
+
+    def _layer(self, name: str, received: dict[str, Tensor]) -> Json:
+        models = self._models
+        layers = {side: model.get_submodule(name) for side, model in models.items()}
+        runs = [runner(layers[side], received[side], self._training) for side in models]
+        timings = by_turns(runs[0], runs[1], self._device, 1 / 10)
+        return {
+            "fqn": name,
+            "dense": median(timings.dense),
+            "compressed": median(timings.compressed),
+            "time_ratio": timings.ratio,
+            "multiply_adds": {side: multiply_adds(layers[side], received[side]) for side in models},
+        }
 
 
-def _compare_layers(
-    models: dict[str, nn.Module], inputs: dict[str, Tensor], name: str, training: bool
-) -> Json:
-    layers = {side: model.get_submodule(name) for side, model in models.items()}
-    received = {side: input_of(models[side], layers[side], inputs[side]) for side in models}
-    runs = [runner(layers[side], received[side], training) for side in models]
-    timings = by_turns(runs[0], runs[1], received["dense"].device, 1 / 10)
-    return {
-        "fqn": name,
-        "dense": median(timings.dense),
-        "compressed": median(timings.compressed),
-        "time_ratio": timings.ratio,
-        "multiply_adds": {side: multiply_adds(layers[side], received[side]) for side in models},
-    }
+def _made_up(received: Tensor | Received) -> Tensor:
+    return received.made_up() if isinstance(received, Received) else received
 
 
 def peak_memory(model: nn.Module, images: Tensor) -> int:
@@ -148,10 +192,12 @@ def peak_memory(model: nn.Module, images: Tensor) -> int:
     ]
     fixed = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
     if images.device.type == "cuda":
+        # The other network, which is there too, does not count.
+        before = torch.cuda.memory_allocated(images.device)
         torch.cuda.reset_peak_memory_stats(images.device)
         with torch.no_grad():
             model(images)
-        return int(torch.cuda.max_memory_allocated(images.device))
+        return sum(fixed.values()) + int(torch.cuda.max_memory_allocated(images.device)) - before
     with torch.no_grad(), _LiveTensors({*fixed, images.untyped_storage().data_ptr()}) as live:
         model(images)
     return sum(fixed.values()) + int(live.peak)

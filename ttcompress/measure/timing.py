@@ -19,6 +19,10 @@ NOISE = 1.05
 SECONDS = 6.0
 """About as long is each network timed at each batch size."""
 ROUNDS = 7, 60
+SHARE = 0.05
+"""Of that time, to find the memory format that is faster."""
+LEAST_TRIES = 3
+"""Of each memory format, however long one takes."""
 Run = Callable[[], object]
 
 
@@ -50,6 +54,50 @@ def input_of(model: nn.Module, layer: nn.Module, images: NetworkInput) -> Any:
     return received[0]
 
 
+@dataclass(frozen=True)
+class Received:
+    """What a layer receives in a network, without its values."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def made_up(self) -> Tensor:
+        """Random numbers in that memory format; time does not depend on values."""
+        empty = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        return empty.normal_()
+
+
+def received_by(model: nn.Module, names: Sequence[str], images: NetworkInput) -> dict[str, Tensor | Received]:
+    """What each of these layers receives, in one pass; whole numbers are held, as they may be indices.
+
+    Layers that do not run are left out.
+    """
+    found: dict[str, Tensor | Received] = {}
+
+    def remember(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            x = given[0] if given else named["input"]
+            is_real = x.is_floating_point()
+            found[name] = Received(x.shape, x.stride(), x.dtype, x.device) if is_real else x.detach().clone()
+
+        return hook
+
+    layers = [model.get_submodule(name) for name in names]
+    hooks = [
+        layer.register_forward_pre_hook(remember(name), with_kwargs=True)
+        for name, layer in zip(names, layers, strict=True)
+    ]
+    try:
+        with torch.no_grad():
+            run(model, images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
 def runner(module: nn.Module, x: NetworkInput, training: bool) -> Run:
     """A forward pass, or one with its backward pass."""
 
@@ -77,13 +125,14 @@ def _faster_format(model: nn.Module, images: NetworkInput, training: bool) -> st
     if not isinstance(images, Tensor) or images.dim() != 4:
         return "contiguous"
     seconds: dict[str, list[float]] = {name: [] for name in FORMATS}
-    for _ in range(3):
+    start = time.perf_counter()
+    while len(seconds["contiguous"]) < LEAST_TRIES or time.perf_counter() - start < SHARE * SECONDS:
         for name in FORMATS:
             _set_format(model, name)
             once = runner(model, _formatted(images, name), training)
             once()
             seconds[name].append(_seconds_of(once, images.device))
-    return min(seconds, key=lambda name: min(seconds[name]))
+    return min(seconds, key=lambda name: median(seconds[name]))
 
 
 def _set_format(model: nn.Module, name: str) -> None:
@@ -105,8 +154,13 @@ def by_turns(dense: Run, compressed: Run, device: torch.device, share: float = 1
     first = _seconds_of(dense, device) + _seconds_of(compressed, device)
     least, most = ROUNDS
     rounds = max(least, min(most, int(share * SECONDS / max(first, 1e-6))))
-    pairs = [(_seconds_of(dense, device), _seconds_of(compressed, device)) for _ in range(rounds)]
-    return Timings([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    seconds: dict[Run, list[float]] = {dense: [], compressed: []}
+    for number in range(rounds):
+        # Each is the first one as often as the other: what comes back in a rhythm meets both.
+        order = (dense, compressed) if number % 2 else (compressed, dense)
+        for once in order:
+            seconds[once].append(_seconds_of(once, device))
+    return Timings(seconds[dense], seconds[compressed])
 
 
 def device_name(device: torch.device) -> str:
@@ -124,6 +178,8 @@ def _seconds_of(run: Run, device: torch.device) -> float:
         end.record()
         torch.cuda.synchronize(device)
         return float(start.elapsed_time(end)) / 1000
-    begin = time.perf_counter()
+    # On one thread the time of this process alone: what others do on the machine then does not count.
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    begin = clock()
     run()
-    return time.perf_counter() - begin
+    return clock() - begin

@@ -12,16 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.errors import ArchitectureError, CheckpointError, PlanError, shortlist
-from ttcompress.files.checkpoint import Checkpoint, is_compressed, load_checkpoint
-from ttcompress.files.compressed import stored_report
-from ttcompress.files.header import blaming
+from ttcompress.files.checkpoint import (
+    Checkpoint,
+    is_compressed,
+    is_plain,
+    load_checkpoint,
+    load_compressed,
+)
+from ttcompress.files.compressed import check_arguments, stored_report
+from ttcompress.files.header import PLAIN_KEY, blaming, read_metadata
+from ttcompress.layers.plain import from_description
 from ttcompress.networks import architectures as models
 from ttcompress.networks.factories import Factory, load_factory
 from ttcompress.networks.held import held_tensors
 from ttcompress.networks.matrices import Weights
+from ttcompress.networks.plain import Pick, plain_network
+from ttcompress.networks.running import Example
 from ttcompress.networks.stored import core_values, read_stored, tied_parameters
-from ttcompress.networks.surgery import check_layers, insert_empty
+from ttcompress.networks.surgery import check_layers, insert_empty, swap
 from ttcompress.records.common import Json
+from ttcompress.records.plain import PlainRecord
 from ttcompress.records.report import Architecture, Preprocessing, Report
 
 
@@ -37,14 +47,21 @@ class Network:
 
 
 def open_any(path: Path, arch: str | None = None, key: str = "") -> Network:
-    """A dense checkpoint or a compressed file; `arch` also names the factory that a compressed file may need."""
+    """A dense checkpoint, a compressed file or a plain one; `arch` also names the factory that the latter may need."""
+    if plain := _plain_record(path):
+        model = open_plain(path, plain, factory_for(plain.architecture, arch))
+        return Network(model, model.state_dict(), plain.architecture, plain.preprocessing, plain.source)
     if not is_compressed(path):
         return open_dense(path, arch, key)
-    known = stored_report(path).architecture
-    needs_factory = known is None or known.kind == "factory"
-    factory = load_factory(arch) if arch and needs_factory else None
+    factory = factory_for(stored_report(path).architecture, arch)
     model, report = open_compressed(path, factory)
     return Network(model, model.state_dict(), report.architecture, report.preprocessing, report.source)
+
+
+def factory_for(known: Architecture | None, arch: str | None) -> Factory | None:
+    """The factory that `arch` names, where a file does not say what builds its network."""
+    needs_factory = known is None or known.kind == "factory"
+    return load_factory(arch) if arch and needs_factory else None
 
 
 def input_shape(source: Path, network: Network, given: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -137,6 +154,10 @@ def open_weights(path: Path, key: str = "") -> Network:
 def _dense_checkpoint(path: Path, key: str, exact: bool = False) -> Checkpoint:
     if is_compressed(path):
         raise CheckpointError(f"{path}: is compressed already; `ttcompress expand` makes it dense again")
+    if is_plain(path):
+        raise CheckpointError(
+            f"{path}: made by expand --factors; name the dense checkpoint, or the compressed file"
+        )
     return load_checkpoint(path, key, exact)
 
 
@@ -231,16 +252,28 @@ ALIGNMENT = 64
 """Bytes between which torch places the tensors that it allocates."""
 
 
-def load(path: str | os.PathLike[str], factory: Factory | None = None, device: str = "cpu") -> nn.Module:
+def load(
+    path: str | os.PathLike[str],
+    factory: Factory | None = None,
+    device: str = "cpu",
+    *,
+    plain: bool = False,
+    input_size: Sequence[int] = (),
+    batch_size: int = 1,
+) -> nn.Module:
     """Load a compressed file into a module, in eval mode; no checkpoint is needed.
 
     The module takes and returns tensors of the same shapes as the original network. In the places of its compressed
     layers are TTLinear and TTConv2d; int8 cores become the float32 numbers that they stand for (docs/format.md).
+    With `plain`, or from a file that `expand --factors` wrote, torch's own layers are.
 
     Args:
         path: a file that `save` or the command line wrote, or the index of a sharded one.
         factory: builds the original network, for files whose architecture is neither in the zoo nor in torchvision.
         device: where the module is put.
+        plain: as `to_plain` makes it of the loaded module.
+        input_size: of one input, for `plain`; by default what the file records.
+        batch_size: how many inputs a call is going to have, for `plain`.
 
     Raises:
         CheckpointError: not a compressed file, damaged, or of another schema.
@@ -255,7 +288,72 @@ def load(path: str | os.PathLike[str], factory: Factory | None = None, device: s
     >>> torch.equal(loaded[0].weight, compressed[0].weight)
     True
     """
-    return open_compressed(Path(path), factory)[0].to(device)
+    file = Path(path)
+    if record := _plain_record(file):
+        return open_plain(file, record, factory).to(device)
+    model, report = open_compressed(file, factory)
+    return (in_stock_layers(model, report, input_size, batch_size) if plain else model).to(device)
+
+
+def in_stock_layers(
+    model: nn.Module,
+    report: Report,
+    input_size: Sequence[int] = (),
+    batch_size: int = 1,
+    pick: Pick | None = None,
+) -> nn.Module:
+    """A network that was loaded, with stock layers in the place of its TT layers (see `plain_network`)."""
+    recorded = report.preprocessing and report.preprocessing.input_size
+    shape = tuple(input_size or recorded or ())
+    return plain_network(model, Example(shape) if shape else None, batch_size, pick)
+
+
+def _plain_record(path: Path) -> PlainRecord | None:
+    if not is_plain(path):
+        return None
+    with blaming(path):
+        return PlainRecord.from_json(read_metadata(path, PLAIN_KEY))
+
+
+def open_plain(path: Path, record: PlainRecord, factory: Factory | None) -> nn.Module:
+    """The network of a file that `expand --factors` wrote.
+
+    Raises:
+        CheckpointError: tensors that do not fit the description or the architecture.
+        ArchitectureError: a factory is needed, or the one given builds another network.
+    """
+    with blaming(path):
+        architecture = _buildable(record.architecture, factory)
+        tensors = load_compressed(path)
+        widths = [
+            [int(layer.arguments.get(name, 0)) for name in ("in_features", "out_features")]
+            for layers in record.layers.values()
+            for layer in layers
+        ]
+        check_arguments(record.architecture, [*(each.shape for each in tensors.values()), *widths])
+
+        def build(device: str) -> nn.Module:
+            model = models.build(architecture, factory, device)
+            names = dict(model.named_modules())
+            if unknown := sorted(record.layers.keys() - names.keys()):
+                raise ArchitectureError(f"{architecture.name} builds a network without {shortlist(unknown)}")
+            for fqn, layers in record.layers.items():
+                swap(model, fqn, from_description(layers))
+            return model
+
+        return _filled(build, {name: _aligned(tensor) for name, tensor in tensors.items()})
+
+
+def _buildable(known: Architecture | None, factory: Factory | None) -> Architecture:
+    """The architecture of a file, by a factory where one is given.
+
+    Raises:
+        ArchitectureError: one is needed.
+    """
+    if factory is None and known is None:
+        raise ArchitectureError("records no architecture; pass factory= (or --arch net.py:build)")
+    architecture = known or Architecture("factory", "factory")
+    return replace(architecture, kind="factory") if factory is not None else architecture
 
 
 def open_compressed(path: Path, factory: Factory | None = None) -> tuple[nn.Module, Report]:
@@ -277,9 +375,7 @@ def rebuilt(report: Report, tensors: Mapping[str, Tensor], factory: Factory | No
         CheckpointError: tensors that do not fit the report or the architecture.
         ArchitectureError: a factory is needed, or the one given builds another network.
     """
-    if factory is None and report.architecture is None:
-        raise ArchitectureError("records no architecture; pass factory= (or --arch net.py:build)")
-
+    architecture = _buildable(report.architecture, factory)
     tensors = dict(tensors)
     for layer in report.plan.layers:
         tensors |= core_values(tensors, layer)
@@ -292,10 +388,6 @@ def rebuilt(report: Report, tensors: Mapping[str, Tensor], factory: Factory | No
     # Modules that share a replaced weight share its cores.
     aliases = {alias: tensors[name] for alias, name in report.tied.items() if name not in replaced}
     state = {**tensors, **aliases}
-
-    architecture = report.architecture or Architecture("factory", "factory")
-    if factory is not None:
-        architecture = replace(architecture, kind="factory")
 
     def build(device: str) -> nn.Module:
         model = models.build(architecture, factory, device)

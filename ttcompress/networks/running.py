@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttcompress.errors import DataError, ShapeError, TTCompressError
+from ttcompress.errors import DataError, ShapeError, TTCompressError, is_out_of_memory
 from ttcompress.layers.base import TTLayer
 from ttcompress.layers.rebuilt import TTWeight
 
@@ -24,7 +24,6 @@ NetworkInput = Tensor | Sequence[Any] | Mapping[str, Any]
 """A batch of what a network takes."""
 PLAIN_ERRORS = (RuntimeError, ValueError, AssertionError, IndexError, TypeError)
 """Those whose messages stand alone; of others the name says what the message does not."""
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def input_dtype(model: nn.Module) -> torch.dtype:
@@ -119,15 +118,9 @@ def blaming(what: str) -> Iterator[None]:
     except SystemExit as error:
         raise DataError(f"{what}: it exits") from error
     except Exception as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise DataError("out of memory; a smaller --batch-size takes less") from error
         raise DataError(f"{what}: {_reason(error)}") from error
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def _reason(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -105,18 +106,21 @@ class Candidate:
         spectra: Sequence[Tensor],
         squared_norm: float = 1.0,
         costs: Costs | None = None,
+        rank_multiple: int = 1,
     ) -> None:
         """`spectra`: squared singular values of the d - 1 unfoldings over ||A||^2, descending.
 
         `squared_norm` is ||A||^2 in whatever unit all layers that are weighed against each other share; by
-        default `costs` are parameters.
+        default `costs` are parameters. TT-ranks are those of `ranks_on_grid`.
         """
         self.tensorization = tensorization
         self._costs = costs or Parameters(tensorization)
         self.squared_norm = squared_norm
 
         self.tails = [squared_norm * _tails(spectrum) for spectrum in spectra]
-        self.grids = [_grid(tail) for tail in self.tails]
+        self.ranks = [ranks_on_grid(len(tail) - 1, rank_multiple) for tail in self.tails]
+        pairs = zip(self.tails, self.ranks, strict=True)
+        self.grids = [_searched(tail, ranks) for tail, ranks in pairs]
         self._tails_on_grid = [tail[grid] for tail, grid in zip(self.tails, self.grids, strict=True)]
 
         # Once for all prices that a search tries.
@@ -153,12 +157,16 @@ class Candidate:
         return self.choice((1, *reversed(ranks)))
 
     def steps(self, tt_ranks: Sequence[int], by: int) -> Iterator[Choice]:
-        """The feasible choices one rank up (by=1) or down (by=-1) at a single cut."""
+        """The feasible choices with the next rank up (by=1) or down (by=-1) at a single cut."""
         sizes = self.tensorization.sizes
-        for cut in range(1, len(tt_ranks) - 1):
-            ranks = (*tt_ranks[:cut], tt_ranks[cut] + by, *tt_ranks[cut + 1 :])
-            is_inside = 1 <= ranks[cut] < len(self.tails[cut - 1])
-            if is_inside and feasible_ranks(sizes, ranks) == ranks:
+        for cut, allowed in enumerate(self.ranks, 1):
+            now = tt_ranks[cut]
+            at = bisect_right(allowed, now) if by > 0 else bisect_left(allowed, now) - 1
+            if not 0 <= at < len(allowed):
+                continue
+
+            ranks = (*tt_ranks[:cut], allowed[at], *tt_ranks[cut + 1 :])
+            if feasible_ranks(sizes, ranks) == ranks:
                 yield self.choice(ranks)
 
 
@@ -173,15 +181,35 @@ def _tails(spectrum: Tensor) -> Tensor:
     return tail
 
 
-def _grid(tail: Tensor) -> Tensor:
-    """All small ranks, then a geometric ladder, up to the numerical rank."""
+def ranks_on_grid(most: int, multiple: int) -> Sequence[int]:
+    """The TT-ranks that a cut may have: multiples of a number, and the `most` that the cut carries.
+
+    Below the number itself powers of two are among them, so that a budget reaches as far as without a grid.
+
+    >>> [*ranks_on_grid(28, 8)]
+    [1, 2, 4, 8, 16, 24, 28]
+    """
+    if multiple == 1:
+        return range(1, most + 1)
+
+    small = [1 << exponent for exponent in range((multiple - 1).bit_length())]
+    ranks = [rank for rank in (*small, *range(multiple, most, multiple)) if rank < most]
+    return [*ranks, most]
+
+
+def _searched(tail: Tensor, allowed: Sequence[int]) -> Tensor:
+    """All small ranks of those that are allowed, then a geometric ladder, up to the numerical rank."""
     matters = tail > NUMERICALLY_ZERO * tail[0]
     top = max(1, int(matters.sum()))
+    last = bisect_left(allowed, top)
 
-    ranks = list(range(1, min(top, EVERY_RANK_UP_TO) + 1))
-    while ranks[-1] < top:
-        ranks.append(min(top, int(ranks[-1] * GRID_STEP) + 1))
-    return torch.tensor(ranks)
+    at = min(last, bisect_right(allowed, EVERY_RANK_UP_TO) - 1)
+    found = [*allowed[: at + 1]]
+    while at < last:
+        rank = int(found[-1] * GRID_STEP) + 1
+        at = min(last, bisect_left(allowed, rank))
+        found.append(allowed[at])
+    return torch.tensor(found)
 
 
 def _on_pairs(of: Callable[[Tensor, Tensor], Tensor], size: int, left: Tensor, right: Tensor) -> Tensor:

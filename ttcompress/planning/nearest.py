@@ -66,10 +66,10 @@ def _menu(layer: LayerOptions, now: Choice) -> Menu:
 
 def _all_choices(candidate: Candidate) -> Iterator[Choice]:
     """Every choice of feasible TT-ranks; none where they are too many to list."""
-    sizes, tops = candidate.tensorization.sizes, candidate.tensorization.max_ranks()[1:-1]
-    if prod(tops) > LISTABLE:
+    sizes = candidate.tensorization.sizes
+    if prod(map(len, candidate.ranks)) > LISTABLE:
         return
-    for inner in product(*(range(1, top + 1) for top in tops)):
+    for inner in product(*candidate.ranks):
         ranks = (1, *inner, 1)
         if feasible_ranks(sizes, ranks) == ranks:
             yield candidate.choice(ranks)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from operator import itemgetter
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from ttcompress.planning.selection import Layer, find_layers
 from ttcompress.planning.spectra import LayerSpectra, layer_spectra
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Progress
+from ttcompress.records.layers import LayerSpec
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.tt.cost import MULTIPLY_ADDS, TIME
 from ttcompress.tt.shapes import FORMATS, Tensorization, tensorize_shape
@@ -32,6 +34,11 @@ from ttcompress.tt.whiten import ModeMetric
 
 Metrics = Callable[[str, Tensorization], Sequence[ModeMetric]]
 """By fqn and tensorization: the metric of each mode in which errors count."""
+
+
+AUTO = "auto"
+ALIGNED_RANKS, ALIGNED_SIDES = 8, 128
+"""By default TT-ranks are multiples of this where both sides of a weight are at least so long."""
 
 
 Results = Callable[[Sequence[int], Callable[[int], LayerSpectra]], list[LayerSpectra]]
@@ -63,6 +70,12 @@ class Planner:
         self.metrics: Metrics | None = None
         self.results: Results = lambda sizes, compute: [compute(index) for index in range(len(sizes))]
         self._model, self._device, self._progress = model, device, progress
+        self._rank_multiple = recipe.rank_multiple or AUTO
+
+        if recipe.target == "ranks" and recipe.rank_multiple is not None:
+            raise PlanError(
+                "--rank-multiple is for --eps and budgets, not for TT-ranks given by hand: leave it out"
+            )
 
         # Where only rules give ranks, only what they match is asked for.
         rules_only = recipe.target == "ranks" and recipe.ranks is None and recipe.conv_ranks is None
@@ -79,9 +92,9 @@ class Planner:
         self._searched = [request for request in requests if request.ranks is None]
 
     @property
-    def names(self) -> list[str]:
-        """The layers that a plan may replace."""
-        return [layer.fqn for layer in self._layers if not layer.kept]
+    def specs(self) -> dict[str, LayerSpec]:
+        """The layers that a plan may replace, by fqn."""
+        return {layer.fqn: layer.spec for layer in self._layers if not layer.kept}
 
     @cached_property
     def _spectra(self) -> list[LayerSpectra]:
@@ -151,7 +164,7 @@ class Planner:
 
     def _to_eps(self, eps: float) -> CompressionPlan:
         check_eps(eps, self._searched)
-        options = _options(self._searched, self._spectra, self.parameters)
+        options = self._options(self.parameters)
         choices = [fewest_params(each, eps) for each in options]
         decisions = _decisions(self._searched, choices, "within eps")
         return self._assembled({**self._by_hand, **decisions})
@@ -184,17 +197,17 @@ class Planner:
             PlanError: the budget is out of reach, naming the most that can be reached, or asks for nothing.
         """
         counting = budget.counting
-        options = _options(self._searched, self._spectra, counting)
         try:
-            choices, after = choices_within(budget, self._fixed(options, counting), options)
+            choices, after = self._choices_within(budget)
         except OutOfReachError as error:
             raise OutOfReachError(f"{error}{self._more_than_that()}") from error
         decisions = _decisions(self._searched, choices, "pays under this budget")
 
         notes = []
         if after * WINDOW < budget.most:
+            on_grid = "" if self._rank_multiple in (AUTO, 1) else f" by multiples of {self._rank_multiple}"
             notes = [
-                f"no rank choice lies within 2 % of {budget.asked}; "
+                f"no rank choice{on_grid} lies within 2 % of {budget.asked}; "
                 f"the nearest above it is taken, {after:,} {counting.what}"
             ]
         plan = self._assembled({**self._by_hand, **decisions}, notes)
@@ -205,12 +218,47 @@ class Planner:
         by_cores = [replace(layer, execution=layer.executions[1]) for layer in plan.layers]
         return replace(plan.with_layers(by_cores), multiply_adds=(counting.dense, after))
 
+    def _choices_within(self, budget: Budget) -> tuple[list[Choice], int]:
+        """What each layer becomes, and what it comes to; off the grid of ranks only where `auto` meets no budget."""
+        options = self._options(budget.counting)
+        fixed = self._fixed(options, budget.counting)
+        choices, after = choices_within(budget, fixed, options)
+        if after * WINDOW >= budget.most or self._rank_multiple != AUTO:
+            return choices, after
+
+        options = self._options(budget.counting, on_grid=False)
+        others = choices_within(budget, fixed, options)
+        return max((choices, after), others, key=itemgetter(1))
+
     def most(self, counting: Counting | None = None) -> float:
         """The largest ratio that a budget can reach; by default of parameters."""
         counting = counting or self.parameters
-        options = _options(self._searched, self._spectra, counting)
+        options = self._options(counting)
         least = self._fixed(options, counting) + sum(each.smallest().cost for each in options)
         return counting.dense / max(1, least)
+
+    def _options(self, counting: Counting, on_grid: bool = True) -> list[LayerOptions]:
+        """What each layer can be and what that costs at what is counted.
+
+        Without metrics, errors are weighed against each other as they are, not relative to each weight: under
+        weight decay a weight is large where it matters (docs/cli.md has the measurement).
+        """
+        # In units of the largest, so that no network is out of range.
+        norms = [each.norm for layer in self._spectra for each in layer.tensorizations]
+        largest = max(norms, default=0.0) or 1.0
+
+        options = []
+        for request, spectra in zip(self._searched, self._spectra, strict=True):
+            multiple = self._multiple_of(request.layer) if on_grid else 1
+            options.append(_layer_options(request, spectra, counting, largest, multiple))
+        return options
+
+    def _multiple_of(self, layer: Layer) -> int:
+        """The number that the TT-ranks of a layer are multiples of."""
+        if isinstance(self._rank_multiple, int):
+            return self._rank_multiple
+        is_large = min(layer.spec.weight_shape[:2]) >= ALIGNED_SIDES
+        return ALIGNED_RANKS if is_large else 1
 
     def _fixed(self, options: Sequence[LayerOptions], counting: Counting) -> int:
         """What is spent whatever the choices are: by other layers, and by those with ranks given by hand."""
@@ -231,21 +279,8 @@ def make_plan(
     return Planner(model, recipe, device, progress).plan(recipe)
 
 
-def _options(
-    requests: Sequence[LayerRequest], spectra: Sequence[LayerSpectra], counting: Counting
-) -> list[LayerOptions]:
-    """What each layer can be and what that costs at what is counted.
-
-    Without metrics, errors are weighed against each other as they are, not relative to each weight: under
-    weight decay a weight is large where it matters (docs/cli.md has the measurement).
-    """
-    # In units of the largest, so that no network is out of range.
-    largest = max((each.norm for layer in spectra for each in layer.tensorizations), default=0.0) or 1.0
-    return [_layer_options(*pair, counting, largest) for pair in zip(requests, spectra, strict=True)]
-
-
 def _layer_options(
-    request: LayerRequest, spectra: LayerSpectra, counting: Counting, unit_norm: float
+    request: LayerRequest, spectra: LayerSpectra, counting: Counting, unit_norm: float, rank_multiple: int
 ) -> LayerOptions:
     layer, costs = request.layer, counting.costs(request.layer)
     if not counting.can_save(layer):
@@ -259,7 +294,7 @@ def _layer_options(
             continue  # `lowrank` runs the same convolutions with fewer parameters.
         running = costs and Running(tensorization, costs)
         squared_norm = (each.norm / unit_norm) ** 2
-        candidates.append(Candidate(tensorization, each.cuts, squared_norm, running))
+        candidates.append(Candidate(tensorization, each.cuts, squared_norm, running, rank_multiple))
 
     params = layer.weight.numel()
     dense_cost = int(costs.unit.total(costs.dense())) if costs else params

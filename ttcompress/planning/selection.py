@@ -29,9 +29,10 @@ LEFT_OUT_MARK = "(--include replaces this default)"
 CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 )  # fmt: skip
-NORMS = nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 KNOWN = (nn.Linear, *CONVOLUTIONS, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 """Modules whose weights are candidates whatever their size."""
+COMPUTED = "weight is computed by a parametrization"
 HELD = "also held by something outside the module tree"
 LARGE_END = 1 / 20
 """Share of the network from which on its first convolution and last Linear are candidates under a budget."""
@@ -174,6 +175,10 @@ def _dense_layers(model: nn.Module) -> Iterator[Layer]:
     # A weight that several modules share is listed once, by its first name.
     seen = set[int]()
     for fqn, module in model.named_modules():
+        if _is_computed(module):
+            yield Layer(fqn, module, layer_spec(module), obstacle=COMPUTED)  # type: ignore[arg-type]
+            continue
+
         is_ours = isinstance(module, TTWeight) or id(module) in compressed
         for own_name, parameter in () if is_ours else _weights(module):
             if id(parameter) in seen:
@@ -200,12 +205,17 @@ def _shared(model: nn.Module) -> set[int]:
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The parameters of a module that are more than vectors; those of norms only scale."""
-    if isinstance(module, NORMS):
+    if isinstance(module, (*NORMS, parametrize.ParametrizationList)):
         return
     for own_name, parameter in module.named_parameters(recurse=False):
         is_known = isinstance(module, (nn.Linear, *CONVOLUTIONS)) and own_name == "weight"
         if is_known or sum(size > 1 for size in parameter.shape) > 1:
             yield own_name, parameter
+
+
+def _is_computed(module: nn.Module) -> bool:
+    """Whether a Linear or a convolution has no weight of its own, but one that is made at each step."""
+    return isinstance(module, (nn.Linear, nn.Conv2d)) and "weight" not in module._parameters
 
 
 def _layer(fqn: str, module: nn.Module, own_name: str, stays: bool) -> Layer:
@@ -227,10 +237,8 @@ def _layer(fqn: str, module: nn.Module, own_name: str, stays: bool) -> Layer:
 def _obstacle(module: nn.Module, own_name: str) -> str:
     """Why a parameter can never take TT form, or nothing."""
     weight: Tensor = module._parameters[own_name]  # type: ignore[assignment]
-    if isinstance(module, parametrize.ParametrizationList):
-        return "a parametrization computes a weight from it"
-    if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and "weight" not in module._parameters:
-        return "the weight is computed from it"
+    if parametrize.is_parametrized(module):
+        return "bias is computed by a parametrization"
     if weight.dtype not in MATRIX_TYPES:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
 

@@ -239,6 +239,7 @@ class FinetuningForm(Struct):
     best: FromZero
     before: Json | None
     history: Annotated[list[EpochForm], Meta(min_length=1)]
+    precision: str | None = None
 
 
 class SideForm(Struct):
@@ -250,6 +251,7 @@ class SideForm(Struct):
     memory_format: str
     multiply_adds: Count
     peak_memory: Count | None = None
+    file_bytes: Count | None = None
 
 
 class WorkForm(Struct):
@@ -290,6 +292,8 @@ class BenchForm(Struct):
     torch: str = ""
     dtype: str = ""
     input_size: list[Size] = []
+    runtime: str = "torch"
+    layers: str = "tt"
 
 
 # --------------------------------------------------------------------------------------------------------------- report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ttcompress.errors import shortlist
 from ttcompress.records.common import Json
 from ttcompress.records.report import Accuracy
 from ttcompress.report.text import format_bytes
@@ -28,6 +29,15 @@ def accuracy_json(accuracy: Accuracy, data: str) -> Json:
         "interval": accuracy.interval,
         "data": data,
     }
+
+
+def factors_lines(done: Json, output: Path) -> list[str]:
+    """What the compressed layers of a file became."""
+    made = f"{done['factored']} layers as rows of factors, {done['dense']} dense"
+    lines = [f"{output}: {made}, {format_bytes(done['num_bytes'])}"]
+    if names := done["contracted"]:
+        lines.append(f"cores met one by one, a ttcompress ContractedLinear: {shortlist(names)}")
+    return lines
 
 
 def export_lines(done: Json, output: Path) -> list[str]:

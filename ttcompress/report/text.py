@@ -264,7 +264,9 @@ def _finetuning_lines(finetuning: Json | None) -> list[str]:
     history, teacher = finetuning["history"], finetuning["teacher"]
     taught = f", taught by {teacher}" if teacher else ""
     # The first is the network as it was.
-    lines = [f"fine-tuned        {len(history) - 1} epochs on {finetuning['train']}{taught}"]
+    precision = finetuning.get("precision")
+    narrow = f", in {precision}" if precision not in (None, "float32") else ""
+    lines = [f"fine-tuned        {len(history) - 1} epochs on {finetuning['train']}{taught}{narrow}"]
 
     before = finetuning["before"]
     if before and before.get("n"):
@@ -282,14 +284,32 @@ def _finetuning_lines(finetuning: Json | None) -> list[str]:
 
 def render_bench(result: Json) -> RenderableType:
     """Time and memory, dense against compressed: the whole network by batch size, then its layers."""
-    where = f"{result['device']}, {result['dtype']}"
-    title = _text(f"{result['file']}: {result['what']} on {where}")
+    where = f"{result['device']}, {result['dtype']}{_in_runtime(result)}"
+    title = _text(f"{result['file']} in {LAYER_WORDS[result['layers']]}: {result['what']} on {where}")
     batches = result["batches"]
-    return Group(title, _network_times(batches), _layer_times(batches))
+    tables = [_network_times(batches)]
+    if batches[0]["layers"]:
+        tables.append(_layer_times(batches))
+    return Group(title, *tables)
+
+
+LAYER_WORDS = {"tt": "TT layers", "plain": "stock layers"}
+RUNTIME_WORDS = {
+    "torch": "",
+    "compile": ", torch.compile",
+    "onnx": ", onnxruntime",
+    "onnx-int8": ", onnxruntime, int8",
+}
+
+
+def _in_runtime(bench: Json) -> str:
+    # Older files know of one only.
+    runtime = bench.get("runtime", "torch")
+    return RUNTIME_WORDS.get(runtime, f", {runtime}")
 
 
 def _network_times(batches: Sequence[Json]) -> Table:
-    measured = ("median", "p90", "images/s", "multiply-adds", "peak memory", "memory format")
+    measured = ("median", "p90", "images/s", "multiply-adds", "peak memory", "file", "memory format")
     table = Table("batch", "network", *measured)
     for batch in batches:
         dense, compressed = batch["dense"], batch["compressed"]
@@ -300,8 +320,13 @@ def _network_times(batches: Sequence[Json]) -> Table:
         time = f"{batch['time_ratio']:.2f}"
         work = f"{compressed['multiply_adds'] / max(1, dense['multiply_adds']):.2f}"
         memory = f"{batch['memory_ratio']:.2f}" if "memory_ratio" in batch else "-"
-        table.add_row("", "ratio", time, "", "", work, memory, "", style="bold")
+        file = _file_ratio(dense, compressed)
+        table.add_row("", "ratio", time, "", "", work, memory, file, "", style="bold")
     return table
+
+
+def _file_ratio(dense: Json, compressed: Json) -> str:
+    return f"{compressed['file_bytes'] / dense['file_bytes']:.2f}" if dense["file_bytes"] else "-"
 
 
 def _network_cells(side: Json) -> list[str]:
@@ -311,6 +336,7 @@ def _network_cells(side: Json) -> list[str]:
         f"{side['throughput']:,.0f}",
         f"{side['multiply_adds']:,}",
         format_bytes(side["peak_memory"]),
+        format_bytes(side["file_bytes"]),
         side["memory_format"],
     ]
 
@@ -341,7 +367,8 @@ def _bench_lines(bench: Json | None) -> list[str]:
     lines = []
     for batch in bench["batches"]:
         ratio = f"{batch['time_ratio']:.2f} of the dense network's time"
-        lines.append(f"{bench['what']:<17} batch {batch['batch']}: {ratio}, {bench['device']}")
+        where = f"{bench['device']}{_in_runtime(bench)}"
+        lines.append(f"{bench['what']:<17} batch {batch['batch']}: {ratio}, {where}")
     return lines
 
 

@@ -24,11 +24,13 @@ class ReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
         axes = [0, *range(2, input.dim())]
         channel_shape = [1, -1, *[1] * (input.dim() - 2)]
         values = input.float()
-        count = _summed(values.new_full((1,), values.numel() / values.shape[1]))
-        if self.training and float(count) <= 1:
+        own_count = values.numel() / values.shape[1]
+        # Every process has at least one; to look at the sum would be to wait for the device in every layer.
+        if self.training and own_count * distributed.get_world_size() <= 1:
             raise ValueError(
                 f"batch norm needs more than one value a channel in training, not {tuple(input.shape)}"
             )
+        count = _summed(values.new_full((1,), own_count))
 
         mean = _summed(values.sum(axes)) / count
         deviations = values - mean.view(channel_shape)

@@ -6,9 +6,9 @@ the process is asked to stop; what is resumed from it ends bit-equal to what was
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from math import isfinite
 from typing import Any
@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from ttcompress.errors import CheckpointError, TrainingError, TrainingStoppedError
+from ttcompress.errors import CheckpointError, TrainingError, TrainingStoppedError, is_out_of_memory
 from ttcompress.layers.base import TTLayer
 from ttcompress.layers.rebuilt import TTWeight
 from ttcompress.processes import World
 from ttcompress.records.common import Json
 from ttcompress.train.batch_norm import parallel
 from ttcompress.train.optimize import Average, make_optimizer, not_finite, rate_at, tt_layers, update
+from ttcompress.train.precision import chosen_precision, lay_out, settled
 from ttcompress.train.setup import TrainingOptions, TrainingSetup
 from ttcompress.train.state import State
 from ttcompress.train.step import backward
@@ -41,23 +42,22 @@ def train(model: nn.Module, options: TrainingOptions, setup: TrainingSetup, resu
     The network as it was is epoch 0. Where that counts, the best never has a lower score.
 
     Raises:
-        TrainingError: the loss is not finite; the last good state is in the checkpoint.
+        TrainingError: the loss is not finite, or memory runs out; the last good state is in the checkpoint.
         TrainingStoppedError: asked to stop by SIGINT, SIGTERM or SIGHUP, with the state saved.
         CheckpointError: nothing fitting to resume.
     """
     state = _initial_state(model, options, setup)
-    if resume and setup.checkpoint:
-        state.load(setup.checkpoint, setup.fingerprint, setup.world.device)
-        if state.epoch > options.epochs or state.step > setup.stream.steps:
-            raise CheckpointError(f"{setup.checkpoint}: damaged: it is further than the training goes")
+    with stop_requests() as stop_requested, _naming_memory(state, setup):
+        if resume and setup.checkpoint:
+            state.load(setup.checkpoint, setup.fingerprint, setup.world.device)
+            if state.epoch > options.epochs or state.step > setup.stream.steps:
+                raise CheckpointError(f"{setup.checkpoint}: damaged: it is further than the training goes")
+        else:
+            state.precision = chosen_precision(state, options, setup)
 
-    forward = parallel(model, setup.world)
-    if options.compile:
-        forward = torch.compile(forward)
-        if setup.teacher is not None:
-            setup.teacher.compile()
-
-    with stop_requests() as stop_requested:
+        options = settled(options, state.precision, setup.world.device)
+        lay_out(model, options)
+        forward = _forward(model, options, setup)
         if not state.history:
             _finish_epoch(state, setup, {})
         while state.epoch < options.epochs:
@@ -74,16 +74,6 @@ def train(model: nn.Module, options: TrainingOptions, setup: TrainingSetup, resu
 
 
 def _initial_state(model: nn.Module, options: TrainingOptions, setup: TrainingSetup) -> State:
-    if options.channels_last:
-        for parameter in model.parameters():
-            if parameter.dim() == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-
-    if options.deterministic:
-        # cuBLAS is deterministic only with a workspace of fixed size.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
     device_type = setup.world.device.type
     # Gradients underflow in float16; bfloat16 has the range of float32.
     needs_scaling = options.precision == "float16" and device_type == "cuda"
@@ -94,6 +84,16 @@ def _initial_state(model: nn.Module, options: TrainingOptions, setup: TrainingSe
         Average(model, options.ema) if options.ema else None,
         unbounded=frozenset(not_finite(model)),
     )
+
+
+def _forward(model: nn.Module, options: TrainingOptions, setup: TrainingSetup) -> Any:
+    """What is called in training; compiled, with the teacher, where the options say so."""
+    forward = parallel(model, setup.world)
+    if options.compile:
+        forward = torch.compile(forward)
+        if setup.teacher is not None:
+            setup.teacher.compile()
+    return forward
 
 
 # --------------------------------------------------------------------------------------------------- an epoch
@@ -188,7 +188,7 @@ def _finish_epoch(state: State, setup: TrainingSetup, record: Json, seconds: flo
 
     _save(state, setup)
     if setup.log and setup.world.leads:
-        setup.log({**record, "seconds": seconds})
+        setup.log({**record, "precision": state.precision, "seconds": seconds})
 
 
 def best_epoch(history: Sequence[Json], start_counts: bool) -> Json:
@@ -227,9 +227,10 @@ def _stop_if(stop_requested: Callable[[], bool], state: State, setup: TrainingSe
 
 def _check_finite(state: State, setup: TrainingSetup) -> None:
     """See that nothing that is saved, scored or trained further has become NaN or infinite."""
+    kept = [state.model.state_dict(), *([state.average.values] if state.average else [])]
     tensors = [
         value
-        for values in (state.values, state.model.state_dict())
+        for values in kept
         for name, value in values.items()
         if value.is_floating_point() and name not in state.unbounded
     ]
@@ -241,5 +242,18 @@ def _check_finite(state: State, setup: TrainingSetup) -> None:
         raise TrainingError(_with_checkpoint(message, setup))
 
 
+@contextmanager
+def _naming_memory(state: State, setup: TrainingSetup) -> Iterator[None]:
+    """One line where memory runs out, which names what takes less of it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = f"out of memory in epoch {state.epoch + 1}: a smaller --batch-size or a larger --accumulate takes less"
+        raise TrainingError(_with_checkpoint(message, setup)) from error
+
+
 def _with_checkpoint(message: str, setup: TrainingSetup) -> str:
-    return f"{message}; the last good state is in {setup.checkpoint}" if setup.checkpoint else message
+    is_saved = setup.checkpoint is not None and setup.checkpoint.is_file()
+    return f"{message}; the last good state is in {setup.checkpoint}" if is_saved else message

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ttcompress.data.sending import sent
 from ttcompress.train.setup import TrainingOptions
 
 
@@ -24,7 +25,7 @@ def mix_images(
     alpha = getattr(options, kind)
     generator = np.random.default_rng([options.seed, epoch, step])
     own_share = float(generator.beta(alpha, alpha))
-    partners = torch.from_numpy(generator.permutation(len(images))).to(images.device)
+    partners = sent(torch.from_numpy(generator.permutation(len(images))), images.device)
     partner_labels = None if labels is None else labels[partners]
 
     if kind == "mixup":

@@ -22,7 +22,8 @@ class TrainingOptions:
 
     `warm_up` is in epochs, `clip` the largest norm of the gradients or 0 for any, `ema` 0 or the decay of an
     average of the weights, `distill` the teacher's share of the loss, `accumulate` the number of parts that a
-    batch is split into.
+    batch is split into. `precision` is one of `PRECISIONS` or `auto`, as `chosen_precision` finds; `channels_last`
+    may be None, for where it is faster.
     """
 
     epochs: int
@@ -38,8 +39,8 @@ class TrainingOptions:
     temperature: float = 4.0
     mixup: float = 0.0
     cutmix: float = 0.0
-    precision: str = "float32"
-    channels_last: bool = False
+    precision: str = "auto"
+    channels_last: bool | None = False
     compile: bool = False
     accumulate: int = 1
     deterministic: bool = False

@@ -15,6 +15,7 @@ from ttcompress.files.header import brief, canonical_json
 from ttcompress.files.output import replacing
 from ttcompress.records.common import Json
 from ttcompress.train.optimize import Average
+from ttcompress.train.setup import PRECISIONS
 
 
 @dataclass
@@ -22,13 +23,15 @@ class State:
     """A training at some step: `step` batches of epoch `epoch` are done.
 
     `sums` are over those: the number of images, their summed loss and how many were classified right. `unbounded`
-    are tensors that had NaN or Inf from the start, as masks do.
+    are tensors that had NaN or Inf from the start, as masks do. `precision` is the one that the training runs in: a
+    choice by the clock, which going on does not make again.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: Average | None
+    precision: str = "float32"
     epoch: int = 0
     step: int = 0
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
@@ -50,6 +53,7 @@ class State:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": average,
+            "precision": self.precision,
             "progress": {"epoch": self.epoch, "step": self.step, "sums": self.sums, "history": self.history},
             "best": self.best,
         }
@@ -64,7 +68,7 @@ class State:
             CheckpointError: no such file, a damaged one, or one of a training with other options, naming
                 them.
         """
-        content = _read(path, device)
+        content = _read(path)
         differing = differences(content["fingerprint"], fingerprint)
         if differing:
             raise CheckpointError(f"{path}: was trained otherwise: {differing}; repeat the command as it was")
@@ -74,30 +78,34 @@ class State:
                 f"{path}: is of another network, or damaged: {problem}; start again without --resume"
             )
         try:
-            self._restore(content)
+            self._restore(content, device)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path}: is of another network, or damaged: {brief(error)}; start again without --resume"
             ) from error
 
-    def _restore(self, content: dict[str, Any]) -> None:
+    def _restore(self, content: dict[str, Any], device: torch.device) -> None:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
         if self.average:
-            self.average.values = content["average"]["values"]
+            self.average.values = {
+                name: each.to(device) for name, each in content["average"]["values"].items()
+            }
             self.average.updates = content["average"]["updates"]
 
+        self.precision = content["precision"]
         for name in PROGRESS:
             setattr(self, name, content["progress"][name])
-        self.best = content["best"]
+        self.best = {name: each.to(device) for name, each in content["best"].items()}
 
 
-def _read(path: Path, device: torch.device) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: nothing to resume, no such file")
     try:
-        content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        # Not to the device, where it would be held twice, and AdamW's counters be waited for in every step.
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         kind = type(error).__name__
         raise CheckpointError(f"{path}: not a readable training checkpoint: {kind}") from error
@@ -123,6 +131,8 @@ def problem_of(content: dict[str, Any], state: State) -> str:
     for name in ("model", "optimizer", "scaler", "progress", "best"):
         if not isinstance(content.get(name), dict):
             return f"it lacks {name}"
+    if content.get("precision") not in tuple(PRECISIONS):
+        return "its precision"
 
     average = content.get("average")
     if (average is None) != (state.average is None):

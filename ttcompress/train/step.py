@@ -53,7 +53,9 @@ def backward(
 
         summed_loss = loss.detach() * len(logits)
         right = _num_right(logits.detach(), own, teacher_logits)
-        sums += torch.stack([loss.new_tensor(len(logits)), summed_loss, right.to(loss)]).double()
+        # Filled on the device: a number that is sent there would wait for it.
+        seen = loss.new_full((), len(logits))
+        sums += torch.stack([seen, summed_loss, right.to(loss)]).double()
     return sums
 
 

@@ -53,12 +53,11 @@ def output_error(weight: Tensor, inputs: Moments, outputs: Moments | None = None
     ridge = RIDGE * inputs.own.diagonal().mean() * torch.eye(inputs.size).to(inputs.own)
     own = inputs.own + ridge
     target = weight.flatten(1).to(inputs.own) @ (inputs.crossed + ridge)
-    metric = outputs.own.to(own) if outputs is not None and not outputs.is_sketch else None
-    target = target if metric is None else metric @ target
+    target = target if outputs is None else outputs.times(target)
 
     def quadratic(cores: Sequence[Tensor]) -> Tensor:
         dense = dense_weight(cores, shape).flatten(1)
-        weighted = dense if metric is None else metric @ dense
+        weighted = dense if outputs is None else outputs.times(dense)
         return (weighted @ own * dense).sum() / 2
 
     def linear(cores: Sequence[Tensor]) -> Tensor:

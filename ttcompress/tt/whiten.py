@@ -9,6 +9,7 @@ small factor a mode, S ~ S_1 (x) ... (x) S_d, which is undone core by core, so t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from math import prod
 
@@ -33,12 +34,14 @@ class Moments:
     Without a partner t is x. Vectors of at most MATRIX_LIMIT entries add up to matrices in float64. Longer
     ones are kept as rows with E[x x^T] ~ rows^T rows, each new vector added with a random sign to the next of
     SKETCH_ROWS rows (a count sketch, Charikar et al. 2002): exact until the rows are used up, unbiased after,
-    in memory that does not grow.
+    in memory that does not grow. Where `is_diagonal`, only the squares of single entries add up, as a vector:
+    all there is to the rows of a table, of which an input is exactly one.
     """
 
-    def __init__(self, size: int, paired: bool = False, seed: int = 0) -> None:
+    def __init__(self, size: int, paired: bool = False, seed: int = 0, is_diagonal: bool = False) -> None:
         self.size = size
-        self.is_sketch = size > MATRIX_LIMIT
+        self.is_diagonal = is_diagonal
+        self.is_sketch = size > MATRIX_LIMIT and not is_diagonal
         self._paired = paired
         self._generator = torch.Generator().manual_seed(seed)
         self._seen = 0
@@ -48,6 +51,8 @@ class Moments:
     @property
     def num_bytes(self) -> int:
         """Memory that the sums take."""
+        if self.is_diagonal:
+            return 8 * self.size
         per_entry = 4 * SKETCH_ROWS if self.is_sketch else 8 * self.size
         return (1 + self._paired) * self.size * per_entry
 
@@ -56,10 +61,21 @@ class Moments:
         share = weight / max(1, x.shape[1])
         vectors = [x] if t is None else [x, t]
 
-        summed = self._sketched if self.is_sketch else _products
-        sums = summed(vectors, share)
-        sums += [v.sum(1).double() * share for v in vectors]
+        if self.is_diagonal:
+            seconds = [x.double().square().sum(1) * share]
+        elif self.is_sketch:
+            seconds = self._sketched(vectors, share)
+        else:
+            seconds = _products(vectors, share)
+        self._add([*seconds, *(v.sum(1).double() * share for v in vectors)], weight)
 
+    def count(self, indices: Tensor, weight: float = 1.0) -> None:
+        """Add one unit vector an index, which count for `weight` together, to diagonal moments."""
+        counts = torch.bincount(indices.flatten(), minlength=self.size).double()
+        shares = counts * (weight / max(1, indices.numel()))
+        self._add([shares, shares], weight)
+
+    def _add(self, sums: list[Tensor], weight: float) -> None:
         if self._sums:
             for whole, part in zip(self._sums, sums, strict=True):
                 whole.add_(part)
@@ -81,6 +97,8 @@ class Moments:
         return [x.new_zeros(SKETCH_ROWS, self.size).index_add_(0, rows, (v * factors).T) for v in vectors]
 
     def _mean(self, index: int) -> Tensor:
+        if not self._sums:
+            return torch.zeros((self.size,) if self.is_diagonal else (self.size, self.size)).double()
         scale = self._weight or 1.0
         if self.is_sketch and index <= self._paired:
             rows: Tensor = self._sums[index][: self._seen] / scale**0.5
@@ -89,8 +107,17 @@ class Moments:
 
     @property
     def own(self) -> Tensor:
-        """The moment E[x x^T] (size, size), or at most SKETCH_ROWS rows, rows^T rows being the moment."""
+        """The moment E[x x^T] (size, size), or its diagonal, or at most SKETCH_ROWS rows, rows^T rows being it."""
         return self._mean(0)
+
+    @property
+    def trace(self) -> float:
+        """E[||x||^2]."""
+        if self.is_diagonal:
+            return float(self.own.sum())
+        if self.is_sketch:
+            return float(self.own.square().sum(dtype=torch.float64))
+        return float(self.own.trace())
 
     @property
     def crossed(self) -> Tensor:
@@ -105,9 +132,9 @@ class Moments:
     def centred(self) -> Moments:
         """Return covariances instead of second moments, for layers whose bias takes up the mean.
 
-        A sketch stays as it is.
+        A sketch stays as it is, and a diagonal.
         """
-        if self.is_sketch:
+        if self.is_sketch or self.is_diagonal:
             return self
 
         mean_x, mean_t = self.means
@@ -118,14 +145,35 @@ class Moments:
 
     def blended(self, share: float) -> Moments:
         """Spread `share` of E[x x^T] evenly over all directions; a sketch stays as it is."""
-        if self.is_sketch:
+        if self.is_sketch or not share:
             return self
+        if self.is_diagonal:
+            return self._replaced([(1 - share) * self.own + share * self.own.mean()])
         even = _mean_eigenvalue(self.own) * torch.eye(self.size).to(self.own)
         return self._replaced([(1 - share) * self.own + share * even])
 
+    def times(self, columns: Tensor) -> Tensor:
+        """Multiply E[x x^T] by columns (size, count); a sketch leaves them as they are."""
+        if self.is_sketch:
+            return columns
+        own = self.own.to(columns)
+        return own[:, None] * columns if self.is_diagonal else own @ columns
+
+    def scaled(self, factor: float) -> Moments:
+        """Return the same, with every vector times the root of this factor."""
+        other = copy(self)
+        other._weight = (self._weight or 1.0) / factor
+        return other
+
+    @staticmethod
+    def total(parts: Sequence[Moments]) -> Moments:
+        """Return the sum of moments of vectors of one size, none of them a sketch."""
+        seconds = [part.own for part in parts]
+        return parts[0]._replaced([torch.stack(seconds).sum(0)])
+
     def _replaced(self, seconds: list[Tensor]) -> Moments:
-        other = Moments(self.size, len(seconds) == 2)
-        other._sums = [*seconds, *(torch.zeros_like(seconds[0][0]) for _ in seconds)]
+        other = Moments(self.size, len(seconds) == 2, is_diagonal=self.is_diagonal)
+        other._sums = [*seconds, *(seconds[0].new_zeros(self.size) for _ in seconds)]
         other._weight = 1.0
         return other
 
@@ -139,15 +187,17 @@ def _products(vectors: Sequence[Tensor], share: float) -> list[Tensor]:
 def output_cost(difference: Tensor, inputs: Moments, outputs: Moments | None = None) -> float:
     """Return E||D x||^2 for a difference D of weights (out, in[, kh, kw]), in the outputs' metric if any."""
     flat = difference.flatten(1).to(inputs.own)
-    metric = outputs.own.to(flat) if outputs is not None and not outputs.is_sketch else None
 
-    if inputs.is_sketch:
-        missed = inputs.own @ flat.T
-        weighted = missed if metric is None else missed @ metric
-        cost = (weighted * missed).sum(dtype=torch.float64)
+    def weighed(columns: Tensor) -> Tensor:
+        return columns if outputs is None else outputs.times(columns)
+
+    if inputs.is_diagonal:
+        cost = (weighed(flat) * flat).sum(0) @ inputs.own
+    elif inputs.is_sketch:
+        missed = flat @ inputs.own.T
+        cost = (weighed(missed) * missed).sum(dtype=torch.float64)
     else:
-        moved = flat if metric is None else metric @ flat
-        cost = ((moved @ inputs.own) * flat).sum()
+        cost = (weighed(flat) @ inputs.own * flat).sum()
     # Round-off may leave a little less than nothing.
     return float(cost.clamp(min=0))
 
@@ -226,12 +276,16 @@ def _roots(
     # Padded entries of a vector are zeros.
     own = moments.own
     missing = prod(sizes) - moments.size
-    own = functional.pad(own, (0, missing) if moments.is_sketch else (0, missing, 0, missing))
+    is_matrix = not moments.is_sketch and not moments.is_diagonal
+    own = functional.pad(own, (0, missing, 0, missing) if is_matrix else (0, missing))
+    if moments.is_diagonal:
+        # As one row of roots it has the same squares.
+        own = own.sqrt()[None]
 
     roots = []
     for number, (group, dim) in enumerate(zip(groups, dims, strict=True)):
-        if diagonal or dim > MATRIX_LIMIT:
-            factor = _partial_diagonal(own, moments.is_sketch, sizes, group).reshape(dim)
+        if diagonal or moments.is_diagonal or dim > MATRIX_LIMIT:
+            factor = _partial_diagonal(own, not is_matrix, sizes, group).reshape(dim)
         else:
             factor = _partial_trace(own, moments.is_sketch, sizes, group).reshape(dim, dim)
 

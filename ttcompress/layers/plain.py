@@ -1,0 +1,348 @@
+"""Stock layers in the place of a TT layer: what each kind can become, what that costs, and its weights.
+
+A kind of layer needs a row in `STOCK`, its torch class, and one in `FACTORS`, a function that lists what its
+TT-cores can become; all else is the same for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ttcompress.layers.base import TTLayer
+from ttcompress.layers.spec import layer_spec
+from ttcompress.records.common import listed
+from ttcompress.records.layers import ConvSpec, Execution, LayerSpec, LinearSpec
+from ttcompress.records.plain import StockLayer
+from ttcompress.tt.contract import dense_weight, merge_all, merge_groups
+from ttcompress.tt.cost import (
+    BETWEEN,
+    TIME,
+    Calls,
+    ContractionPlan,
+    Cost,
+    LayerCosts,
+    Shape,
+    contracted_shapes,
+    contraction_plan,
+)
+
+LINEAR = 200_000
+"""Multiply-adds that take as long as it takes to begin one more Linear (docs/speed.md)."""
+
+STOCK: Mapping[str, type[nn.Module]] = {"linear": nn.Linear, "conv2d": nn.Conv2d}
+"""By kind, torch's class; the fields of a spec have the names of its arguments."""
+
+
+@dataclass(frozen=True)
+class StockForm:
+    """Stock layers one after the other, each with the weight that neighbouring TT-cores make together."""
+
+    specs: tuple[LayerSpec, ...]
+    bounds: tuple[int, ...]
+    """Of the TT-cores of each layer."""
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is the one layer that the TT layer stands for."""
+        return len(self.specs) == 1
+
+    def cost(self, pixels: int) -> float:
+        """What a call takes that reads so many rows or pixels, in multiply-adds."""
+        last, total = len(self.specs) - 1, Cost(0, 0)
+        for index, spec in enumerate(self.specs):
+            out_pixels = pixels // prod(getattr(spec, "stride", (1,)))
+            total += LayerCosts(spec.weight_shape, Calls(pixels, out_pixels)).dense()
+            if isinstance(spec, LinearSpec):
+                total += Cost(LINEAR, 0)
+            elif index < last:
+                # Counted twice already, as what one layer writes and the next one reads.
+                total += Cost(0, (BETWEEN - 2) * out_pixels * spec.weight_shape[0])
+            pixels = out_pixels
+        return float(TIME.total(total))
+
+    def build(self, layer: TTLayer, dtype: torch.dtype) -> nn.Module:
+        """The layers, with their weights in this type."""
+        cores = wide_cores(layer, dtype)
+        if self.is_dense:
+            weights = [dense_weight(cores, layer.spec.weight_shape)]
+        else:
+            merged = [merge_all(cores[first:last]) for first, last in pairwise(self.bounds)]
+            weights = [_as_weight(core, spec) for core, spec in zip(merged, self.specs, strict=True)]
+
+        made = [stock_layer(spec, device="meta") for spec in self.specs]
+        for stock, weight in zip(made, weights, strict=True):
+            stock.weight = trainable_as(layer, weight.to(dtype))
+        made[-1].register_parameter("bias", copied_bias(layer, dtype))
+        return made[0] if self.is_dense else nn.Sequential(*made)
+
+
+def stock_layer(spec: LayerSpec, device: str | None = None) -> nn.Module:
+    """The layer of torch's that a spec describes."""
+    return STOCK[spec.kind](**vars(spec), device=device)
+
+
+def _as_weight(core: Tensor, spec: LayerSpec) -> Tensor:
+    """A core (r, m, n, w, s) maps r n channels to m s."""
+    return core.permute(1, 4, 0, 2, 3).reshape(spec.weight_shape)
+
+
+# ---------------------------------------------------------------------------------------- inputs met core by core
+
+
+class ContractedLinear(nn.Module):
+    """A Linear in the format `matrix`: two to four Linears without bias, with the axes turned between them.
+
+    No row of stock layers computes it: each of its Linears sees one axis of the input, which is viewed as a tensor
+    (Novikov et al. 2015, section 4), and the bias is of all outputs.
+
+    Args:
+        in_features: of the layer that it stands for.
+        out_features: likewise.
+        bias: likewise.
+        groups: shapes (r, m, n, s) of the merged TT-cores.
+        from_last: which end the input is contracted from.
+
+    >>> import torch
+    >>> layer = ContractedLinear(12, 6, True, [(1, 2, 3, 5), (5, 3, 4, 1)], from_last=True)
+    >>> layer(torch.ones(7, 12)).shape, [tuple(step.weight.shape) for step in layer.steps]
+    (torch.Size([7, 6]), [(15, 4), (2, 15)])
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        groups: Sequence[Sequence[int]],
+        from_last: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.groups = tuple(tuple(group) for group in groups)
+        self.from_last = from_last
+        self.padded = prod(n for _, _, n, _ in self.groups)
+        self.padded_out = prod(m for _, m, _, _ in self.groups)
+
+        self.views = self._views()
+        shapes = [(n * s, r * m) if from_last else (r * n, m * s) for r, m, n, s in self._ordered()]
+        self.steps = nn.ModuleList(
+            nn.Linear(read, written, bias=False, device=device, dtype=dtype) for read, written in shapes
+        )
+        empty = torch.zeros(out_features, device=device, dtype=dtype)
+        self.register_parameter("bias", nn.Parameter(empty) if bias else None)
+
+    def _ordered(self) -> list[tuple[int, ...]]:
+        return list(reversed(self.groups)) if self.from_last else list(self.groups)
+
+    def _views(self) -> list[tuple[int, int]]:
+        """The axis that each step contracts, and what follows it."""
+        views = []
+        tail = 1 if self.from_last else self.padded
+        for r, m, n, s in self._ordered():
+            if self.from_last:
+                views.append((n * s, tail))
+                tail *= m
+            else:
+                tail //= n
+                views.append((r * n, tail))
+        return views
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to (..., in_features)."""
+        z = input.reshape(-1, self.in_features)
+        if self.padded > self.in_features:
+            z = functional.pad(z, (0, self.padded - self.in_features))
+        for step, (size, tail) in zip(self.steps, self.views, strict=True):
+            z = step(z.reshape(-1, size)) if tail == 1 else step(z.reshape(-1, size, tail).mT).mT
+
+        y = z.reshape(-1, self.padded_out)[:, : self.out_features].reshape(
+            *input.shape[:-1], self.out_features
+        )
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        """Its shape."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
+
+
+@dataclass(frozen=True)
+class ContractedForm:
+    """The format `matrix` of a Linear, as `ContractedLinear` has it."""
+
+    shapes: tuple[Shape, ...]
+    plan: ContractionPlan
+
+    is_dense = False
+
+    def cost(self, pixels: int) -> float:
+        """What a call takes that reads so many rows, in multiply-adds."""
+        steps = len(self.plan.bounds) - 1
+        read = sum(prod(shape) for shape in self.shapes)
+        # Turning the axes takes as long to begin as the product itself.
+        return float(TIME.total(self.plan.cost(pixels, merged=True) + Cost(2 * steps * LINEAR, read)))
+
+    def build(self, layer: TTLayer, dtype: torch.dtype) -> nn.Module:
+        """The layer, with its weights in this type."""
+        merged = merge_groups(wide_cores(layer, dtype), self.plan)
+        out_features, in_features = layer.spec.weight_shape
+        groups = [(r, m, n, s) for r, m, n, _, s in (core.shape for core in merged)]
+        has_bias = layer.bias is not None
+        made = ContractedLinear(in_features, out_features, has_bias, groups, self.plan.from_last, "meta")
+
+        ordered = reversed(merged) if self.plan.from_last else merged
+        for step, core in zip(made.steps, ordered, strict=True):
+            step.weight = trainable_as(layer, self._matrix(core).to(dtype))
+        made.bias = copied_bias(layer, dtype)
+        return made
+
+    def _matrix(self, core: Tensor) -> Tensor:
+        r, m, n, _, s = core.shape
+        if self.plan.from_last:
+            return core.reshape(r * m, n * s)
+        return core[:, :, :, 0].permute(1, 3, 0, 2).reshape(m * s, r * n)
+
+
+Form = StockForm | ContractedForm
+
+# ------------------------------------------------------------------------------------------- what each kind can become
+
+
+def _linear_factors(layer: TTLayer) -> Iterator[Form]:
+    """Two Linears where some cut has all inputs on one side and all outputs on the other, else a contraction."""
+    modes, spec = layer.tensorization, layer.spec
+    out_features, in_features = spec.weight_shape
+    is_exact = (prod(modes.out_modes), prod(modes.in_modes)) == (out_features, in_features)
+
+    for cut in range(1, len(layer.cores)):
+        is_two_matrices = prod(modes.out_modes[:cut]) == prod(modes.in_modes[cut:]) == 1
+        if is_exact and is_two_matrices:
+            rank = layer.tt_ranks[cut]
+            specs = LinearSpec(in_features, rank, False), LinearSpec(rank, out_features, spec.bias)
+            yield StockForm(specs, (0, cut, len(layer.cores)))
+            return
+
+    if len(layer.cores) > 1:
+        shapes = contracted_shapes(modes.core_shapes(layer.tt_ranks))
+        yield ContractedForm(shapes, contraction_plan(shapes))
+
+
+def _conv_factors(layer: TTLayer) -> Iterator[Form]:
+    """Convolutions where the input channels are in the first one, the output channels in the last."""
+    spec = layer.spec
+    assert isinstance(spec, ConvSpec)
+    count = len(layer.cores)
+    cuts: list[tuple[int, ...]] = []
+    if layer.tensorization.format == "chain":
+        cuts = [(0, 1, 2, 3), (0, 1, 3), (0, 2, 3)]
+    elif Execution.CHAIN in layer.executions:
+        cuts = [(0, count - 1, count)]
+
+    window = 1 if layer.tensorization.format == "chain" else 0
+    for bounds in cuts:
+        yield StockForm(tuple(_conv_specs(spec, layer.tt_ranks, bounds, window)), bounds)
+
+
+def _conv_specs(
+    spec: ConvSpec, tt_ranks: Sequence[int], bounds: tuple[int, ...], window: int
+) -> Iterator[ConvSpec]:
+    """Of the convolutions of these cores; the one with the core `window` has the geometry of the whole."""
+    for first, last in pairwise(bounds):
+        is_last = last == bounds[-1]
+        channels = {
+            "in_channels": spec.in_channels if first == 0 else tt_ranks[first],
+            "out_channels": spec.out_channels if is_last else tt_ranks[last],
+            "bias": spec.bias and is_last,
+        }
+        if first <= window < last:
+            yield replace(spec, **channels)  # type: ignore[arg-type]
+        else:
+            yield ConvSpec(**channels, kernel_size=(1, 1))  # type: ignore[arg-type]
+
+
+FACTORS: Mapping[str, Callable[[TTLayer], Iterator[Form]]] = {
+    "linear": _linear_factors,
+    "conv2d": _conv_factors,
+}
+"""By kind, what the TT-cores of a layer can become."""
+
+
+def plain_forms(layer: TTLayer) -> list[Form]:
+    """What a layer can become: the dense layer, then what its cores are by themselves.
+
+    An execution that is forced leaves the forms that are like it.
+    """
+    dense = StockForm((layer.spec,), (0, len(layer.cores)))
+    if layer.execution is Execution.DENSE:
+        return [dense]
+    factors = list(FACTORS[layer.spec.kind](layer))
+    if layer.execution is not Execution.AUTO and factors:
+        # In the order of their cores, none merged with another kind of core.
+        return factors[:1]
+    return [dense, *factors]
+
+
+# -------------------------------------------------------------------------------------------------------------- weights
+
+
+def wide_cores(layer: TTLayer, dtype: torch.dtype) -> list[Tensor]:
+    """Its cores, wide enough to be multiplied with each other before they are rounded to a type."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return [core.detach().to(wide) for core in layer.cores]
+
+
+def trainable_as(layer: TTLayer, weight: Tensor) -> nn.Parameter:
+    """A weight that shares no memory, and is trained where the cores are."""
+    trains = any(core.requires_grad for core in layer.cores)
+    return nn.Parameter(weight.clone(memory_format=torch.contiguous_format), trains)
+
+
+def copied_bias(layer: TTLayer, dtype: torch.dtype) -> nn.Parameter | None:
+    """The bias of a layer, if it has one."""
+    bias = layer.bias
+    return None if bias is None else nn.Parameter(bias.detach().to(dtype, copy=True), bias.requires_grad)
+
+
+# ----------------------------------------------------------------------------------------------------------- descriptions
+
+
+CLASSES: Mapping[str, type[nn.Module]] = {
+    **{each.__name__: each for each in STOCK.values()},
+    "ContractedLinear": ContractedLinear,
+}
+"""What descriptions may name."""
+
+
+def described(plain: nn.Module) -> list[StockLayer]:
+    """Classes and arguments of what stands for one TT layer."""
+    if isinstance(plain, nn.Sequential):
+        return [layer for each in plain for layer in described(each)]
+    if not isinstance(plain, ContractedLinear):
+        return [StockLayer(type(plain).__name__, listed(layer_spec(plain)))]  # type: ignore[arg-type]
+
+    arguments = {
+        "in_features": plain.in_features,
+        "out_features": plain.out_features,
+        "bias": plain.bias is not None,
+        "groups": [list(group) for group in plain.groups],
+        "from_last": plain.from_last,
+    }
+    return [StockLayer("ContractedLinear", arguments)]
+
+
+def from_description(layers: Sequence[StockLayer]) -> nn.Module:
+    """The layers that were described, on the meta device."""
+    made = [CLASSES[layer.name](**layer.arguments, device="meta") for layer in layers]
+    return made[0] if len(made) == 1 else nn.Sequential(*made)
