@@ -1,8 +1,8 @@
-"""Single layers against the dense ones they replace: python scripts/layer_speed.py [linear] [conv] [cached]
+"""Single layers against the dense ones they replace: python scripts/layer_speed.py [linear] [conv] [kinds] [cached]
 
-fc6 of VGG-16 at rank 4 (Novikov et al. 2015), forward and training step; `chain` convolutions at 10x; and every format
-of a convolution at every size of rank, which must never be slower than the dense one. One thread, in alternation in one
-process, CPU seconds, medians.
+fc6 of VGG-16 at rank 4 (Novikov et al. 2015), forward and training step; `chain` convolutions at 10x, and those of
+other kinds at 4x, by their cores and as they choose themselves; and every format of a convolution at every size of
+rank, which must never be slower than the dense one. One thread, in alternation in one process, CPU seconds, medians.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from ttcompress.layers.conv import TTConv2d
+from ttcompress.layers.conv import CONV_LAYERS, TTConv
 from ttcompress.layers.linear import TTLinear
-from ttcompress.records.layers import ConvSpec, LinearSpec
+from ttcompress.layers.spec import layer_spec
+from ttcompress.records.layers import LinearSpec
 from ttcompress.tt.shapes import tensorize_shape
 
 Run = Callable[[], object]
@@ -26,12 +27,12 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("groups", nargs="*", default=["linear", "conv", "cached"])
+    parser.add_argument("groups", nargs="*", default=["linear", "conv", "kinds", "cached"])
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    cases = {"linear": linear, "conv": conv, "cached": cached}
+    cases = {"linear": linear, "conv": conv, "kinds": kinds, "cached": cached}
     print("| layer | batch | dense, ms | ours / dense |\n|---|---|---|---|")
     for group in arguments.groups:
         for name, batch, dense, ours in cases[group]():
@@ -65,6 +66,33 @@ def conv() -> Iterator[tuple[str, int, Run, Run]]:
             )
 
 
+KINDS = (
+    (nn.Conv1d, (256, 256, 5), {"padding": 2}, (200,)),
+    (nn.Conv1d, (512, 512, 9), {"padding": 4}, (400,)),
+    (nn.Conv3d, (64, 64, 3), {"padding": 1}, (8, 28, 28)),
+    (nn.Conv3d, (256, 256, 3), {"padding": 1}, (4, 14, 14)),
+    (nn.ConvTranspose1d, (256, 128, 16), {"stride": 8, "padding": 4}, (64,)),
+    (nn.ConvTranspose1d, (512, 256, 16), {"stride": 8, "padding": 4}, (128,)),
+    (nn.ConvTranspose2d, (256, 128, 4), {"stride": 2, "padding": 1}, (16, 16)),
+    (nn.ConvTranspose2d, (512, 256, 4), {"stride": 2, "padding": 1}, (8, 8)),
+    (nn.ConvTranspose3d, (64, 32, 2), {"stride": 2}, (8, 16, 16)),
+    (nn.ConvTranspose3d, (256, 128, 2), {"stride": 2}, (4, 8, 8)),
+)
+"""Convolutions of signals, videos, decoders and generators: class, channels and kernel, geometry, size of an input."""
+
+
+def kinds() -> Iterator[tuple[str, int, Run, Run]]:
+    for make, sizes, geometry, shape in KINDS:
+        dense: nn.Module = make(*sizes, **geometry)
+        for batch in (1, 8):
+            x = torch.randn(batch, sizes[0], *shape)
+            for execution in ("chain", "auto"):
+                layer = by_cores(dense, "chain", 4)
+                layer.execution = execution
+                name = f"{make.__name__}{sizes} on {'x'.join(map(str, shape))}, {execution}"
+                yield name, batch, evaluation(dense, x), evaluation(layer, x)
+
+
 def cached() -> Iterator[tuple[str, int, Run, Run]]:
     for channels, side in ((16, 32), (64, 16), (128, 16), (512, 14)):
         for weight_format in ("chain", "matrix", "naive", "lowrank"):
@@ -83,15 +111,14 @@ def pair(
     return dense, torch.randn(batch, channels, side, side).contiguous(memory_format=memory_format)
 
 
-def by_cores(dense: nn.Conv2d, weight_format: str, ratio: float) -> TTConv2d:
+def by_cores(dense: nn.Module, weight_format: str, ratio: float) -> TTConv:
     """The format at the largest rank, the same at all cuts where it can be, that has this compression."""
-    shape = tuple(dense.weight.shape)
-    modes = tensorize_shape(weight_format, shape)
+    spec = layer_spec(dense)
+    modes = tensorize_shape(weight_format, spec.view_shape)
     sizes = range(1, max(modes.max_ranks()) + 1)
     ranks = [tuple(min(rank, most) for most in modes.max_ranks()) for rank in sizes]
     fitting = [each for each in ranks if modes.num_params(each) * ratio <= dense.weight.numel()]
-    spec = ConvSpec(shape[1], shape[0], (3, 3), padding=(1, 1))
-    return TTConv2d(spec, modes, max(fitting, default=ranks[0]))
+    return CONV_LAYERS[spec.kind](spec, modes, max(fitting, default=ranks[0]))
 
 
 def evaluation(module: nn.Module, x: Tensor) -> Run:
