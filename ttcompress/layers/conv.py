@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ttcompress.errors import ShapeError
+from ttcompress.layers.base import TTMap
 from ttcompress.layers.spec import viewed
 from ttcompress.records.layers import ConvSpec, Execution
 from ttcompress.tt.contract import contract_groups, dense_weight, merge_all, merge_groups, pad_features

@@ -33,7 +33,7 @@ def usage_of(model: nn.Module, example: Example) -> Usage:
     """
     calls: dict[str, Calls] = {}
 
-    def count(name: str, module: Replaceable, given: Any, named: Any, output: Tensor) -> None:
+    def count(name: str, module: nn.Linear | Convolution, given: Any, named: Any, output: Tensor) -> None:
         x = given[0] if given else named["input"]
         before = calls.get(name, Calls(0, 0))
         pixels, out_pixels = _positions(module, x), _positions(module, output)

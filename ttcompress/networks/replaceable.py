@@ -91,7 +91,7 @@ def _own_obstacle(module: Replaceable) -> str:
     if overridden:
         return f"its object has a {shortlist(overridden)} of its own"
 
-    replacement = tt_layer(layer_spec(module))
+    replacement: Any = tt_layer(layer_spec(module))
     taken = sorted(name for name in own if name in _usual(replacement) or _is_ours(replacement, name))
     if taken:
         return f"its object has a {shortlist(taken)}, as a TT layer has"
