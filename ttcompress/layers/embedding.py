@@ -58,7 +58,7 @@ class TTEmbedding(TTLayer):
         """
         if input.dtype not in INDICES:
             raise ShapeError(f"the layer takes whole numbers of 32 or 64 bits, not {input.dtype}")
-        cores = self._listed_cores()
+        cores = self.own_cores()
         if self._execution is Execution.DENSE:
             table = self._table(cores)
             return functional.embedding(

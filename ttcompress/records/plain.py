@@ -13,8 +13,9 @@ from ttcompress.errors import CheckpointError
 from ttcompress.records.common import Json
 from ttcompress.records.decoding import FieldError, check_values, decode, refusing_as
 from ttcompress.records.forms import (
+    CONV_FORMS,
     ArchitectureForm,
-    ConvForm,
+    EmbeddingForm,
     LinearForm,
     PreprocessingForm,
     Size,
@@ -36,7 +37,9 @@ class ContractedForm(Struct, forbid_unknown_fields=True):
 
 ARGUMENTS: Mapping[str, type[Struct]] = {
     "Linear": LinearForm,
-    "Conv2d": ConvForm,
+    "Embedding": EmbeddingForm,
+    **{f"Conv{dims}d": form for dims, form in CONV_FORMS.items()},
+    **{f"ConvTranspose{dims}d": form for dims, form in CONV_FORMS.items()},
     "ContractedLinear": ContractedForm,
 }
 """What each class takes: those of torch.nn have the arguments of torch."""
@@ -123,6 +126,8 @@ def _layers(where: str, entries: list[Json]) -> tuple[StockLayer, ...]:
         form = decode(entry, StockLayerForm, f"{where}[{number}]")
         inner = f"{where}[{number}].arguments"
         arguments = msgspec.structs.asdict(decode(form.arguments, ARGUMENTS[form.name], inner))
+        if not form.name.startswith("ConvTranspose"):
+            arguments.pop("output_padding", None)
         if form.name == "ContractedLinear":
             _check_groups(arguments, inner)
         made.append(StockLayer(form.name, arguments))
