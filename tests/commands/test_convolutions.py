@@ -210,6 +210,20 @@ def test_a_plan_is_a_file_that_is_taken_back(case: Case, tmp_path: Path) -> None
     assert load(tmp_path / "small.st", case)(x).isfinite().all()
 
 
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_a_calibrated_network(name: str) -> None:
+    """Output error instead of weight error, on inputs of any kind."""
+    case = CASES[name]
+    model, inputs = build(case), torch.randn(48, *case.shape)
+    small, report = ttcompress.compress(model, ratio=case.ratio, calib=inputs, effort="quick")
+    plain, _ = ttcompress.compress(model, ratio=case.ratio)
+    assert report.compression >= case.ratio
+    x = torch.randn(16, *case.shape)
+    missed = [float((each(x) - model(x)).norm()) for each in (small, plain)]
+    assert missed[0] < missed[1]
+
+
 @pytest.mark.parametrize("name", ["generator", "video"])
 def test_multiply_adds_can_be_the_budget(name: str) -> None:
     case = CASES[name]

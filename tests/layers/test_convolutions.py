@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ttcompress
 from ttcompress.errors import PlanError, ShapeError
 from ttcompress.layers.conv import CONV_LAYERS, TTConv, TTConvTranspose
+from ttcompress.layers.plain import described, from_description, plain_forms
 from ttcompress.layers.spec import CONVOLUTIONS, empty_layer, layer_spec
 from ttcompress.records.layers import CONV_KINDS, ConvSpec
 from ttcompress.tt.cost import MULTIPLY_ADDS, Calls, LayerCosts
@@ -241,3 +242,22 @@ def test_every_kind_has_a_layer() -> None:
     assert [kind for kind, layer in CONV_LAYERS.items() if issubclass(layer, TTConvTranspose)] == TRANSPOSED
     assert all(re.fullmatch(r"TTConv(Transpose)?[123]d", layer.__name__) for layer in CONV_LAYERS.values())
     assert all(issubclass(layer, TTConv) for layer in CONV_LAYERS.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.sampled_from(FORMATS), st.integers(1, 3))
+@torch.no_grad()
+def test_stock_layers_compute_the_same(case: tuple[Any, Tensor], name: str, rank: int) -> None:
+    dense, x = case
+    layer = CONV_LAYERS[layer_spec(dense).kind].from_dense(dense, name, rank).eval()
+    wanted = layer(x)
+    for form in plain_forms(layer):
+        built = form.build(layer, torch.float32)
+        stock = [module for module in built.modules() if not isinstance(module, nn.Sequential)]
+        assert {type(module) for module in stock} <= set(CONVOLUTIONS.values())
+        torch.testing.assert_close(built(x), wanted, atol=1e-5 * most_of(dense, x), rtol=1e-5)
+
+        # As a file describes them.
+        again = from_description(described(built)).to_empty(device="cpu")
+        again.load_state_dict(built.state_dict())
+        assert torch.equal(again(x), built(x))

@@ -402,7 +402,7 @@ def _rewritten(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     ("change", "message"),
     [
         (lambda data: data.pop("layers"), "layers is missing"),
-        (lambda data: data["layers"]["fc1"][0].update({"class": "Module"}), "class must be Linear, Conv2d"),
+        (lambda data: data["layers"]["fc1"][0].update({"class": "Module"}), "class must be Linear, Conv1d"),
         (lambda data: data["layers"]["fc1"][0]["arguments"].update(in_features=-1), "in_features must be"),
         (lambda data: data["layers"]["fc1"][0]["arguments"].update(in_features=7), "does not fit"),
         (lambda data: data["layers"]["fc1"][0]["arguments"].update(device="cuda"), "device is not known"),

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ttcompress.layers.base import TTLayer
-from ttcompress.layers.spec import layer_spec
-from ttcompress.records.common import listed
+from ttcompress.layers.spec import CONVOLUTIONS, empty_layer, layer_spec, viewed
 from ttcompress.records.layers import ConvSpec, Execution, LayerSpec, LinearSpec
 from ttcompress.records.plain import StockLayer
 from ttcompress.tt.contract import dense_weight, merge_all, merge_groups
@@ -36,8 +35,8 @@ from ttcompress.tt.cost import (
 LINEAR = 200_000
 """Multiply-adds that take as long as it takes to begin one more Linear (docs/speed.md)."""
 
-STOCK: Mapping[str, type[nn.Module]] = {"linear": nn.Linear, "conv2d": nn.Conv2d}
-"""By kind, torch's class; the fields of a spec have the names of its arguments."""
+STOCK: Mapping[str, type[nn.Module]] = {"linear": nn.Linear, **CONVOLUTIONS}
+"""By kind, torch's class."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,15 @@ class StockForm:
         """What a call takes that reads so many rows or pixels, in multiply-adds."""
         last, total = len(self.specs) - 1, Cost(0, 0)
         for index, spec in enumerate(self.specs):
-            out_pixels = pixels // prod(getattr(spec, "stride", (1,)))
-            total += LayerCosts(spec.weight_shape, Calls(pixels, out_pixels)).dense()
+            strides = prod(getattr(spec, "stride", (1,)))
+            out_pixels = pixels * strides if spec.transposed else pixels // strides
+            calls = Calls(pixels, out_pixels)
+            total += LayerCosts(spec.view_shape, calls, transposed=spec.transposed).dense()
             if isinstance(spec, LinearSpec):
                 total += Cost(LINEAR, 0)
             elif index < last:
                 # Counted twice already, as what one layer writes and the next one reads.
-                total += Cost(0, (BETWEEN - 2) * out_pixels * spec.weight_shape[0])
+                total += Cost(0, (BETWEEN - 2) * out_pixels * spec.view_shape[0])
             pixels = out_pixels
         return float(TIME.total(total))
 
@@ -71,26 +72,22 @@ class StockForm:
         """The layers, with their weights in this type."""
         cores = wide_cores(layer, dtype)
         if self.is_dense:
-            weights = [dense_weight(cores, layer.spec.weight_shape)]
+            weights = [viewed(dense_weight(cores, layer.spec.view_shape), layer.spec)]
         else:
             merged = [merge_all(cores[first:last]) for first, last in pairwise(self.bounds)]
             weights = [_as_weight(core, spec) for core, spec in zip(merged, self.specs, strict=True)]
 
-        made = [stock_layer(spec, device="meta") for spec in self.specs]
+        made: list[nn.Module] = [empty_layer(spec) for spec in self.specs]
         for stock, weight in zip(made, weights, strict=True):
             stock.weight = trainable_as(layer, weight.to(dtype))
         made[-1].register_parameter("bias", copied_bias(layer, dtype))
         return made[0] if self.is_dense else nn.Sequential(*made)
 
 
-def stock_layer(spec: LayerSpec, device: str | None = None) -> nn.Module:
-    """The layer of torch's that a spec describes."""
-    return STOCK[spec.kind](**vars(spec), device=device)
-
-
 def _as_weight(core: Tensor, spec: LayerSpec) -> Tensor:
     """A core (r, m, n, w, s) maps r n channels to m s."""
-    return core.permute(1, 4, 0, 2, 3).reshape(spec.weight_shape)
+    view = core.permute(1, 4, 0, 2, 3).reshape(spec.view_shape)
+    return viewed(view, spec)
 
 
 # ---------------------------------------------------------------------------------------- inputs met core by core
@@ -269,12 +266,12 @@ def _conv_specs(
         if first <= window < last:
             yield replace(spec, **channels)  # type: ignore[arg-type]
         else:
-            yield ConvSpec(**channels, kernel_size=(1, 1))  # type: ignore[arg-type]
+            yield ConvSpec(**channels, kernel_size=(1,) * spec.dims)  # type: ignore[arg-type]
 
 
 FACTORS: Mapping[str, Callable[[TTLayer], Iterator[Form]]] = {
     "linear": _linear_factors,
-    "conv2d": _conv_factors,
+    **dict.fromkeys(CONVOLUTIONS, _conv_factors),
 }
 """By kind, what the TT-cores of a layer can become."""
 
@@ -330,7 +327,7 @@ def described(plain: nn.Module) -> list[StockLayer]:
     if isinstance(plain, nn.Sequential):
         return [layer for each in plain for layer in described(each)]
     if not isinstance(plain, ContractedLinear):
-        return [StockLayer(type(plain).__name__, listed(layer_spec(plain)))]  # type: ignore[arg-type]
+        return [StockLayer(type(plain).__name__, layer_spec(plain).to_json())]  # type: ignore[arg-type]
 
     arguments = {
         "in_features": plain.in_features,

@@ -70,7 +70,7 @@ def cheapest(layer: TTLayer, forms: Sequence[Form], shape: Shape | None) -> Form
     """What takes least time by the cost model; of a layer that does not run, its factors, as they are smaller."""
     if shape is None:
         return forms[-1]
-    channels = layer.spec.weight_shape[1]
+    channels = layer.spec.view_shape[1]
     pixels = max(1, prod(shape) // channels)
     return min(forms, key=lambda form: form.cost(pixels))
 
@@ -86,7 +86,7 @@ def _input_shapes(
                 f"what {unknown[0]} costs depends on the size of an input, which is not known; "
                 "give it with --input-size, such as 3,224,224"
             )
-        return {id(layer): (batch_size, layer.spec.weight_shape[1]) for layer in layers.values()}
+        return {id(layer): (batch_size, layer.spec.view_shape[1]) for layer in layers.values()}
 
     shapes: dict[int, Shape] = {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -13,8 +13,8 @@ from ttcompress.errors import CheckpointError
 from ttcompress.records.common import Json
 from ttcompress.records.decoding import FieldError, check_values, decode, refusing_as
 from ttcompress.records.forms import (
+    CONV_FORMS,
     ArchitectureForm,
-    ConvForm,
     LinearForm,
     PreprocessingForm,
     Size,
@@ -36,7 +36,8 @@ class ContractedForm(Struct, forbid_unknown_fields=True):
 
 ARGUMENTS: Mapping[str, type[Struct]] = {
     "Linear": LinearForm,
-    "Conv2d": ConvForm,
+    **{f"Conv{dims}d": form for dims, form in CONV_FORMS.items()},
+    **{f"ConvTranspose{dims}d": form for dims, form in CONV_FORMS.items()},
     "ContractedLinear": ContractedForm,
 }
 """What each class takes: those of torch.nn have the arguments of torch."""
@@ -125,8 +126,15 @@ def _layers(where: str, entries: list[Json]) -> tuple[StockLayer, ...]:
         arguments = msgspec.structs.asdict(decode(form.arguments, ARGUMENTS[form.name], inner))
         if form.name == "ContractedLinear":
             _check_groups(arguments, inner)
+        if "output_padding" in arguments and not form.name.startswith("ConvTranspose"):
+            _check_usual(arguments.pop("output_padding"), f"{inner}.output_padding")
         made.append(StockLayer(form.name, arguments))
     return tuple(made)
+
+
+def _check_usual(output_padding: Sequence[int], where: str) -> None:
+    if any(output_padding):
+        raise FieldError(f"{where} belongs to transposed convolutions")
 
 
 def _check_groups(arguments: Json, where: str) -> None:
