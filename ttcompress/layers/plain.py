@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ttcompress.layers.base import TTLayer
-from ttcompress.layers.spec import CONVOLUTIONS, empty_layer, layer_spec, viewed
+from ttcompress.layers.spec import CONVOLUTIONS, empty_layer, layer_spec, unviewed
 from ttcompress.records.layers import ConvSpec, Execution, LayerSpec, LinearSpec
 from ttcompress.records.plain import StockLayer
 from ttcompress.tt.contract import dense_weight, merge_all, merge_groups
@@ -59,12 +59,12 @@ class StockForm:
             strides = prod(getattr(spec, "stride", (1,)))
             out_pixels = pixels * strides if spec.transposed else pixels // strides
             calls = Calls(pixels, out_pixels)
-            total += LayerCosts(spec.view_shape, calls, transposed=spec.transposed).dense()
+            total += LayerCosts(spec.view_shape, calls, TIME, spec.transposed, spec.groups).dense()
             if isinstance(spec, LinearSpec):
                 total += Cost(LINEAR, 0)
             elif index < last:
                 # Counted twice already, as what one layer writes and the next one reads.
-                total += Cost(0, (BETWEEN - 2) * out_pixels * spec.view_shape[0])
+                total += Cost(0, (BETWEEN - 2) * out_pixels * spec.view_shape[0] * spec.groups)
             pixels = out_pixels
         return float(TIME.total(total))
 
@@ -72,7 +72,7 @@ class StockForm:
         """The layers, with their weights in this type."""
         cores = wide_cores(layer, dtype)
         if self.is_dense:
-            weights = [viewed(dense_weight(cores, layer.spec.view_shape), layer.spec)]
+            weights = [unviewed(dense_weight(cores, layer.spec.view_shape), layer.spec)]
         else:
             merged = [merge_all(cores[first:last]) for first, last in pairwise(self.bounds)]
             weights = [_as_weight(core, spec) for core, spec in zip(merged, self.specs, strict=True)]
@@ -86,8 +86,11 @@ class StockForm:
 
 def _as_weight(core: Tensor, spec: LayerSpec) -> Tensor:
     """A core (r, m, n, w, s) maps r n channels to m s."""
-    view = core.permute(1, 4, 0, 2, 3).reshape(spec.view_shape)
-    return viewed(view, spec)
+    lead = core.shape[:-5]
+    count = len(lead)
+    order = [count + axis for axis in (1, 4, 0, 2, 3)]
+    view = core.permute(*range(count), *order).reshape(*lead, *spec.view_shape)
+    return unviewed(view, spec)
 
 
 # ---------------------------------------------------------------------------------------- inputs met core by core
@@ -259,14 +262,14 @@ def _conv_specs(
     for first, last in pairwise(bounds):
         is_last = last == bounds[-1]
         channels = {
-            "in_channels": spec.in_channels if first == 0 else tt_ranks[first],
-            "out_channels": spec.out_channels if is_last else tt_ranks[last],
+            "in_channels": spec.in_channels if first == 0 else spec.groups * tt_ranks[first],
+            "out_channels": spec.out_channels if is_last else spec.groups * tt_ranks[last],
             "bias": spec.bias and is_last,
         }
         if first <= window < last:
             yield replace(spec, **channels)  # type: ignore[arg-type]
         else:
-            yield ConvSpec(**channels, kernel_size=(1,) * spec.dims)  # type: ignore[arg-type]
+            yield ConvSpec(**channels, kernel_size=(1,) * spec.dims, groups=spec.groups)  # type: ignore[arg-type]
 
 
 FACTORS: Mapping[str, Callable[[TTLayer], Iterator[Form]]] = {

@@ -70,7 +70,7 @@ def cheapest(layer: TTLayer, forms: Sequence[Form], shape: Shape | None) -> Form
     """What takes least time by the cost model; of a layer that does not run, its factors, as they are smaller."""
     if shape is None:
         return forms[-1]
-    channels = layer.spec.view_shape[1]
+    channels = layer.spec.view_shape[1] * layer.spec.groups
     pixels = max(1, prod(shape) // channels)
     return min(forms, key=lambda form: form.cost(pixels))
 

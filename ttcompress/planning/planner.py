@@ -321,6 +321,6 @@ def _decisions(requests: Sequence[LayerRequest], choices: Sequence[Choice], why:
 def _fewest_entries(layer: Layer) -> int:
     """Entries of a weight in the form that has the fewest, all TT-ranks 1."""
     shape = layer.spec.view_shape
-    forms = [tensorize_shape(name, shape) for name in FORMATS]
+    forms = [tensorize_shape(name, shape, groups=layer.spec.groups) for name in FORMATS]
     least = [form.num_params([1] * (len(form.modes) + 1)) for form in forms]
     return min(layer.weight.numel(), *least)
