@@ -69,7 +69,7 @@ def has_inputs_first(module: nn.Module) -> bool:
 def viewed(weight: Tensor, spec: Spec) -> Tensor:
     """A weight as (out, in, window), with groups in front where there are several."""
     axis = 1 if spec.groups > 1 else 0
-    blocks = weight.unflatten(0, (spec.groups, -1)) if axis else weight
+    blocks = weight.reshape(spec.groups, -1, *weight.shape[1:]) if axis else weight
     return blocks.transpose(axis, axis + 1) if spec.transposed else blocks
 
 

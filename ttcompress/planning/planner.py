@@ -123,11 +123,11 @@ class Planner:
         return Counting("parameters", sum(parameter.numel() for parameter in self._model.parameters()))
 
     def multiply_adds(self, usage: Usage) -> Counting:
-        """Multiply-adds of the network for one input, those outside its Linear and Conv2d layers included."""
+        """Multiply-adds of the network for one input, those outside its Linear layers and convolutions included."""
         return Counting("multiply-adds", usage.multiply_adds, MULTIPLY_ADDS, usage.calls)
 
     def time(self, usage: Usage) -> Counting:
-        """What the time of Linear and Conv2d layers goes with by the cost model; the rest is not in it."""
+        """What the time of Linear layers and convolutions goes with by the cost model; the rest is not in it."""
         counting = Counting("time", 0, TIME, usage.calls)
         costs = [
             costs.dense()

@@ -177,7 +177,7 @@ def _dense_layers(model: nn.Module) -> Iterator[Layer]:
     seen = set[int]()
     for fqn, module in model.named_modules():
         if _is_computed(module):
-            yield Layer(fqn, module, layer_spec(module), obstacle=COMPUTED)  # type: ignore[arg-type]
+            yield Layer(fqn, module, layer_spec(module), obstacle=COMPUTED)
             continue
 
         is_ours = isinstance(module, TTWeight) or id(module) in compressed

@@ -268,7 +268,7 @@ def pooled_spectra(spectra: Sequence[Sequence[Tensor]], norms: Sequence[float]) 
     whole = sum(norm**2 for norm in norms) or 1.0
     shares = [norm**2 / whole for norm in norms]
     cuts = zip(*spectra, strict=True)
-    return [sum(share * each for share, each in zip(shares, cut, strict=True)) for cut in cuts]  # type: ignore[misc]
+    return [sum(share * each for share, each in zip(shares, cut, strict=True)) for cut in cuts]
 
 
 @torch.no_grad()
