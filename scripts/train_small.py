@@ -1,7 +1,8 @@
-"""Small networks to calibrate: python scripts/train_small.py vit|mlp OUT.pt --data cifar10:ROOT|mnist:ROOT
+"""Small networks to calibrate: python scripts/train_small.py vit|lstm|mlp OUT.pt --data cifar10:ROOT|mnist:ROOT
 
-`vit` is a vision transformer for 32x32 images, read with --arch scripts/train_small.py:vit; `mlp` is the zoo net of
-widths 784-512-512-10. Both train from scratch on a CPU core, in minutes.
+`vit` is a vision transformer for 32x32 images, `lstm` a recurrent network that reads images row by row; they are read
+with --arch scripts/train_small.py:vit and :lstm. `mlp` is the zoo net of widths 784-512-512-10. All train from scratch
+on a CPU core, in minutes.
 """
 
 from __future__ import annotations
@@ -29,9 +30,26 @@ def vit() -> nn.Module:
     )
 
 
+class Rows(nn.Module):
+    """A two-layer bidirectional LSTM over the rows of an image of 28x28, and a Linear on its mean output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(28, 96, num_layers=2, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(192, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows, _ = self.lstm(images.squeeze(1))
+        return self.head(rows.mean(1))  # type: ignore[no-any-return]
+
+
+def lstm() -> nn.Module:
+    return Rows()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("network", choices=["vit", "mlp"])
+    parser.add_argument("network", choices=["vit", "lstm", "mlp"])
     parser.add_argument("output", type=Path)
     parser.add_argument("--data", required=True)
     parser.add_argument("--epochs", type=int, default=6)
@@ -39,7 +57,7 @@ def main() -> None:
     torch.manual_seed(0)
     images, test = open_data(arguments.data, "train"), open_data(arguments.data, "test")
     known = (zoo_preprocessing("mlp", WIDTHS) if arguments.network == "mlp" else None) or images.statistics()
-    model = Mlp(**WIDTHS) if arguments.network == "mlp" else vit()
+    model = {"vit": vit, "lstm": lstm, "mlp": lambda: Mlp(**WIDTHS)}[arguments.network]()
     batches = [(x, y) for x, y in images.batches(known, 1000) if y is not None]
     train(model, torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]), arguments.epochs)
     print(f"{predict(model, test.batches(known, 500)).accuracy().top1:.2f} % on the test split")

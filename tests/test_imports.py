@@ -42,8 +42,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "terminal": set(),
     "cli_options": {"options", "recipe"},
+    "cli_pages": {"files", "report"},
     "cli": {
-        "cli_options", "commands", "files", "measure", "options", "planning", "recipe", "report", "runtime", "terminal",
+        "cli_options", "cli_pages", "commands", "files", "measure", "options", "planning", "recipe", "report", "runtime", "terminal",
         "torchrun",
     },
     "__init__": {"commands", "layers", "networks", "recipe", "report", "tt"},
@@ -51,12 +52,13 @@ MAY_IMPORT: dict[str, set[str]] = {
 }  # fmt: skip
 """By package, or module beside the packages: the others that it may import."""
 OUTSIDE_ONLY_IN = {
-    "click": {"cli", "cli_options", "terminal"}, "cloup": {"cli", "cli_options"}, "rich": {"report.text", "terminal"},
+    "click": {"cli", "cli_options", "cli_pages", "terminal"}, "cloup": {"cli", "cli_options", "cli_pages"},
+    "jinja2": {"report.html"}, "matplotlib": {"report.canvas", "report.pictures"}, "rich": {"report.text", "terminal"},
     "onnx": {"networks.onnx_files"}, "onnx_ir": {"networks.onnx_files"}, "onnxruntime": {"networks.onnx_files"},
     "onnxscript": {"networks.onnx_files"},
 }  # fmt: skip
 WITHOUT_TORCH = {
-    "__init__", "__main__", "cli", "cli_options", "errors", "options", "recipe", "records", "report", "settings",
+    "__init__", "__main__", "cli", "cli_options", "cli_pages", "errors", "options", "recipe", "records", "report", "settings",
     "terminal", "torchrun", "version",
 }  # fmt: skip
 WITHOUT_TORCH_MODULES = {"files.header", "files.output", "files.shards", "tt.shapes"}
@@ -201,7 +203,7 @@ def test_quick_commands_load_neither_torch_nor_numpy(line: str, compressed: Path
     arguments = line.split()
     loaded = _loaded([*arguments, str(compressed)] if arguments[0] == "report" else arguments)
     assert "click" in loaded
-    assert not loaded & {"torch", "numpy", "torchvision", "safetensors"}
+    assert not loaded & {"torch", "numpy", "torchvision", "safetensors", "matplotlib", "jinja2"}
 
 
 def test_package_exports_resolve_and_are_few() -> None:

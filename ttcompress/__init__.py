@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ttcompress.layers.conv import TTConvTranspose1d as TTConvTranspose1d
     from ttcompress.layers.conv import TTConvTranspose2d as TTConvTranspose2d
     from ttcompress.layers.conv import TTConvTranspose3d as TTConvTranspose3d
+    from ttcompress.layers.embedding import TTEmbedding as TTEmbedding
     from ttcompress.layers.linear import TTLinear as TTLinear
     from ttcompress.networks.opening import load as load
     from ttcompress.recipe import LayerRule as LayerRule
@@ -45,6 +46,7 @@ _HOMES = {
     "TTConvTranspose1d": "layers.conv",
     "TTConvTranspose2d": "layers.conv",
     "TTConvTranspose3d": "layers.conv",
+    "TTEmbedding": "layers.embedding",
     "TTLinear": "layers.linear",
     "compress": "commands.in_memory",
     "evaluate": "commands.in_memory",

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 import cloup
 
-from ttcompress.cli_options import PATH, stated_recipe, takes
-from ttcompress.errors import TrainingStoppedError, TTCompressError
+from ttcompress.cli_options import PATH, check_values, stated_recipe, takes
+from ttcompress.cli_pages import PageRequest, Verb, asked_page, sweep_page
+from ttcompress.errors import CheckpointError, PlanError, TrainingStoppedError, TTCompressError
 from ttcompress.options import flag
 from ttcompress.records.common import WARNING, printable
 from ttcompress.terminal import (
     log_epoch,
+    print_csv,
     print_json,
     print_lines,
     print_table,
@@ -29,6 +31,7 @@ from ttcompress.version import __version__
 
 if TYPE_CHECKING:
     from ttcompress.recipe import Recipe
+    from ttcompress.records.common import Json
     from ttcompress.records.plan import CompressionPlan
     from ttcompress.records.report import Report
 
@@ -54,22 +57,32 @@ def commands() -> None:
 
 
 @commands.command(
+    cls=Verb,
     epilog=examples(
         "compress resnet20.th --ratio 2 --calib cifar10:data --data cifar10:data",
         "compress vgg16.pt --ranks 4 -o small.safetensors",
-    )
+    ),
 )
 @cloup.argument(
     "checkpoint", type=PATH, help="A dense checkpoint: .pt, .pth, .th, .safetensors, or a folder of shards."
 )
 @takes("compress")
 def compress(
-    checkpoint: Path, output: Path | None, force: bool, dry_run: bool, resume: bool, json: bool, **given: Any
+    checkpoint: Path,
+    output: Path | None,
+    force: bool,
+    dry_run: bool,
+    resume: bool,
+    html: Path | None,
+    json: bool,
+    **given: Any,
 ) -> None:
     """Compress CHECKPOINT into STEM-tt.safetensors, with a report of what was gained and lost.
 
     With --arch none no network is needed; sharded checkpoints then become a folder STEM-tt.
     """
+    if dry_run and html:
+        raise PlanError("--dry-run writes nothing: leave out --html")
     if dry_run:
         _plan(checkpoint, None, force, json, given)
         return
@@ -77,13 +90,21 @@ def compress(
     from ttcompress.commands.compress import compress_and_train
 
     recipe, plan = _recipe_and_plan(given)
+    page = asked_page(html, force)
     with working(leads()) as progress:
-        log = None if progress else log_epoch
         done = compress_and_train(
-            checkpoint, output, recipe, plan, force=force, resume=resume, progress=progress, log=log
+            checkpoint,
+            output,
+            recipe,
+            plan,
+            force=force,
+            resume=resume,
+            progress=progress,
+            log=None if progress else log_epoch,
+            extras=page.extras if page else None,
         )
 
-    _show(done.report, done.output, json)
+    _show(done.report, done.output, json, page)
     if done.excess_drop is not None:
         allowed = f"--max-drop allows {recipe.max_drop:g}"
         _fail(f"accuracy falls by {done.excess_drop:.2f} points, {allowed}; {done.output} is written", 1)
@@ -91,6 +112,7 @@ def compress(
 
 @commands.command(
     "plan",
+    cls=Verb,
     epilog=examples("plan --arch vgg16 --ranks 4 -o plan.json", "plan resnet20.th --ratio 3 --format chain"),
 )
 @cloup.argument(
@@ -121,6 +143,7 @@ def _plan(
 
 @commands.command(
     "finetune",
+    cls=Verb,
     epilog=examples(
         "finetune resnet20-tt.safetensors --train cifar10:data --data cifar10:data",
         "finetune resnet20-tt.safetensors --train imagefolder:photos --epochs 5 --resume",
@@ -129,64 +152,154 @@ def _plan(
 @cloup.argument("model", type=PATH, required=False, help="A compressed file or a dense checkpoint.")
 @takes("finetune")
 def finetune_command(
-    model: Path | None, output: Path | None, force: bool, resume: bool, json: bool, **given: Any
+    model: Path | None,
+    output: Path | None,
+    force: bool,
+    resume: bool,
+    html: Path | None,
+    json: bool,
+    **given: Any,
 ) -> None:
     """Train MODEL further into STEM-ft.safetensors; stopped or killed, it goes on with --resume."""
     from ttcompress.commands.finetune import default_output, finetune_file
 
     recipe, plan = _recipe_and_plan(given)
     target = output or default_output(model, recipe)
+    page = asked_page(html, force)
     with working(leads()) as progress:
-        log = None if progress else log_epoch
         done = finetune_file(
-            model, target, recipe, plan, force=force, resume=resume, progress=progress, log=log
+            model,
+            target,
+            recipe,
+            plan,
+            force=force,
+            resume=resume,
+            progress=progress,
+            log=None if progress else log_epoch,
+            extras=page.extras if page else None,
         )
-    _show(done, target, json)
+    _show(done, target, json, page)
 
 
 @commands.command(
+    cls=Verb,
     epilog=examples(
         "evaluate resnet20.th --data cifar10:data", "evaluate net-tt.safetensors --data imagefolder:val"
-    )
+    ),
 )
 @cloup.argument("model", type=PATH, help="A dense checkpoint or a compressed file.")
 @takes("evaluate")
-def evaluate(model: Path, json: bool, **given: Any) -> None:
+def evaluate(model: Path, html: Path | None, force: bool, json: bool, **given: Any) -> None:
     """Measure the accuracy of MODEL on --data."""
     from ttcompress.commands.evaluate import evaluate_file
     from ttcompress.report.results import accuracy_json, accuracy_lines
 
+    page = asked_page(html, force)
     with working() as progress:
         accuracy, data = evaluate_file(model, stated_recipe(given), progress=progress)
+
+    result = accuracy_json(accuracy, data)
+    if page:
+        result["page"] = page.stopped()
+        page.write([{**_known(model), "evaluation": result, "page": result["page"]}])
     if json:
-        print_json(accuracy_json(accuracy, data))
+        print_json(result)
     else:
-        print_lines(accuracy_lines(accuracy, data))
+        print_lines([*accuracy_lines(accuracy, data), *_page_line(page)])
 
 
 @commands.command(
-    "report", epilog=examples("report net-tt.safetensors", "report small.safetensors smaller.safetensors")
+    "sweep",
+    cls=Verb,
+    epilog=examples(
+        "sweep resnet20.th --ratios 1.5,2,3,4,6 --calib cifar10:data --data cifar10:data -o sizes",
+        "sweep net.pt --ratios 2,3 --formats chain,matrix --data cifar10:data --max-drop 1 -o sizes",
+    ),
+)
+@cloup.argument("checkpoint", type=PATH, help="A dense checkpoint.")
+@takes("sweep")
+def sweep_command(
+    checkpoint: Path,
+    ratios: tuple[float, ...],
+    formats: tuple[str, ...] | None,
+    output: Path,
+    html: Path | None,
+    force: bool,
+    csv: bool,
+    json: bool,
+    **given: Any,
+) -> None:
+    """Compress CHECKPOINT to several sizes into a folder: a file each, a table, a page with the curve.
+
+    Stopped or killed, the same command goes on with the points that are missing.
+    """
+    from ttcompress.commands.sweep import sweep_file
+    from ttcompress.report import text
+
+    check_values(ratios=ratios, formats=formats)
+    recipe = stated_recipe(given)
+    page = sweep_page(html, output, force)
+    with working() as progress:
+        points = sweep_file(
+            checkpoint,
+            output,
+            recipe,
+            ratios,
+            formats or (),
+            force=force,
+            progress=progress,
+            extras=page.extras,
+        )
+
+    rows = [point.to_json() for point in points]
+    shown = {
+        "source": checkpoint.name,
+        "max_drop": recipe.max_drop,
+        "points": rows,
+        "page": page.stopped(),
+    }
+    page.write_sweep(shown, [point.report.to_json() for point in points])
+    if json:
+        print_json(shown)
+    elif csv:
+        print_csv(rows)
+    else:
+        print_table(text.render_sweep(shown))
+        print_lines(_page_line(page))
+
+
+@commands.command(
+    "report",
+    cls=Verb,
+    epilog=examples("report net-tt.safetensors", "report small.safetensors smaller.safetensors"),
 )
 @cloup.argument("files", type=PATH, nargs=-1, required=True, help="Compressed files, or folders of shards.")
 @takes("report")
-def report_command(files: tuple[Path, ...], json: bool) -> None:
+def report_command(files: tuple[Path, ...], html: Path | None, force: bool, json: bool) -> None:
     """Show what compressed FILES hold, several side by side."""
     from ttcompress.report import text
 
+    page = asked_page(html, force)
     reports = [text.read_report(file) for file in files]
+    shown = [report.to_json() for report in reports]
+    if page:
+        page.write(shown)
+
     several = len(reports) > 1
     if json:
-        print_json([report.to_json() for report in reports] if several else reports[0].to_json())
+        print_json(shown if several else shown[0])
     else:
         print_table(text.render_side_by_side(reports) if several else text.render(reports[0]))
+        print_lines(_page_line(page))
 
 
 @commands.command(
+    cls=Verb,
     epilog=examples(
         "expand net-tt.safetensors -o dense.pt",
         "expand net-tt.safetensors --factors -o plain.safetensors",
         "expand shards-tt -o shards-dense",
-    )
+    ),
 )
 @cloup.argument("file", type=PATH, help="A compressed file, or a folder of shards.")
 @takes("expand")
@@ -214,6 +327,7 @@ def expand(file: Path, output: Path, factors: bool, force: bool, **given: Any) -
 
 @commands.command(
     "export",
+    cls=Verb,
     epilog=examples("export net-tt.safetensors --onnx net.onnx", "export vgg16.pt --onnx vgg16.onnx"),
 )
 @cloup.argument("file", type=PATH, help="A compressed file or a dense checkpoint.")
@@ -232,11 +346,12 @@ def export_command(file: Path, onnx: Path, json: bool, **given: Any) -> None:
 
 
 @commands.command(
+    cls=Verb,
     epilog=examples(
         "bench net-tt.safetensors",
         "bench net-tt.safetensors --runtime onnx --threads 1",
         "bench net-tt.safetensors --batch-sizes 1,8 --device cuda --save",
-    )
+    ),
 )
 @cloup.argument("file", type=PATH, help="A compressed file.")
 @takes("bench")
@@ -245,6 +360,8 @@ def bench(
     batch_sizes: Sequence[int] | None,
     fail_if_slower: bool,
     save: bool,
+    html: Path | None,
+    force: bool,
     json: bool,
     device: str | None,
     threads: int | None,
@@ -264,6 +381,7 @@ def bench(
         _fail("--threads takes numbers from 1 on", 2)
     in_onnxruntime = runtime.startswith("onnx")
     where = chosen_device(device or ("cpu" if in_onnxruntime else OPTIONS["device"].default))
+    page = asked_page(html, force)
     with working() as progress, with_threads(threads):
         result = bench_file(
             file,
@@ -277,15 +395,20 @@ def bench(
 
     if save:
         save_bench(file, result)
+    shown = result
+    if page:
+        shown = {**result, "page": page.stopped()}
+        page.write([{**_known(file), "bench": result, "page": shown["page"]}])
     if json:
-        print_json(result)
+        print_json(shown)
     else:
         print_table(text.render_bench(result))
+        print_lines(_page_line(page))
     if fail_if_slower and is_slower(result):
         _fail("the compressed network is slower", 1)
 
 
-@commands.command(epilog=examples("demo", "report ttcompress-demo/digits-tt.safetensors"))
+@commands.command(cls=Verb, epilog=examples("demo", "report ttcompress-demo/digits-tt.safetensors"))
 def demo() -> None:
     """Train a small network on scikit-learn's digits, then run the real commands on it. No download."""
     from ttcompress.commands.demo import run_demo
@@ -314,7 +437,22 @@ def _refuse_without(needed: str, given: dict[str, Any]) -> None:
             _fail(f"{flag(name)} needs {needed}", 2)
 
 
-def _show(report: Report, file: Path | None, as_json: bool) -> None:
+def _known(file: Path) -> Json:
+    """What a compressed file says of itself as JSON; of a dense checkpoint its name."""
+    from ttcompress.report.text import read_report
+
+    try:
+        return read_report(file).to_json()
+    except CheckpointError:
+        return {"file": file.name}
+
+
+def _page_line(page: PageRequest | None) -> list[str]:
+    return [f"page              {page.path}"] if page else []
+
+
+def _show(report: Report, file: Path | None, as_json: bool, page: PageRequest | None = None) -> None:
+    """Print a report, and write the page of it."""
     if not leads():
         return
     from ttcompress.report import text
@@ -324,10 +462,15 @@ def _show(report: Report, file: Path | None, as_json: bool) -> None:
             click.echo(f"ttcompress: {printable(note)}", err=True)
 
     shown = text.with_file(report, file) if file else report
+    data = shown.to_json()
+    if page:
+        data["page"] = page.stopped()
+        page.write([data])
     if as_json:
-        print_json(shown.to_json())
+        print_json(data)
     else:
         print_table(text.render(shown))
+        print_lines(_page_line(page))
 
 
 def main(arguments: list[str] | None = None) -> None:

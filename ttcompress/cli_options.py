@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import click
 import cloup
 
-from ttcompress.options import GROUPS, RUN_OPTIONS, Option, options_of
+from ttcompress.errors import PlanError
+from ttcompress.options import GROUPS, OPTIONS, RUN_OPTIONS, Option, flag, options_of
 from ttcompress.recipe import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -78,6 +79,16 @@ class CountOrAuto(Number):
         return value if value == "auto" else super().convert(value, param, ctx)
 
 
+class Words(click.ParamType[Any]):
+    """A name, or several with commas between."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse `chain,matrix`."""
+        return tuple(word.strip(" ") for word in value.split(",")) if isinstance(value, str) else value
+
+
 def read_number(text: str, kind: type[int] | type[float]) -> int | float | None:
     """The number that a text is, or None where it is none.
 
@@ -96,6 +107,7 @@ _TYPES: dict[str, Any] = {
     "floats": Numbers(float),
     "ranks": Ranks(),
     "count_or_auto": CountOrAuto(),
+    "words": Words(),
     "text": str,
     "texts": str,
     "path": PATH,
@@ -134,13 +146,26 @@ def _click_option(option: Option, command: str) -> Callable[[Any], Any]:
     return cloup.option(*flags, option.name, **settings)
 
 
-_REQUIRED = {"expand": ("output",), "export": ("onnx",)}
+_REQUIRED = {"expand": ("output",), "export": ("onnx",), "sweep": ("ratios", "output")}
 
 
 def _help(option: Option) -> str:
     words = option.default_words
     is_off = option.kind.form == "switch" or not words
     return option.help if is_off else f"{option.help}  [default: {words}]"
+
+
+def check_values(**given: Any) -> None:
+    """See that options which are no part of a recipe have values of their kinds.
+
+    Raises:
+        PlanError: one has not.
+    """
+    for name, value in given.items():
+        kind = OPTIONS[name].kind
+        if value is not None and not kind.holds(value):
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            raise PlanError(f"{flag(name)} must be {kind.wanted}, not {shown}")
 
 
 def stated_recipe(given: dict[str, Any]) -> Recipe:

@@ -35,7 +35,8 @@ GROUPS = (HOW_MUCH, LAYERS, CALIBRATION, ACCURACY, TRAINING, RUNNING, FILES)
 """The parts of `--help`, in their order."""
 
 COMPRESSING = ("compress", "plan", "finetune")
-OPENING = (*COMPRESSING, "evaluate")
+SHAPING = (*COMPRESSING, "sweep")
+OPENING = (*SHAPING, "evaluate")
 LEARNING = ("compress", "finetune")
 
 LEARNING_RATES = {"sgd": 0.01, "adamw": 1e-3}
@@ -73,7 +74,7 @@ class Kind:
     """What the value of an option has to be: the words of the message, the test that they describe, how it is written.
 
     `form` is how the command line reads it: `int`, `float`, `text`, `path`, `choice`, `switch` (on or not stated),
-    `on_off`, or, with commas between, `ints`, `floats`, `ranks`; `texts` are given by repeating the option.
+    `on_off`, or, with commas between, `ints`, `floats`, `ranks`, `words`; `texts` are given by repeating the option.
     """
 
     wanted: str
@@ -110,6 +111,7 @@ MULTIPLE = Kind(
     "a whole number above 0 or auto", lambda value: _is_count(value) or value == "auto", "count_or_auto"
 )
 ABOVE_ONE = Kind("above 1", lambda value: _is_number(value) and value > 1, "float")
+RATIOS = Kind("a list of numbers above 1", _each(ABOVE_ONE.holds), "floats")
 ABOVE_ZERO = Kind("a number above 0", lambda value: _is_number(value) and value > 0, "float")
 NOT_NEGATIVE = Kind("a number, 0 or above", lambda value: _is_number(value) and value >= 0, "float")
 POINTS = Kind("a number of points, 0 or above", NOT_NEGATIVE.holds, "float")
@@ -121,6 +123,13 @@ NUMBERS = Kind("a list of numbers", _each(_is_number), "floats")
 NUMBERS_ABOVE_ZERO = Kind("a list of numbers above 0", _each(ABOVE_ZERO.holds), "floats")
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool), "switch")
 ON_OFF = Kind("true or false", SWITCH.holds, "on_off")
+
+FORMAT_NAMES = Kind(
+    f"a list of {', '.join(('auto', *FORMATS))}",
+    _each(lambda value: value in ("auto", *FORMATS)),
+    "words",
+    ("auto", *FORMATS),
+)
 
 # ------------------------------------------------------------------------------------------------------------ the table
 
@@ -208,6 +217,10 @@ TABLE: tuple[Option, ...] = (
     ),
     Option("params", COUNT, HOW_MUCH, COMPRESSING, "The same budget as a number of parameters.", metavar="N"),
     Option(
+        "ratios", RATIOS, HOW_MUCH, ("sweep",), "The same for every point of a sweep, such as 1.5,2,3,4,6.", metavar="X,Y,..",
+        of_run=False,
+    ),
+    Option(
         "macs_ratio", ABOVE_ONE, HOW_MUCH, COMPRESSING,
         "The same over the multiply-adds of one input, those outside the compressed layers included; "
         "layers are then run by their cores, as counted.",
@@ -220,7 +233,7 @@ TABLE: tuple[Option, ...] = (
         metavar="X",
     ),
     Option(
-        "max_drop", POINTS, HOW_MUCH, COMPRESSING,
+        "max_drop", POINTS, HOW_MUCH, SHAPING,
         "Alone: the smallest network whose accuracy on --val falls by no more than P points, found by "
         "bisection. Beside another target a gate: the file is written, and the exit code is 1 where "
         "accuracy on --data falls by more.",
@@ -232,71 +245,75 @@ TABLE: tuple[Option, ...] = (
         of_run=False,
     ),
     Option(
-        "recipe", PATH, HOW_MUCH, COMPRESSING, "A TOML file of these options; what is given here wins.",
+        "recipe", PATH, HOW_MUCH, SHAPING, "A TOML file of these options; what is given here wins.",
         metavar="FILE", of_run=False,
     ),
     # Which layers.
     Option(
-        "include", PATTERNS, LAYERS, COMPRESSING,
+        "include", PATTERNS, LAYERS, SHAPING,
         "Layers by name: a glob (`*` crosses dots) or re:REGEX; repeatable. It replaces the default; +P adds "
         "to it.",
         otherwise="all but the first convolution and the last Linear", metavar="P",
     ),
-    Option("exclude", PATTERNS, LAYERS, COMPRESSING, "Layers to leave dense, subtracted last.", metavar="P"),
+    Option("exclude", PATTERNS, LAYERS, SHAPING, "Layers to leave dense, subtracted last.", metavar="P"),
     Option(
-        "format", one_of(("auto", *FORMATS)), LAYERS, COMPRESSING,
+        "format", one_of(("auto", *FORMATS)), LAYERS, SHAPING,
         "The TT format; auto compares all of them (with ranks by hand it is matrix for Linear and chain "
         "for convolutions).",
         default="auto",
     ),
     Option(
-        "rank_multiple", MULTIPLE, LAYERS, COMPRESSING,
+        "rank_multiple", MULTIPLE, LAYERS, SHAPING,
         "TT-ranks that --eps and budgets choose are multiples of N, or all that a cut carries; below N powers "
         "of two. auto: 8 where both sides of a layer have 128 and more and the budget can be met so, else 1.",
         default="auto", metavar="N",
     ),
-    Option("in_modes", COUNTS, LAYERS, COMPRESSING, "Factors of the inputs." + _SINGLE_LAYER, metavar="A,B,.."),
-    Option("out_modes", COUNTS, LAYERS, COMPRESSING, "Factors of the outputs." + _SINGLE_LAYER, metavar="A,B,.."),
     Option(
-        "dtype", one_of(CORE_DTYPES), LAYERS, COMPRESSING,
+        "formats", FORMAT_NAMES, LAYERS, ("sweep",), "Every ratio in each of these formats, instead of --format.",
+        metavar="A,B,..", of_run=False,
+    ),
+    Option("in_modes", COUNTS, LAYERS, SHAPING, "Factors of the inputs." + _SINGLE_LAYER, metavar="A,B,.."),
+    Option("out_modes", COUNTS, LAYERS, SHAPING, "Factors of the outputs." + _SINGLE_LAYER, metavar="A,B,.."),
+    Option(
+        "dtype", one_of(CORE_DTYPES), LAYERS, SHAPING,
         "Storage type of the cores; int8 with a float32 scale for each slice of a core's last axis. "
         "Accuracy and errors are measured on what is stored.",
         otherwise="that of the weight",
     ),
     Option(
-        "exec", one_of(EXECUTIONS), LAYERS, COMPRESSING,
+        "exec", one_of(EXECUTIONS), LAYERS, SHAPING,
         "How layers run, where they can: contract (the input with the cores), chain (of convolutions), "
         "dense (the weight rebuilt), auto (whichever costs less by a model, at every call). Recorded in "
         "the file.",
         default="auto",
     ),
     Option(
-        "tune", SWITCH, LAYERS, (*COMPRESSING, "expand", "bench"),
+        "tune", SWITCH, LAYERS, (*SHAPING, "expand", "bench"),
         "Decide that by measurement on --device: what is faster with one input and with 32 alike, else "
         "auto. For stock layers (expand --factors, bench): what is faster with as many inputs as a batch has.",
         default=False,
     ),
     Option(
-        "input_size", COUNTS, LAYERS, (*COMPRESSING, "expand", "export", "bench"),
+        "input_size", COUNTS, LAYERS, (*SHAPING, "expand", "export", "bench"),
         "Of one input, such as 3,224,224, where something has to run: for export, bench, --macs-ratio, "
         "--latency-ratio, --tune and --factors.",
         otherwise="what the file records, or the architecture is known for", metavar="A,B,..",
     ),
     # Calibration.
     Option(
-        "calib", TEXT, CALIBRATION, COMPRESSING,
+        "calib", TEXT, CALIBRATION, SHAPING,
         "Unlabelled images (split train by default): plan and decompose on output error instead of weight "
         "error.",
         metavar="DATA",
     ),
     Option(
-        "calib_images", COUNT, CALIBRATION, COMPRESSING,
+        "calib_images", COUNT, CALIBRATION, SHAPING,
         "How many of them, drawn by the seed; one in eight is held out to decide.", default=1024,
         metavar="N",
         needs="calib",
     ),
     Option(
-        "effort", one_of(EFFORTS), CALIBRATION, COMPRESSING,
+        "effort", one_of(EFFORTS), CALIBRATION, SHAPING,
         "fast: statistics and least-squares sweeps; default: and 150 steps of joint refinement; max: 400 "
         "steps and two sweeps.",
         default="default", needs="calib",
@@ -322,7 +339,7 @@ TABLE: tuple[Option, ...] = (
         metavar="S",
     ),
     Option(
-        "limit", COUNT, ACCURACY, ("compress", "finetune", "evaluate"), "Only the first N images of --data.",
+        "limit", COUNT, ACCURACY, ("compress", "finetune", "sweep", "evaluate"), "Only the first N images of --data.",
         metavar="N", needs="data",
     ),
     # Training.
@@ -425,7 +442,7 @@ TABLE: tuple[Option, ...] = (
         metavar="N",
     ),
     Option(
-        "seed", SEED, RUNNING, COMPRESSING,
+        "seed", SEED, RUNNING, SHAPING,
         "Recorded in the file; seeds torch and draws the calibration images.", default=0, metavar="N",
     ),
     Option(
@@ -470,7 +487,7 @@ TABLE: tuple[Option, ...] = (
         metavar="NAME",
     ),
     Option(
-        "output", PATH, FILES, (*COMPRESSING, "expand"), "Where to write.", metavar="OUT", of_run=False,
+        "output", PATH, FILES, (*SHAPING, "expand"), "Where to write; of a sweep, a folder.", metavar="OUT", of_run=False,
         flags=("-o", "--output"),
     ),
     Option(
@@ -481,8 +498,13 @@ TABLE: tuple[Option, ...] = (
     ),
     Option("onnx", PATH, FILES, ("export",), "Where to write.", metavar="OUT", of_run=False),
     Option(
-        "force", SWITCH, FILES, (*COMPRESSING, "expand", "export"), "Replace an existing output.", default=False,
+        "html", PATH, FILES, ("compress", "finetune", "sweep", "evaluate", "report", "bench"),
+        "Write what is known as one page for a browser: curve, layers, samples, training, time.", metavar="OUT",
         of_run=False,
+    ),
+    Option(
+        "force", SWITCH, FILES, (*SHAPING, "expand", "export", "evaluate", "report", "bench"),
+        "Replace an existing output.", default=False, of_run=False,
     ),
     Option(
         "dry_run", SWITCH, FILES, ("compress",), "Print the plan and write nothing.", default=False, of_run=False,
@@ -490,6 +512,7 @@ TABLE: tuple[Option, ...] = (
     Option(
         "save", SWITCH, FILES, ("bench",), "Write the figures into the report of FILE.", default=False, of_run=False,
     ),
+    Option("csv", SWITCH, FILES, ("sweep",), "Print the table as CSV.", default=False, of_run=False),
     Option(
         "json", SWITCH, FILES, (*OPENING, "report", "export", "bench"),
         "Print one JSON object instead of tables (report of several files: a list).", default=False, of_run=False,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,22 @@ def print_json(value: Any) -> None:
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Print lines of text, names from outside among them."""
-    click.echo("\n".join(map(printable, lines)))
+    """Print lines of text, names from outside among them; nothing where there are none."""
+    if shown := [printable(line) for line in lines]:
+        click.echo("\n".join(shown))
+
+
+def print_csv(rows: Sequence[Json]) -> None:
+    """Print flat objects with the same keys as a table of comma-separated values; lists are written with spaces."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        joined = {
+            key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in row.items()
+        }
+        writer.writerow(joined)
+    click.echo(out.getvalue(), nl=False)
 
 
 def print_table(renderable: RenderableType) -> None:

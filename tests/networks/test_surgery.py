@@ -154,7 +154,7 @@ def no_linear(model: nn.Sequential) -> None:
     [
         (changed_head, "the plan lists .* parameters, the network has"),
         (changed_stride, r"1\.0 has another shape or geometry"),
-        (no_linear, "5 is no Linear or convolution"),
+        (no_linear, "5 is no Linear, Embedding or convolution"),
     ],
 )
 def test_a_plan_for_another_network_changes_nothing(change, message: str) -> None:  # type: ignore[no-untyped-def]

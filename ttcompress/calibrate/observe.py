@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from math import ceil, prod
+from math import ceil, gcd, prod
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ def layer_inputs(module: Any, x: Tensor, offset: int = 0) -> tuple[Tensor, int]:
     """What the weight multiplies, as columns (size, rows), and how many positions an image has.
 
     For a convolution these are im2col patches (in, window) on a grid of at most POSITIONS positions an image,
-    moved along by `offset`.
+    moved along by `offset`; for a transposed one those of its input with zeros between.
     """
     if not isinstance(module, nn.modules.conv._ConvNd):
         size = x.shape[-1]
@@ -87,20 +87,54 @@ def layer_inputs(module: Any, x: Tensor, offset: int = 0) -> tuple[Tensor, int]:
 
     axes = len(module.kernel_size)
     batch = x if x.dim() == axes + 2 else x[None]
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padded = functional.pad(batch, module._reversed_padding_repeated_twice, mode=mode)
-    sizes = _output_sizes(module, padded)
+    padded, stride = _stuffed(module, batch) if module.transposed else _padded(module, batch)
+    sizes = _output_sizes(module, padded, stride)
     positions = prod(sizes)
 
     # Neighbouring patches are much alike: some of them along each axis are enough, other ones for another batch.
     spacing = max(1, ceil((positions / POSITIONS) ** (1 / axes)))
-    strides = []
-    for axis, (size, stride) in enumerate(zip(sizes, module.stride, strict=True)):
+    steps = []
+    for axis, size in enumerate(sizes):
         every = min(size, spacing)
-        start = stride * (offset % every)
+        # Each in its turn meets another part of the window.
+        while module.transposed and gcd(every, module.stride[axis]) > 1:
+            every += 1
+        start = stride[axis] * (offset % min(size, every))
         padded = padded.narrow(2 + axis, start, padded.shape[2 + axis] - start)
-        strides.append(stride * every)
-    return _patches(padded, module.kernel_size, module.dilation, strides), positions
+        steps.append(stride[axis] * every)
+
+    columns = _patches(padded, module.kernel_size, module.dilation, steps)
+    if module.transposed:
+        window = columns.reshape(-1, *module.kernel_size, columns.shape[1])
+        columns = window.flip([*range(1, axes + 1)]).flatten(0, axes)
+    return columns, positions
+
+
+def _padded(module: Any, batch: Tensor) -> tuple[Tensor, Sequence[int]]:
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return functional.pad(batch, module._reversed_padding_repeated_twice, mode=mode), module.stride
+
+
+def _stuffed(module: Any, batch: Tensor) -> tuple[Tensor, Sequence[int]]:
+    """The input of which an ordinary convolution with the window turned around makes the same output."""
+    sizes = [stride * (size - 1) + 1 for stride, size in zip(module.stride, batch.shape[2:], strict=True)]
+    stuffed = batch.new_zeros(*batch.shape[:2], *sizes)
+    between = tuple(slice(None, None, stride) for stride in module.stride)
+    stuffed[(slice(None), slice(None), *between)] = batch
+
+    around = []
+    for axis in reversed(range(len(sizes))):
+        border = module.dilation[axis] * (module.kernel_size[axis] - 1) - module.padding[axis]
+        around += [border, border + module.output_padding[axis]]
+    return functional.pad(stuffed, around), [1] * len(sizes)
+
+
+def _output_sizes(module: Any, padded: Tensor, strides: Sequence[int]) -> list[int]:
+    sizes = []
+    for axis, (size, stride) in enumerate(zip(padded.shape[2:], strides, strict=True)):
+        span = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
+        sizes.append((size - span) // stride + 1)
+    return sizes
 
 
 def _patches(
@@ -118,14 +152,6 @@ def _patches(
         windows = windows.unfold(2 + axis, span, stride)[..., ::step]
     along, within = range(2, 2 + axes), range(2 + axes, 2 + 2 * axes)
     return windows.permute(1, *within, 0, *along).flatten(0, axes).flatten(1)
-
-
-def _output_sizes(module: Any, padded: Tensor) -> list[int]:
-    sizes = []
-    for axis, size in enumerate(padded.shape[2:]):
-        span = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
-        sizes.append((size - span) // module.stride[axis] + 1)
-    return sizes
 
 
 def layer_outputs(module: Any, outputs: Tensor) -> Tensor:

@@ -16,7 +16,10 @@ from ttcompress.networks.running import NetworkInput, device_of, forward, placed
 from ttcompress.records.layers import LayerSpec
 from ttcompress.records.plan import weight_name
 
-PRODUCTS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+)  # fmt: skip
+PRODUCTS = (nn.Linear.forward, *(kind.forward for kind in CONVOLUTIONS))
 ATTENTION = nn.MultiheadAttention.forward
 PROJECTED = {"in_proj_weight": 0, "q_proj_weight": 0, "k_proj_weight": 1, "v_proj_weight": 2}
 """Weights of attention, and which of its inputs (query, key, value) each multiplies."""

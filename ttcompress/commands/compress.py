@@ -27,6 +27,7 @@ from ttcompress.networks.stored import file_metadata, stored_sha256, stored_tens
 from ttcompress.planning.plan_file import is_made_by
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Progress
+from ttcompress.records.extras import Extras
 from ttcompress.records.plan import CompressionPlan
 from ttcompress.records.report import Report
 from ttcompress.runtime import chosen_device, fixed_threads, seeded
@@ -53,8 +54,11 @@ def compress_and_train(
     resume: bool = False,
     progress: Progress | None = None,
     log: EpochLog | None = None,
+    extras: Extras | None = None,
 ) -> Outcome:
     """The whole verb: compress a checkpoint, and where the recipe names epochs, train the result further.
+
+    `extras` gets what a page shows beside the report.
 
     Raises:
         TTCompressError: whatever does not fit, in one line.
@@ -69,7 +73,9 @@ def compress_and_train(
         if recipe.train:
             # What can be known to fail in the training fails before something long comes first.
             check_inputs(recipe)
-        report = compress_file(checkpoint, target, recipe, plan, force=force, progress=progress)
+        report = compress_file(
+            checkpoint, target, recipe, plan, force=force, progress=progress, extras=extras
+        )
 
     if recipe.train:
         report = finetune_file(
@@ -82,6 +88,7 @@ def compress_and_train(
             origin=checkpoint,
             progress=progress,
             log=log,
+            extras=extras,
         )
     return Outcome(report, target, drop_beyond_gate(report, recipe))
 
@@ -113,6 +120,7 @@ def compress_file(
     *,
     force: bool = False,
     progress: Progress | None = None,
+    extras: Extras | None = None,
 ) -> Report:
     """Compress a checkpoint into one file (docs/format.md) and return its report.
 
@@ -133,19 +141,29 @@ def compress_file(
 
     settings = Settings.of(recipe)
     network = open_dense(source, recipe.arch, settings.key)
-    network, inputs = open_inputs(network, settings, progress)
-    report = compress_network(network, settings, plan, inputs, progress)
+    network, inputs = open_inputs(network, settings, progress, extras)
+    report = compress_network(network, settings, plan, inputs, progress, extras)
 
-    stored = stored_tensors(network.model, network.tensors, report.plan)
-    example = _example(network, settings, inputs)
-    if example is not None:
-        factory = load_factory(recipe.arch) if recipe.arch and is_factory(recipe.arch) else None
-        prove(network.model, report, stored, factory, example)
-    write_safetensors(output, stored, file_metadata(report, stored))
+    write_compressed(output, network, report, recipe.arch, inputs_to_prove_with(network, settings, inputs))
     return report
 
 
-def _example(network: Network, settings: Settings, inputs: Inputs) -> Example | None:
+def write_compressed(
+    output: Path, network: Network, report: Report, arch: str | None, example: Example | None
+) -> None:
+    """Write a compressed network, once it has been proven on the example, if there is one.
+
+    Raises:
+        TTCompressError: the network as it will be loaded answers otherwise, or the file system refuses.
+    """
+    stored = stored_tensors(network.model, network.tensors, report.plan)
+    if example is not None:
+        factory = load_factory(arch) if arch and is_factory(arch) else None
+        prove(network.model, report, stored, factory, example)
+    write_safetensors(output, stored, file_metadata(report, stored))
+
+
+def inputs_to_prove_with(network: Network, settings: Settings, inputs: Inputs) -> Example | None:
     """Inputs of the network: some of those at hand, else such as it is known for."""
     if inputs.calibration is not None:
         return Example(inputs=next(iter(inputs.calibration.held_out())))
@@ -234,7 +252,7 @@ def plan_network(
     before = tensor_bytes(stored_tensors(network.model, network.tensors))
 
     with seeded(settings.seed):
-        compressor = _compressor(network, settings, plan, inputs, progress)
+        compressor = compressor_for(network, settings, plan, inputs, progress)
         with fixed_threads():
             done = _searched(compressor, plan, inputs) or Compressed(
                 network.model, compressor.plan(settings.recipe, plan), compressor.calibrated_on()
@@ -248,6 +266,7 @@ def compress_network(
     plan: CompressionPlan | None = None,
     inputs: Inputs | None = None,
     progress: Progress | None = None,
+    extras: Extras | None = None,
 ) -> Report:
     """Plan (unless a plan is given), decompose and swap in place, and measure before and after."""
     inputs = inputs or Inputs()
@@ -255,15 +274,20 @@ def compress_network(
     before = tensor_bytes(stored_tensors(network.model, network.tensors))
 
     with seeded(settings.seed):
-        compressor = _compressor(network, settings, plan, inputs, progress)
+        compressor = compressor_for(network, settings, plan, inputs, progress)
         dense = metric.measure(network.model) if metric else None
 
         with fixed_threads():
             done = _searched(compressor, plan, inputs)
             if done:
+                if extras is not None:
+                    extras.spectra = compressor.spectra(done.plan)
                 adopt(network.model, done.model, done.plan)
             else:
-                done = compressor.apply(compressor.plan(settings.recipe, plan), inplace=True)
+                planned = compressor.plan(settings.recipe, plan)
+                if extras is not None:
+                    extras.spectra = compressor.spectra(planned)
+                done = compressor.apply(planned, inplace=True)
 
         accuracy = metric.summary(dense, metric.measure(network.model)) if metric else None
 
@@ -281,13 +305,18 @@ def _searched(compressor: Compressor, plan: CompressionPlan | None, inputs: Inpu
     return compressor.search(inputs.score) if _is_search(compressor.settings.recipe, plan) else None
 
 
-def _compressor(
+def compressor_for(
     network: Network,
     settings: Settings,
     plan: CompressionPlan | None,
     inputs: Inputs,
     progress: Progress | None,
 ) -> Compressor:
+    """What compresses this network under these settings.
+
+    Raises:
+        DataError: options whose data are missing, or the other way round.
+    """
     unused = settings.recipe.given("calib_images", "effort")
     if unused and inputs.calibration is None:
         raise DataError(f"{unused[0]} needs --calib")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import sqrt
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.stages import adopt, compress_calibrated
@@ -27,18 +27,25 @@ from ttcompress.planning.by_hand import with_better_format
 from ttcompress.planning.doubts import doubted, find_normed_layers
 from ttcompress.planning.plan_file import adopt_plan
 from ttcompress.planning.planner import Planner, Results
+from ttcompress.planning.prediction import drawn_layer
 from ttcompress.planning.selection import ADDING
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Json, Progress
+from ttcompress.records.extras import MOST_SPECTRA
 from ttcompress.records.layers import Execution, LayerSpec
-from ttcompress.records.plan import CompressionPlan
+from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.runtime import threads_as_set
 from ttcompress.settings import Settings
+from ttcompress.tt.decompose import squared_spectra
 from ttcompress.tt.shapes import Tensorization
 from ttcompress.tt.whiten import ModeMetric
 
 SEARCH_STEP = 1.05
 """The search for the smallest network ends when the next point would be nearer than this factor."""
+
+
+LARGEST_DRAWN = 2**22
+"""Entries of weights up to which singular values are computed for a picture alone, which takes about a second."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,14 @@ class Compressed:
     plan: CompressionPlan
     calibration: Json | None = None
     search: tuple[Json, ...] = ()
+    prediction: Json | None = None
 
 
 @dataclass(frozen=True)
 class Compressor:
     """How one network is compressed; what does not depend on the target is computed once.
 
+    `measured` are the statistics of layers so far; compressors of the same network and images may share them.
     `results` may compute spectra elsewhere. Multiply-adds and latency depend on the first input of `example`, else
     on `input_shape`, that of one input, else on the first input to calibrate on.
     """
@@ -67,6 +76,11 @@ class Compressor:
     results: Results | None = None
     input_shape: tuple[int, ...] = ()
     example: NetworkInput | None = None
+    measured: dict[str, LayerStatistics] = field(default_factory=dict)
+
+    def sharing(self, other: Compressor) -> Compressor:
+        """This one with the statistics of the other, which is of the same network and images."""
+        return replace(self, measured=other.measured)
 
     def plan(self, recipe: Recipe, given: CompressionPlan | None = None) -> CompressionPlan:
         """The plan for a recipe, or the one given, checked against the network.
@@ -129,7 +143,8 @@ class Compressor:
         images = self._images
         if images is None:
             model = self.model if inplace else copied(self.model)
-            return Compressed(model, self._decomposed(model, plan))
+            prediction = self._planner.prediction(plan)
+            return Compressed(model, self._decomposed(model, plan), prediction=prediction)
         statistics = self._statistics({layer.fqn: layer.spec for layer in plan.layers})
         reference = Reference(self._dense, statistics, images)
         compressed, plan, stages = compress_calibrated(
@@ -138,7 +153,27 @@ class Compressor:
         plan = self._doubted(plan)
         model = self.model if inplace else copied(self.model)
         adopt(model, compressed, plan)
-        return Compressed(model, plan, self.calibrated_on(stages))
+        return Compressed(model, plan, self.calibrated_on(stages), prediction=self._planner.prediction(plan))
+
+    def spectra(self, plan: CompressionPlan) -> list[Json]:
+        """The singular values of the layers of a plan that matter most, for pictures; to be asked for before `apply`.
+
+        Those that no budget needed are computed, of weights that are not too large.
+        """
+        shares = (self._planner.prediction(plan) or {}).get("shares", {})
+        most = sorted(plan.layers, key=lambda layer: (-shares.get(layer.fqn, 0.0), -layer.params_before))
+        chosen = {layer.fqn for layer in most[:MOST_SPECTRA]}
+        return [
+            drawn_layer(layer, cuts)
+            for layer in plan.layers
+            if layer.fqn in chosen and (cuts := self._cuts(layer)) is not None
+        ]
+
+    def _cuts(self, layer: LayerPlan) -> Sequence[Tensor] | None:
+        known = self._planner.cuts_of(layer)
+        if known is not None or layer.params_before > LARGEST_DRAWN:
+            return known
+        return squared_spectra(weight_of(self.model, layer), layer.tensorization)
 
     def _decomposed(self, model: nn.Module, plan: CompressionPlan) -> CompressionPlan:
         """The plan with what came of it, once it has been applied to a network, by weight error."""
@@ -246,20 +281,16 @@ class Compressor:
 
     def _statistics(self, specs: Mapping[str, LayerSpec]) -> dict[str, LayerStatistics]:
         """Of these weights; those measured before are remembered."""
-        missing = {name: spec for name, spec in specs.items() if name not in self._measured}
+        missing = {name: spec for name, spec in specs.items() if name not in self.measured}
         if missing and self._images is not None:
             found = measure(self._dense, missing, self._images, self.settings.seed, self.progress)
-            self._measured.update(found)
-            idle = [name for name in missing if name not in self._measured]
+            self.measured.update(found)
+            idle = [name for name in missing if name not in self.measured]
             if idle:
                 raise DataError(
                     f"the network does not run {shortlist(idle)} on the calibration data: --exclude it"
                 )
-        return self._measured
-
-    @cached_property
-    def _measured(self) -> dict[str, LayerStatistics]:
-        return {}
+        return self.measured
 
     @cached_property
     def _images(self) -> Calibration | None:

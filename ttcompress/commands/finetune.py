@@ -25,6 +25,7 @@ from ttcompress.networks.surgery import store_cores
 from ttcompress.processes import joined
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Progress
+from ttcompress.records.extras import Extras
 from ttcompress.records.plan import CompressionPlan
 from ttcompress.records.report import Report
 from ttcompress.runtime import chosen_device, deterministic, seeded
@@ -74,11 +75,12 @@ def finetune_file(
     origin: Path | None = None,
     progress: Progress | None = None,
     log: EpochLog | None = None,
+    extras: Extras | None = None,
 ) -> Report:
     """Train a compressed file or a dense checkpoint further and write the best epoch in the same form.
 
     Without a source the network of `recipe.arch` is trained from scratch, in TT form where the recipe or the plan
-    says how. `origin` is the checkpoint that a compressed file was made from, looked for beside it by default. The
+    says how. `extras` gets what a page shows beside the report. `origin` is the checkpoint that a compressed file was made from, looked for beside it by default. The
     state of the training is in `OUTPUT.training`, from which `resume` goes on.
 
     Raises:
@@ -117,7 +119,7 @@ def finetune_file(
         if start.report:
             store_cores(model, start.report.plan)
 
-        report = trained_report(start, settings, setup, state, data, progress)
+        report = trained_report(start, settings, setup, state, data, progress, extras)
         if world.leads:
             _write(output, start, report)
     return report

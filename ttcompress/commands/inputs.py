@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttcompress.commands.samples import add_changed_samples
 from ttcompress.data.calibration_images import Calibration, draw_calibration
 from ttcompress.data.opening import open_data
 from ttcompress.data.sets import Images
@@ -20,6 +21,7 @@ from ttcompress.networks.opening import Network
 from ttcompress.networks.running import NetworkInput, batch_size, blaming, map_tensors, tensors_of
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Json, Progress
+from ttcompress.records.extras import Extras
 from ttcompress.records.report import Preprocessing
 from ttcompress.runtime import chosen_device
 from ttcompress.settings import Settings
@@ -49,8 +51,13 @@ class Inputs:
     example: NetworkInput | None = None
 
 
-def open_inputs(network: Network, settings: Settings, progress: Progress | None) -> tuple[Network, Inputs]:
-    """The network with its normalisation, and the data that the recipe names, in that normalisation."""
+def open_inputs(
+    network: Network, settings: Settings, progress: Progress | None, extras: Extras | None = None
+) -> tuple[Network, Inputs]:
+    """The network with its normalisation, and the data that the recipe names, in that normalisation.
+
+    `extras` gets the samples that changed, once accuracy is measured.
+    """
     recipe = settings.recipe
     data = measured_images(recipe)
     val = labelled(recipe.val, "train") if recipe.val else None
@@ -59,7 +66,7 @@ def open_inputs(network: Network, settings: Settings, progress: Progress | None)
     preprocessing = preprocessing_for(settings, network.preprocessing, data or calib or val)
     measured = partial(accuracy_on, preprocessing=preprocessing, settings=settings, progress=progress)
     inputs = Inputs(
-        metric=measured(data) if data else None,
+        metric=measured(data, extras=extras) if data else None,
         score=score_by(measured(val)) if val else None,
         calibration=_calibration(calib, preprocessing, settings) if calib else None,
     )
@@ -115,12 +122,27 @@ def score_by(metric: Metric) -> Score:
 
 
 def accuracy_on(
-    images: Images, preprocessing: Preprocessing | None, settings: Settings, progress: Progress | None
+    images: Images,
+    preprocessing: Preprocessing | None,
+    settings: Settings,
+    progress: Progress | None,
+    extras: Extras | None = None,
 ) -> Metric:
-    """Accuracy on images, in the normalisation that is known or else that of the data."""
+    """Accuracy on images, in the normalisation that is known or else that of the data.
+
+    A summary of two networks adds the samples on which they differ to `extras`.
+    """
     known = preprocessing or images.statistics()
     batches = partial(images.batches, known, settings.batch_size, workers=settings.workers)
-    return accuracy_of(batches, images.name, chosen_device(settings.device), progress)
+    metric = accuracy_of(batches, images.name, chosen_device(settings.device), progress)
+    if extras is None:
+        return metric
+
+    def summary(dense: Predictions, compressed: Predictions) -> Json:
+        add_changed_samples(extras, images, known, dense, compressed)
+        return metric.summary(dense, compressed)
+
+    return replace(metric, summary=summary)
 
 
 def accuracy_of(

@@ -7,6 +7,7 @@ from math import prod
 import torch
 
 from ttcompress.commands.compressor import Compressed
+from ttcompress.files.header import canonical_json
 from ttcompress.networks.opening import Network
 from ttcompress.networks.weights import tied_weights
 from ttcompress.recipe import Recipe
@@ -16,6 +17,8 @@ from ttcompress.records.report import Report
 from ttcompress.settings import Settings
 from ttcompress.version import __version__
 
+LARGEST_SHARE = 0.02
+"""Of the bytes of a file that what is predicted may take."""
 ELSEWHERE = (
     *("arch", "key", "data", "limit", "val", "calib", "train", "teacher"),
     *("mean", "std", "device", "batch_size", "workers", "seed"),
@@ -45,7 +48,17 @@ def report_of(
         accuracy=accuracy,
         calibration=done.calibration,
         search=done.search,
+        prediction=_kept_prediction(done.prediction, num_bytes[1]),
     )
+
+
+def _kept_prediction(prediction: Json | None, num_bytes: int) -> Json | None:
+    """What a file has room for of it: all, the curve alone, or nothing."""
+    if prediction is None:
+        return None
+    forms = (prediction, {**prediction, "shares": {}})
+    fitting = [form for form in forms if len(canonical_json(form)) <= LARGEST_SHARE * num_bytes]
+    return next(iter(fitting), None)
 
 
 def recorded(recipe: Recipe) -> Json:

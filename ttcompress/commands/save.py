@@ -107,5 +107,6 @@ def _changed(
         search=(),
         finetuning=None,
         bench=None,
+        prediction=None,
         tensors_sha256=stored_sha256(stored),
     )

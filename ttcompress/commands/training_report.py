@@ -15,6 +15,7 @@ from ttcompress.measure.accuracy import Predictions, compare
 from ttcompress.networks.stored import stored_sha256, stored_tensors
 from ttcompress.networks.weights import tied_weights, weight_of
 from ttcompress.records.common import Json, Progress
+from ttcompress.records.extras import Extras
 from ttcompress.records.plan import CompressionPlan, KeptParameter, LayerPlan
 from ttcompress.records.report import Report
 from ttcompress.settings import Settings
@@ -35,6 +36,7 @@ def trained_report(
     state: State,
     data: TrainingData,
     progress: Progress | None,
+    extras: Extras | None = None,
 ) -> Report:
     """What was known before, with the training, the new errors of the weights and, with --data, the new accuracy."""
     model = start.network.model.eval()
@@ -43,7 +45,7 @@ def trained_report(
     images = measured_images(settings.recipe)
     accuracy = None
     if images and setup.world.leads:
-        accuracy = _accuracy(images, start, former, settings, data, progress)
+        accuracy = _accuracy(images, start, former, settings, data, progress, extras)
 
     stated = settings.recipe.to_json()
     finetuning = {
@@ -97,9 +99,10 @@ def _accuracy(
     settings: Settings,
     data: TrainingData,
     progress: Progress | None,
+    extras: Extras | None,
 ) -> Json:
     """Beside the dense network's, where that is at hand or was measured on the same images before."""
-    metric = accuracy_on(images, data.preprocessing, settings, progress)
+    metric = accuracy_on(images, data.preprocessing, settings, progress, extras)
     found: Predictions = metric.measure(start.network.model)
     if start.original is not None:
         return metric.summary(metric.measure(start.original), found)

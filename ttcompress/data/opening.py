@@ -17,6 +17,13 @@ from ttcompress.errors import DataError, shortlist
 
 _KINDS = "npz:FILE, cifar10:ROOT, mnist:ROOT, imagefolder:ROOT, images:DIR, digits"
 _SPLITS = ("train", "test")
+CLASS_NAMES = {
+    "cifar10": (
+        *("airplane", "automobile", "bird", "cat", "deer"),
+        *("dog", "frog", "horse", "ship", "truck"),
+    )
+}
+"""What labels mean, for pages; folders of images have names of their own."""
 MOST_CLASSES = 10_000_000
 
 
@@ -70,7 +77,9 @@ def _open_splits(kind: str, load: Callable[[str, str], Arrays], path: str, defau
     """A set of a kind that has both splits; `load` gives the arrays of one under a root."""
     root, split = _split_off(path, default)
     load_train = None if split == "train" else partial(load, root, "train")
-    return ArrayImages(f"{kind}@{split}", load(root, split), load_train)
+    images = ArrayImages(f"{kind}@{split}", load(root, split), load_train)
+    images.class_names = CLASS_NAMES.get(kind, ())
+    return images
 
 
 def _open_npz(path: str, default: str) -> Images:
@@ -208,7 +217,9 @@ def _open_imagefolder(path: str, default: str) -> Images:
     except FileNotFoundError as error:
         raise DataError(f"{folder} is not a folder of classes with images in each: {error}") from error
     name = f"imagefolder@{subfolder}" if subfolder else "imagefolder"
-    return FolderImages(name, dataset.samples, len(dataset.classes))
+    images = FolderImages(name, dataset.samples, len(dataset.classes))
+    images.class_names = tuple(dataset.classes)
+    return images
 
 
 def _choose_subfolder(path: str, default: str) -> tuple[Path, str]:

@@ -23,13 +23,14 @@ class Images(ABC):
     """A set of images in fixed order, labelled or not.
 
     `name` is the reference without directories, `image_size` (C, H, W) where all images share it, and labels
-    lie in 0 ... `num_classes` - 1.
+    lie in 0 ... `num_classes` - 1; `class_names` are what they mean, where that is known.
     """
 
     def __init__(self, name: str, num_classes: int | None, image_size: tuple[int, int, int] | None) -> None:
         self.name = name
         self.num_classes = num_classes
         self.image_size = image_size
+        self.class_names: tuple[str, ...] = ()
 
     @property
     def labelled(self) -> bool:

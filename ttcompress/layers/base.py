@@ -16,7 +16,7 @@ from ttcompress.errors import PlanError, ShapeError
 from ttcompress.layers.cache import Cache, Call, call_key, made_for
 from ttcompress.layers.execution import ExecutionChoice
 from ttcompress.layers.spec import Replaceable, layer_spec, unviewed, viewed
-from ttcompress.records.layers import Execution, LayerSpec, checked_execution, executions
+from ttcompress.records.layers import EmbeddingSpec, Execution, LayerSpec, checked_execution, executions
 from ttcompress.tt.arithmetic import norm
 from ttcompress.tt.contract import dense_weight
 from ttcompress.tt.cost import Calls, ContractionPlan
@@ -55,6 +55,8 @@ class TTLayer(nn.Module, ABC):
         out_dim = spec.view_shape[0] * spec.groups
         self.register_parameter("bias", nn.Parameter(empty(out_dim)) if spec.bias else None)
 
+        self._swaps_cores = False
+        self._is_table = isinstance(spec, EmbeddingSpec)
         self._execution = Execution.AUTO
         self._choice = ExecutionChoice(spec, tensorization, self.tt_ranks)
         self._cache = Cache()
@@ -90,9 +92,31 @@ class TTLayer(nn.Module, ABC):
         train = bool(dense.weight.requires_grad)
         copies = [core.detach().clone(memory_format=torch.contiguous_format) for core in cores]
         layer.cores = nn.ParameterList([nn.Parameter(core, requires_grad=train) for core in copies])
-        if isinstance(dense.bias, Tensor):
-            layer.bias = nn.Parameter(dense.bias.detach().clone(), requires_grad=dense.bias.requires_grad)
+        layer._take_bias(dense)
         return layer.train(dense.training)
+
+    @classmethod
+    def sharing(cls, dense: nn.Module, source: TTLayer) -> Self:
+        """The layer that runs by the very cores of another one, since `dense` shared its weight with that one.
+
+        A table (rows, dim) that is also the weight (out, in) of a Linear is its transpose as a map: that one then
+        reads the cores with outputs and inputs swapped, without a copy.
+        """
+        spec = layer_spec(dense)  # type: ignore[arg-type]
+        swaps = spec.transposed != source.spec.transposed
+        modes = source.tensorization.swapped() if swaps else source.tensorization
+        layer = cls(spec, modes, source.tt_ranks, device="meta")
+
+        layer.cores = source.cores
+        layer._swaps_cores = swaps
+        layer._is_table = source._is_table = layer._is_table or source._is_table
+        layer._take_bias(dense)
+        return layer.train(dense.training)
+
+    def _take_bias(self, dense: nn.Module) -> None:
+        bias = getattr(dense, "bias", None)
+        if isinstance(bias, Tensor):
+            self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
 
     @classmethod
     def from_dense(
@@ -109,9 +133,9 @@ class TTLayer(nn.Module, ABC):
         Without `max_rank` and `eps` the decomposition is exact, up to round-off.
 
         Args:
-            dense: an nn.Linear or a convolution; it stays as it is.
-            tensorization: the modes, or just the name of a format: by default `matrix` for an nn.Linear, `chain` for
-                a convolution.
+            dense: an nn.Linear, an nn.Embedding or a convolution; it stays as it is.
+            tensorization: the modes, or just the name of a format: by default `matrix` for an nn.Linear or an
+                nn.Embedding, `chain` for a convolution.
             max_rank: the largest TT-rank, or one for each cut.
             eps: relative accuracy, ||W - W~||_F <= eps ||W||_F.
 
@@ -126,7 +150,7 @@ class TTLayer(nn.Module, ABC):
         ((1, 4, 4, 1), 512)
         """
         if not isinstance(dense, Replaceable):
-            raise PlanError(f"only nn.Linear and convolutions take TT form, not {dense}")
+            raise PlanError(f"only nn.Linear, nn.Embedding and convolutions take TT form, not {dense}")
         spec = layer_spec(dense)
         if spec.kind != cls.kind:
             raise PlanError(f"{cls.__name__} stands for layers of another kind than {dense}")
@@ -140,7 +164,7 @@ class TTLayer(nn.Module, ABC):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Random cores whose dense weight has the standard deviation of torch's default, 1 / sqrt(3 fan_in)."""
+        """Random cores whose dense weight has the standard deviation of torch's default."""
         bound = _bound(self.spec)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
@@ -159,7 +183,7 @@ class TTLayer(nn.Module, ABC):
         >>> layer.weight.shape, torch.allclose(layer.weight, dense.weight, atol=1e-5)
         (torch.Size([16, 8, 3, 3]), True)
         """
-        return unviewed(dense_weight(list(self.cores), self.spec.view_shape), self.spec)
+        return unviewed(dense_weight(self._listed_cores(), self.spec.view_shape), self.spec)
 
     @property
     def executions(self) -> tuple[Execution, ...]:
@@ -189,6 +213,51 @@ class TTLayer(nn.Module, ABC):
     def execution(self, name: str) -> None:
         self._execution = checked_execution(name, self.executions)
         self._cache.call = None
+
+    @abstractmethod
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer."""
+
+    def _keeps(self, cores: Sequence[Tensor]) -> bool:
+        """Whether what is made of cores without gradients serves the next call too."""
+        if self.training or is_recorded() or not cores[0].is_cpu:
+            return False
+        return not any(core.is_inference() for core in cores)
+
+    def _listed_cores(self) -> list[Tensor]:
+        cores: Any = self._modules["cores"]
+        # ParameterList looks every entry up by name, which takes longer than a small layer. Replicas of DataParallel
+        # have none: theirs are plain tensors.
+        listed = list(cores._parameters.values()) or list(cores)
+        return [core.transpose(1, 2) for core in listed] if self._swaps_cores else listed
+
+    def cached_tensors(self) -> list[Tensor]:
+        """What is cached for evaluation, made of the cores."""
+        return self._cache.tensors()
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch; what was made of the cores for evaluation is dropped."""
+        self._cache = Cache()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._cache = Cache()
+        moved: Self = super()._apply(flattening(fn), recurse)  # type: ignore[no-untyped-call]
+        return moved
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was made of the cores, so that copies do not hold it twice."""
+        return {**vars(self), "_cache": Cache()}
+
+    def extra_repr(self) -> str:
+        """Shape, format and TT-ranks."""
+        ranks = ", ".join(map(str, self.tt_ranks))
+        shape = " x ".join(map(str, self.spec.weight_shape))
+        return f"{shape}, {self.tensorization.format}, tt_ranks=({ranks}), bias={self.bias is not None}"
+
+
+class TTMap(TTLayer):
+    """A layer that maps its inputs by the weight: it contracts them with the cores, or multiplies them by it."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer: TTLinear to (..., in_features), TTConv2d to ([batch,] in_channels, height, width).
@@ -235,16 +304,10 @@ class TTLayer(nn.Module, ABC):
     def _chosen(self, calls: Calls, keeps: bool, trains: bool) -> Execution:
         if self._execution is not Execution.AUTO:
             return self._execution
-        # One graph for all call shapes, still by the cores.
-        if torch.compiler.is_exporting() or _is_traced():
+        # Tables that are looked up as well are never rebuilt; exported is one graph for all call shapes.
+        if self._is_table or torch.compiler.is_exporting() or _is_traced():
             return self._choice.by_cores
         return self._choice.cheaper(calls, keeps, trains)
-
-    def _keeps(self, cores: Sequence[Tensor]) -> bool:
-        """Whether what is made of cores without gradients serves the next call too."""
-        if self.training or is_recorded() or not cores[0].is_cpu:
-            return False
-        return not any(core.is_inference() for core in cores)
 
     @abstractmethod
     def _calls(self, x: Tensor) -> Calls:
@@ -260,51 +323,24 @@ class TTLayer(nn.Module, ABC):
     def _run(self, execution: Execution, x: Tensor, operands: Any) -> Tensor:
         """The output of the layer."""
 
-    def _listed_cores(self) -> list[Tensor]:
-        cores: Any = self._modules["cores"]
-        # ParameterList looks every entry up by name, which takes longer than a small layer. Replicas of DataParallel
-        # have none: theirs are plain tensors.
-        return list(cores._parameters.values()) or list(cores)
-
     def _bias_as(self, x: Tensor) -> Tensor | None:
         bias = self.bias
         return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
-    def cached_tensors(self) -> list[Tensor]:
-        """What is cached for evaluation, made of the cores."""
-        return self._cache.tensors()
-
-    def train(self, mode: bool = True) -> Self:
-        """As in torch; what was made of the cores for evaluation is dropped."""
-        self._cache = Cache()
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._cache = Cache()
-        moved: Self = super()._apply(flattening(fn), recurse)  # type: ignore[no-untyped-call]
-        return moved
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what was made of the cores, so that copies do not hold it twice."""
-        return {**vars(self), "_cache": Cache()}
-
-    def extra_repr(self) -> str:
-        """Shape, format and TT-ranks."""
-        ranks = ", ".join(map(str, self.tt_ranks))
-        shape = " x ".join(map(str, self.spec.weight_shape))
-        return f"{shape}, {self.tensorization.format}, tt_ranks=({ranks}), bias={self.bias is not None}"
-
 
 @torch.no_grad()
 def init_cores(cores: Sequence[Tensor], spec: LayerSpec, tensorization: Tensorization) -> None:
-    """Random values of cores whose dense weight has the standard deviation 1 / sqrt(3 fan_in), in place."""
+    """Random values of cores whose dense weight has the standard deviation of torch's default, in place.
+
+    That is 1 / sqrt(3 fan_in), and 1 for a table.
+    """
     if tensorization.groups > 1:
         one = replace(tensorization, groups=1)
         for group in zip(*cores, strict=True):
             init_cores(group, spec, one)
         return
 
-    std = _bound(spec) / 3**0.5
+    std = 1.0 if isinstance(spec, EmbeddingSpec) else _bound(spec) / 3**0.5
 
     # An entry of the weight is the sum over all paths through the TT-ranks of a product of one entry of each core.
     paths = prod(core.shape[-1] for core in cores)

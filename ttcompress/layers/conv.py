@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ttcompress.errors import ShapeError
-from ttcompress.layers.base import TTLayer
+from ttcompress.layers.base import TTMap
 from ttcompress.layers.spec import unviewed
 from ttcompress.records.layers import ConvSpec, Execution
 from ttcompress.tt.contract import contract_groups, dense_weight, merge_all, merge_groups, pad_features
@@ -23,7 +23,7 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 """Memory formats by the dimensions of a batch or a kernel; there is none for signals."""
 
 
-class TTConv(TTLayer):
+class TTConv(TTMap):
     """A convolution with its kernel in TT form, in any of the formats (Garipov et al. 2016, section 4).
 
     Input (batch, in_channels, *size) or without the batch axis. `chain`, `naive` and `lowrank` run as stock

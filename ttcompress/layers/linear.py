@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from ttcompress.errors import ShapeError
-from ttcompress.layers.base import TTLayer
+from ttcompress.layers.base import TTMap
 from ttcompress.records.layers import Execution, LinearSpec
 from ttcompress.tt.contract import contract_groups, dense_weight, merge_groups, pad_features
 from ttcompress.tt.cost import Calls, ContractionPlan
 
 
-class TTLinear(TTLayer):
+class TTLinear(TTMap):
     """A fully-connected layer with its weight in TT form (Novikov et al. 2015, section 4).
 
     y(i) = sum_j G_1[i_1, j_1] ... G_d[i_d, j_d] x(j) + b(i); input (..., in_features), output (..., out_features).

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ttcompress.records.layers import ConvSpec, LayerSpec, LinearSpec, Spec
+from ttcompress.records.layers import ConvSpec, EmbeddingSpec, LayerSpec, LinearSpec, Spec
 
 TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | TransposedConvolution
-Replaceable = nn.Linear | Convolution
+Replaceable = nn.Linear | nn.Embedding | Convolution
 """Layers in whose place a TT layer can run."""
 
 
@@ -28,6 +28,11 @@ CONVOLUTIONS: dict[str, type[Any]] = {
 
 def layer_spec(module: Replaceable) -> LayerSpec:
     """Shape and geometry of a dense layer."""
+    if isinstance(module, nn.Embedding):
+        return EmbeddingSpec(
+            module.num_embeddings, module.embedding_dim, module.padding_idx, module.scale_grad_by_freq
+        )
+
     bias = module.bias is not None
     if isinstance(module, nn.Linear):
         return LinearSpec(module.in_features, module.out_features, bias)
@@ -54,6 +59,8 @@ def empty_layer(spec: LayerSpec) -> Replaceable:
     arguments = dict(vars(spec))
     if isinstance(spec, LinearSpec):
         return nn.Linear(**arguments, device="meta")
+    if isinstance(spec, EmbeddingSpec):
+        return nn.Embedding(**arguments, device="meta")
 
     if not arguments.pop("transposed"):
         del arguments["output_padding"]

@@ -20,10 +20,14 @@ Batches = Iterable[tuple[NetworkInput, Tensor | None]]
 
 @dataclass(frozen=True)
 class Predictions:
-    """The (up to) five most likely classes of each image, best first (n, k), and the labels (n)."""
+    """The (up to) five most likely classes of each image, best first (n, k), the labels (n), and how likely the first is.
+
+    `confidences` (n) are from 0 to 1.
+    """
 
     classes: Tensor
     labels: Tensor
+    confidences: Tensor
 
     def accuracy(self) -> Accuracy:
         """Top-1 and top-5 in percent; the interval belongs to top-1."""
@@ -54,19 +58,21 @@ def predict(
     model.eval()
     classes: list[Tensor] = []
     labels: list[Tensor] = []
+    confidences: list[Tensor] = []
     try:
         for inputs, target in labelled(batches):
             logits = _logits(model, placed(inputs, device, dtype))
             _check_labels(target, logits)
             classes.append(logits.topk(min(5, logits.shape[1])).indices.cpu())
             labels.append(target.cpu())
+            confidences.append(logits.float().softmax(1).amax(1).cpu())
             if progress:
                 progress("evaluating", sum(map(len, labels)), 0)
     finally:
         model.train(was_training)
     if not sum(map(len, labels)):
         raise DataError("the data holds no image")
-    return Predictions(torch.cat(classes), torch.cat(labels))
+    return Predictions(torch.cat(classes), torch.cat(labels), torch.cat(confidences))
 
 
 def labelled(batches: Batches) -> Iterator[tuple[NetworkInput, Tensor]]:

@@ -19,8 +19,9 @@ from ttcompress.measure.timing import NOISE, at_its_best, by_turns, device_name,
 from ttcompress.networks.held import copied
 from ttcompress.networks.running import Example, NetworkInput, call, input_dtype
 from ttcompress.networks.surgery import install_fresh
+from ttcompress.networks.weights import tied_names
 from ttcompress.records.common import Json, Progress, format_compression
-from ttcompress.records.layers import Execution, WeightSpec
+from ttcompress.records.layers import EmbeddingSpec, Execution, WeightSpec
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 
 BATCH_SIZES = 1, 32
@@ -50,8 +51,9 @@ class TimedNetwork:
     def _compressed(self, layers: Sequence[LayerPlan]) -> nn.Module:
         model = copied(self._dense)
         dtype = input_dtype(self._dense)
+        aliases = tied_names(model)
         for layer in layers:
-            install_fresh(model, layer, (), self._device, dtype)
+            install_fresh(model, layer, aliases.get(layer.weight_name, ()), self._device, dtype)
         return model
 
     def latency(self, plan: CompressionPlan, share: float) -> Json:
@@ -69,8 +71,8 @@ class TimedNetwork:
         for number, batch in enumerate(BATCH_SIZES):
             images, _ = at_its_best(model, self._inputs(batch))
             for done, layer in enumerate(plan.layers):
-                if isinstance(layer.spec, WeightSpec):
-                    continue  # There is but one way.
+                if isinstance(layer.spec, WeightSpec | EmbeddingSpec):
+                    continue  # There is but one way, or one without the whole table in memory.
                 if progress:
                     progress(f"timing {layer.fqn}", number * len(plan.layers) + done, 2 * len(plan.layers))
                 winners[layer.fqn].add(self._faster_execution(model, layer, images))

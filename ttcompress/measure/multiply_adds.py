@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ttcompress.layers.spec import Replaceable
+from ttcompress.layers.spec import Convolution
 from ttcompress.networks.running import Example, call
 from ttcompress.tt.cost import Calls
 
@@ -33,7 +33,7 @@ def usage_of(model: nn.Module, example: Example) -> Usage:
     """
     calls: dict[str, Calls] = {}
 
-    def count(name: str, module: Replaceable, given: Any, named: Any, output: Tensor) -> None:
+    def count(name: str, module: nn.Linear | Convolution, given: Any, named: Any, output: Tensor) -> None:
         x = given[0] if given else named["input"]
         before = calls.get(name, Calls(0, 0))
         pixels, out_pixels = _positions(module, x), _positions(module, output)
@@ -44,7 +44,7 @@ def usage_of(model: nn.Module, example: Example) -> Usage:
         stack.callback(model.train, was_training)
         one = example.suited(model.eval()).zeros(model)
         for name, module in model.named_modules():
-            if isinstance(module, Replaceable):
+            if isinstance(module, nn.Linear | Convolution):
                 hook = module.register_forward_hook(partial(count, name), with_kwargs=True)
                 stack.enter_context(hook)
         counter = stack.enter_context(FlopCounterMode(display=False))
@@ -53,7 +53,7 @@ def usage_of(model: nn.Module, example: Example) -> Usage:
     return Usage(int(counter.get_total_flops()) // 2, calls)
 
 
-def _positions(module: Replaceable, x: Tensor) -> int:
+def _positions(module: nn.Linear | Convolution, x: Tensor) -> int:
     """Rows of a Linear; pixels of a convolution, over all images."""
     if isinstance(module, nn.Linear):
         return x.numel() // x.shape[-1]

@@ -142,7 +142,7 @@ def _named_globals(function: FunctionType) -> list[Any]:
 
 
 def held_layers(model: nn.Module) -> dict[str, str]:
-    """Linear layers and convolutions by fqn that something outside the module tree holds, or their parameters, and who."""
+    """Linear layers, tables and convolutions by fqn that something outside the module tree holds, or their parameters, and who."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Replaceable)}
     found = holders(model)
 

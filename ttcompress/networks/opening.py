@@ -185,7 +185,7 @@ def _filled(build: Callable[[str], nn.Module], state: Mapping[str, Tensor]) -> n
 
 
 def _assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    tied = tied_parameters(model)
+    tied = tied_parameters(model, state)
     aliases = {alias: state[name] for alias, name in tied.items() if name in state}
     state = {**aliases, **state}
 

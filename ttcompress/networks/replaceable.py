@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -11,7 +13,7 @@ from ttcompress.layers.kinds import tt_layer
 from ttcompress.layers.spec import Replaceable, empty_layer, layer_spec
 from ttcompress.networks.held import COMPILED, held_layers
 from ttcompress.networks.matrices import MATRIX_TYPES
-from ttcompress.records.layers import ConvSpec, LayerSpec, LinearSpec
+from ttcompress.records.layers import ConvSpec, EmbeddingSpec, LayerSpec, LinearSpec
 from ttcompress.tt.shapes import tensorize_shape
 
 HOOKS = {
@@ -52,7 +54,7 @@ def own_attributes(module: nn.Module) -> dict[str, object]:
 
 
 @cache
-def _usual(kind: type) -> frozenset[str]:
+def _usual(kind: Any) -> frozenset[str]:
     """The attributes that a layer of this kind has of itself."""
     for spec in SMALLEST:
         dense, ours = empty_layer(spec), tt_layer(spec)
@@ -66,6 +68,7 @@ def _usual(kind: type) -> frozenset[str]:
 
 SMALLEST: tuple[LayerSpec, ...] = (
     LinearSpec(1, 1, bias=True),
+    EmbeddingSpec(1, 1),
     *(ConvSpec(1, 1, (1,) * dims, transposed=each) for dims in (1, 2, 3) for each in (False, True)),
 )
 """A layer of each kind that can be replaced."""
@@ -88,7 +91,7 @@ def _own_obstacle(module: Replaceable) -> str:
     if overridden:
         return f"its object has a {shortlist(overridden)} of its own"
 
-    replacement = tt_layer(layer_spec(module))
+    replacement: Any = tt_layer(layer_spec(module))
     taken = sorted(name for name in own if name in _usual(replacement) or _is_ours(replacement, name))
     if taken:
         return f"its object has a {shortlist(taken)}, as a TT layer has"
@@ -103,6 +106,36 @@ def _own_obstacle(module: Replaceable) -> str:
 
 def _is_ours(replacement: type, name: str) -> bool:
     return hasattr(replacement, name) and not hasattr(nn.Module, name)
+
+
+def owners_of(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
+    """By id of a parameter all its places: the fqn of a module, the module, and its own name for it."""
+    owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        for own_name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((fqn, module, own_name))
+    return owners
+
+
+def shared_otherwise(model: nn.Module, reasons: Mapping[str, str]) -> set[int]:
+    """Parameters, by id, that are shared with something else than plain layers that can all run by the same cores.
+
+    Args:
+        reasons: the `obstacles` of the model.
+    """
+    modules = dict(model.named_modules())
+    stuck = {id(modules[fqn]) for fqn in reasons}
+
+    def runs(module: nn.Module, own_name: str) -> bool:
+        is_plain = type(module) in (nn.Linear, nn.Embedding, nn.Conv2d) and own_name == "weight"
+        return is_plain and id(module) not in stuck and getattr(module, "groups", 1) == 1
+
+    found = set[int]()
+    for parameter, owners in owners_of(model).items():
+        if len(owners) > 1 and not all(runs(module, own_name) for _, module, own_name in owners):
+            found.add(parameter)
+    return found
 
 
 def _shared_biases(model: nn.Module) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -18,13 +18,19 @@ from ttcompress.records.report import Report
 from ttcompress.tt.quantize import dequantize, quantize
 
 
-def tied_parameters(model: nn.Module) -> dict[str, str]:
-    """Names that stand for a parameter which has another name before, and that name."""
-    first: dict[int, str] = {}
-    tied = {}
+def tied_parameters(model: nn.Module, known: Container[str] = ()) -> dict[str, str]:
+    """Names that stand for a parameter which has another name before, and that name.
+
+    Those that are `known`, as under which a file holds it, come before others.
+    """
+    names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(parameter), name) != name:
-            tied[name] = first[id(parameter)]
+        names.setdefault(id(parameter), []).append(name)
+
+    tied: dict[str, str] = {}
+    for group in names.values():
+        first = next((name for name in group if name in known), group[0])
+        tied |= {name: first for name in group if name != first}
     return tied
 
 
@@ -38,7 +44,8 @@ def stored_tensors(
     Raises:
         CheckpointError: a network without the layers of the plan.
     """
-    tied = tied_parameters(model)
+    planned = {name for layer in (plan.layers if plan else ()) for name in layer.core_shapes}
+    tied = tied_parameters(model, planned)
     tensors = {}
     for name, tensor in model.state_dict().items():
         # Checkpoints from before torch 0.4.1 have no such counters.

@@ -15,7 +15,7 @@ from ttcompress.layers.base import TTLayer
 from ttcompress.layers.kinds import tt_layer
 from ttcompress.layers.rebuilt import TTWeight, rebuild, rebuilt_in, restore
 from ttcompress.layers.spec import Replaceable, empty_layer, layer_spec
-from ttcompress.networks.replaceable import obstacles, own_attributes
+from ttcompress.networks.replaceable import obstacles, own_attributes, shared_otherwise
 from ttcompress.networks.weights import cores_of, parameter_of, tied_names, weight_of
 from ttcompress.records.common import Progress
 from ttcompress.records.layers import WeightSpec, cores_name
@@ -55,6 +55,7 @@ def check_layers(model: nn.Module, layers: Sequence[LayerPlan]) -> None:
     """
     modules = dict(model.named_modules())
     reasons = obstacles(model)
+    others = shared_otherwise(model, reasons)
     wrong = []
     for layer in layers:
         if isinstance(layer.spec, WeightSpec):
@@ -63,11 +64,13 @@ def check_layers(model: nn.Module, layers: Sequence[LayerPlan]) -> None:
 
         module = modules.get(layer.fqn)
         if not isinstance(module, Replaceable):
-            wrong.append(f"{layer.fqn} is no Linear or convolution of this network")
+            wrong.append(f"{layer.fqn} is no Linear, Embedding or convolution of this network")
         elif layer_spec(module) != layer.spec:
             wrong.append(f"{layer.fqn} has another shape or geometry")
         elif layer.fqn in reasons:
             wrong.append(f"{layer.fqn} cannot be replaced: {reasons[layer.fqn]}")
+        elif id(module.weight) in others:
+            wrong.append(f"{layer.fqn} shares its weight with what cannot run by its cores")
     if wrong:
         raise PlanError("the plan does not fit this network: " + "; ".join(sorted(wrong)))
 
@@ -134,7 +137,28 @@ def install(
     module = dense.get_submodule(layer.fqn)
     made = tt_layer(layer.spec).from_cores(module, layer.tensorization, cores)
     made.execution = layer.execution
+    _swap_all(model, dense, layer, made, aliases)
+
+
+def _swap_all(
+    model: nn.Module, dense: nn.Module, layer: LayerPlan, made: TTLayer, aliases: Sequence[str]
+) -> None:
+    """Put a layer in its place, and in the places of those that shared its weight ones that share its cores."""
+    owners = {name: dense.get_submodule(name.removesuffix(".weight")) for name in aliases}
+    twins: dict[int, TTLayer] = {id(dense.get_submodule(layer.fqn)): made}
+    for module in owners.values():
+        if id(module) not in twins:
+            twins[id(module)] = _sharing(module, made, layer)
+
     swap(model, layer.fqn, made)
+    for name, module in owners.items():
+        swap(model, name.removesuffix(".weight"), twins[id(module)])
+
+
+def _sharing(module: nn.Module, source: TTLayer, layer: LayerPlan) -> TTLayer:
+    twin = tt_layer(layer_spec(module)).sharing(module, source)  # type: ignore[arg-type]
+    twin.execution = layer.execution
+    return twin
 
 
 def _rebuild_all(model: nn.Module, layer: LayerPlan, weight: TTWeight, aliases: Sequence[str]) -> None:
@@ -207,16 +231,21 @@ def install_fresh(
     made = tt_layer(layer.spec)(layer.spec, layer.tensorization, layer.tt_ranks, device, dtype)
     made.execution = layer.execution
     _freeze_like(made, dense)
-    swap(model, layer.fqn, made.train(dense.training))
+    _swap_all(model, model, layer, made.train(dense.training), aliases)
 
 
 def expand_layers(model: nn.Module) -> nn.Module:
     """Put dense layers in the place of the TT layers, in the same module, which is returned."""
-    layers = {fqn: layer for fqn, layer in model.named_modules() if isinstance(layer, TTLayer)}
-    for fqn, layer in layers.items():
-        swap(model, fqn, dense_layer(layer))
-
     # Modules that share cores share what these stand for.
+    weights: dict[nn.Module, nn.Parameter] = {}
+    denses: dict[nn.Module, nn.Module] = {}
+    for fqn, module in [*model.named_modules(remove_duplicate=False)]:
+        if isinstance(module, TTLayer):
+            if module not in denses:
+                denses[module] = dense_layer(module, weights.get(module.cores))
+                weights[module.cores] = denses[module].weight  # type: ignore[assignment]
+            swap(model, fqn, denses[module])
+
     made: dict[TTWeight, nn.Parameter] = {}
     for module in [*model.modules()]:
         for parameter, weight in rebuilt_in(module).items():
@@ -226,12 +255,14 @@ def expand_layers(model: nn.Module) -> nn.Module:
     return model
 
 
-def dense_layer(layer: TTLayer) -> Replaceable:
-    """The layer that a TT layer stands for."""
-    weight = layer.weight.detach()
+def dense_layer(layer: TTLayer, weight: nn.Parameter | None = None) -> Replaceable:
+    """The layer that a TT layer stands for, with a weight of its own or that of another one which shares its cores."""
     dense = empty_layer(layer.spec)
     trains = any(core.requires_grad for core in layer.cores)
-    dense.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), trains)
+    if weight is None:
+        values = layer.weight.detach().clone(memory_format=torch.contiguous_format)
+        weight = nn.Parameter(values, trains)
+    dense.weight = weight
     if layer.bias is not None:
         dense.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
     return dense.train(layer.training)

@@ -60,7 +60,9 @@ def _held(model: nn.Module) -> Iterator[tuple[str, object]]:
     for fqn, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.ParameterList) and _is_of_cores(model, fqn, module):
             continue
-        own = {**module._parameters, **rebuilt_in(module)}
+        own: dict[str, object] = {**module._parameters, **rebuilt_in(module)}
+        if isinstance(module, TTLayer):
+            own["weight"] = module.cores
         for name, held in own.items():
             if held is not None:
                 yield f"{fqn}.{name}".removeprefix("."), held
@@ -77,8 +79,10 @@ def tt_parts(model: nn.Module) -> dict[str, TTPart]:
 
 
 def _tt_parts(model: nn.Module) -> Iterator[tuple[str, TTPart]]:
+    seen = set[int]()
     for name, module in model.named_modules():
-        if isinstance(module, TTLayer):
+        if isinstance(module, TTLayer) and id(module.cores) not in seen:
+            seen.add(id(module.cores))
             yield name, module
         if isinstance(module, TTWeight):
             owner = name.removesuffix(cores_name(module.spec.parameter))

@@ -13,7 +13,7 @@ from ttcompress.planning.candidates import Choice, LayerOptions
 from ttcompress.planning.nearest import nearest_below
 from ttcompress.planning.selection import Layer
 from ttcompress.records.common import format_compression
-from ttcompress.records.layers import WeightSpec
+from ttcompress.records.layers import EmbeddingSpec, WeightSpec
 from ttcompress.records.plan import LayerPlan
 from ttcompress.tt.cost import Calls, LayerCosts, Unit
 
@@ -48,8 +48,8 @@ class Counting:
         return LayerCosts(spec.view_shape, calls, self.unit, spec.transposed, spec.groups)
 
     def can_save(self, layer: Layer | LayerPlan) -> bool:
-        """Whether cores may cost less than the weight: what is rebuilt from them runs as ever."""
-        return self.unit is None or not isinstance(layer.spec, WeightSpec)
+        """Whether cores may cost less than the weight: what is rebuilt runs as ever, a lookup costs nothing dense."""
+        return self.unit is None or not isinstance(layer.spec, WeightSpec | EmbeddingSpec)
 
     def saved(self, plan: LayerPlan) -> int:
         """What a layer saves by being replaced."""

@@ -102,14 +102,14 @@ def find_normed_layers(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and fqn and module.num_features == outputs:
             found.append(fqn)
-        if isinstance(module, Replaceable):
+        if isinstance(module, nn.Linear | Convolution):
             fqn, outputs = name, _outputs(module)
         elif not any(module.children()):
             fqn, outputs = "", 0
     return found
 
 
-def _outputs(module: Replaceable) -> int:
+def _outputs(module: nn.Linear | Convolution) -> int:
     return module.out_features if isinstance(module, nn.Linear) else module.out_channels
 
 

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from operator import itemgetter
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ttcompress.errors import PlanError, ShapeError
 from ttcompress.layers.spec import viewed
@@ -21,11 +21,12 @@ from ttcompress.planning.assemble import Decisions, assemble
 from ttcompress.planning.budgets import WINDOW, Budget, Counting, OutOfReachError, choices_within, reach_text
 from ttcompress.planning.candidates import Candidate, Choice, LayerOptions, Running
 from ttcompress.planning.doubts import including, out_of_reach, out_of_reach_note
+from ttcompress.planning.prediction import error_shares, predicted_curve, prediction_of
 from ttcompress.planning.requests import LayerRequest, check_eps, layer_requests, planned_by_hand, rank_option
 from ttcompress.planning.selection import Layer, find_layers
 from ttcompress.planning.spectra import LayerSpectra, layer_spectra
 from ttcompress.recipe import Recipe
-from ttcompress.records.common import Progress
+from ttcompress.records.common import Json, Progress
 from ttcompress.records.layers import LayerSpec
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.tt.cost import MULTIPLY_ADDS, TIME
@@ -229,6 +230,28 @@ class Planner:
         options = self._options(budget.counting, on_grid=False)
         others = choices_within(budget, fixed, options)
         return max((choices, after), others, key=itemgetter(1))
+
+    def prediction(self, plan: CompressionPlan) -> Json | None:
+        """The curve of size against error, and whose error a plan's is; None where no spectra were needed."""
+        if "_spectra" not in vars(self) or not self._searched:
+            return None
+        options = self._options(self.parameters)
+        fixed = self._fixed(options, self.parameters)
+        points = predicted_curve(options, fixed, self.parameters.dense)
+
+        pairs = zip(self._searched, self._spectra, strict=True)
+        known = {request.layer.fqn: (request.tensorizations, spectra) for request, spectra in pairs}
+        by = "outputs" if self.metrics else "weights"
+        return prediction_of(points, error_shares(plan.layers, known), by)
+
+    def cuts_of(self, plan: LayerPlan) -> Sequence[Tensor] | None:
+        """The squared singular values of each cut of a layer as it was planned, None where nothing needed them."""
+        if "_spectra" in vars(self):
+            for request, spectra in zip(self._searched, self._spectra, strict=True):
+                if request.layer.fqn == plan.fqn and plan.tensorization in request.tensorizations:
+                    place = request.tensorizations.index(plan.tensorization)
+                    return spectra.tensorizations[place].cuts
+        return None
 
     def most(self, counting: Counting | None = None) -> float:
         """The largest ratio that a budget can reach; by default of parameters."""

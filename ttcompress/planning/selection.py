@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -20,7 +19,7 @@ from ttcompress.layers.rebuilt import TTWeight
 from ttcompress.layers.spec import has_inputs_first, layer_spec
 from ttcompress.networks.held import held_tensors
 from ttcompress.networks.matrices import MATRIX_TYPES, Weights
-from ttcompress.networks.replaceable import obstacles
+from ttcompress.networks.replaceable import obstacles, owners_of, shared_otherwise
 from ttcompress.records.layers import LayerSpec, WeightSpec, cores_name
 from ttcompress.records.plan import weight_name
 
@@ -45,7 +44,7 @@ SMALL_TABLE = 1 / 100
 class Layer:
     """A weight of the network, by name and with its module, and why it stays dense, if it does.
 
-    An `obstacle` is what stands against ever replacing it.
+    An `obstacle` is what stands against ever replacing it; `aliases` are the fqns of other layers with that weight.
     """
 
     fqn: str
@@ -53,6 +52,12 @@ class Layer:
     spec: LayerSpec
     kept: str = ""
     obstacle: str = ""
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Under which patterns may mean it: those of all layers that share the weight."""
+        return (self.fqn, *self.aliases)
 
     @property
     def weight(self) -> Tensor:
@@ -103,12 +108,13 @@ def find_layers(
         PlanError: a pattern that matches no layer, or only such as cannot be decomposed.
     """
     layers = list(_dense_layers(model))
-    names = [layer.fqn for layer in layers]
+    names = [name for layer in layers for name in layer.names]
     patterns = [pattern.removeprefix(ADDING) for pattern in include]
     for pattern in (*patterns, *exclude):
         require_match(pattern, names, model)
     for pattern in patterns:
         _require_able(pattern, layers)
+    _require_all_names(exclude, layers)
 
     if isinstance(model, Weights):
         by_default = model.left_out()
@@ -116,19 +122,34 @@ def find_layers(
         by_default = _small_tables(model, layers) | _ends(model, layers, running_order, by_hand)
     found = []
     for layer in layers:
-        reason = layer.obstacle or _left_out(layer.fqn, by_default, include, exclude)
+        reason = layer.obstacle or _left_out(layer, by_default, include, exclude)
         found.append(replace(layer, kept=reason))
     return found
 
 
 def _require_able(pattern: str, layers: Sequence[Layer]) -> None:
     """See that a pattern matches some layer that can be compressed; a glob may well match others beside it."""
-    matched = [layer for layer in layers if matches(pattern, layer.fqn)]
+    matched = [layer for layer in layers if any(matches(pattern, name) for name in layer.names)]
     if not all(layer.obstacle for layer in matched):
         return
-    if [layer.fqn for layer in matched] == [pattern]:
+    if len(matched) == 1 and pattern in matched[0].names:
         raise PlanError(f"{pattern} cannot be compressed ({matched[0].obstacle}); leave it out of --include")
     raise PlanError(f"--include {pattern} matches only layers that cannot be compressed: {why_each(matched)}")
+
+
+def _require_all_names(exclude: Sequence[str], layers: Sequence[Layer]) -> None:
+    """See that a weight which several layers share is excluded under all of their names, or none.
+
+    Raises:
+        PlanError: it is not, and one of them would be compressed all the same, or dense unasked.
+    """
+    for layer in layers:
+        named = [name for name in layer.names if any(matches(pattern, name) for pattern in exclude)]
+        others = [name for name in layer.names if name not in named]
+        if named and others:
+            raise PlanError(
+                f"--exclude names {shortlist(named)} but not {shortlist(others)}, which has the same weight: name both"
+            )
 
 
 def why_each(layers: Sequence[Layer]) -> str:
@@ -170,7 +191,8 @@ def _dense_layers(model: nn.Module) -> Iterator[Layer]:
     """All weights of two and more dimensions, with what stands against ever replacing them."""
     reasons = obstacles(model)
     held = held_tensors(model)
-    shared = _shared(model)
+    owners = owners_of(model)
+    shared = shared_otherwise(model, reasons)
     compressed = {id(layer.cores) for layer in model.modules() if isinstance(layer, TTLayer)}
 
     # A weight that several modules share is listed once, by its first name.
@@ -187,21 +209,20 @@ def _dense_layers(model: nn.Module) -> Iterator[Layer]:
             seen.add(id(parameter))
 
             stays = fqn in reasons or id(parameter) in shared
+            places = owners[id(parameter)]
             layer = _layer(fqn, module, own_name, stays)
+            obstacle = next(filter(None, (_obstacle(each, own) for _, each, own in places)), "")
             # Recurrent modules hold their own weights in a list, which is made anew.
             is_held = layer.weight_name in held and not isinstance(module, nn.RNNBase)
-            reason = layer.obstacle or (HELD if is_held and _is_rebuilt(layer) else "")
-            yield replace(layer, obstacle=reason if layer.fqn else "it is the whole network")
+            obstacle = obstacle or (HELD if is_held and _is_rebuilt(layer) else "")
+            names = [listed_name(each, own) for each, other, own in places if other is not module]
+            yield replace(
+                layer, obstacle=obstacle if layer.fqn else "it is the whole network", aliases=tuple(names)
+            )
 
 
 def _is_rebuilt(layer: Layer) -> bool:
     return isinstance(layer.spec, WeightSpec)
-
-
-def _shared(model: nn.Module) -> set[int]:
-    """Parameters, by id, that have several names."""
-    counts = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    return {each for each, count in counts.items() if count > 1}
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -224,15 +245,19 @@ def _layer(fqn: str, module: nn.Module, own_name: str, stays: bool) -> Layer:
 
     `stays` where the module has to remain the object that it is.
     """
-    has_layer = type(module) in (nn.Linear, *CONVOLUTIONS) and own_name == "weight"
+    has_layer = type(module) in (nn.Linear, nn.Embedding, *CONVOLUTIONS) and own_name == "weight"
     parameter: Tensor = module._parameters[own_name]  # type: ignore[assignment]
     if has_layer and not stays and not _is_depthwise(module, parameter):
         return Layer(fqn, module, layer_spec(module))  # type: ignore[arg-type]
 
     spec = WeightSpec(tuple(parameter.shape), own_name, has_inputs_first(module))
+    return Layer(listed_name(fqn, own_name), module, spec)
+
+
+def listed_name(fqn: str, own_name: str) -> str:
+    """The name under which plans list a parameter."""
     name = f"{fqn}.{own_name}".removeprefix(".")
-    listed = name.removesuffix(".weight") if fqn else name.removesuffix("weight")
-    return Layer(listed, module, spec, obstacle=_obstacle(module, own_name))
+    return name.removesuffix(".weight") if fqn else name.removesuffix("weight")
 
 
 def _is_depthwise(module: nn.Module, weight: Tensor) -> bool:
@@ -246,6 +271,11 @@ def _obstacle(module: nn.Module, own_name: str) -> str:
     weight: Tensor = module._parameters[own_name]  # type: ignore[assignment]
     if parametrize.is_parametrized(module):
         return "bias is computed by a parametrization"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and own_name == "weight":
+        if module.max_norm is not None:
+            return "max_norm changes the rows that are looked up, which cores share"
+        if module.sparse:
+            return "sparse=True asks for sparse gradients, which cores do not have"
     if weight.dtype not in MATRIX_TYPES:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
 
@@ -300,14 +330,20 @@ def _size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _left_out(fqn: str, by_default: dict[str, str], include: Sequence[str], exclude: Sequence[str]) -> str:
+def _left_out(
+    layer: Layer, by_default: dict[str, str], include: Sequence[str], exclude: Sequence[str]
+) -> str:
     """Why a layer that could be replaced is not to be, or nothing."""
-    is_included = any(matches(pattern.removeprefix(ADDING), fqn) for pattern in include)
+
+    def is_meant(pattern: str) -> bool:
+        return any(matches(pattern, name) for name in layer.names)
+
+    is_included = any(is_meant(pattern.removeprefix(ADDING)) for pattern in include)
     adds = all(pattern.startswith(ADDING) for pattern in include)
     if not is_included and not adds:
         return "not selected"
-    if any(matches(pattern, fqn) for pattern in exclude):
+    if any(map(is_meant, exclude)):
         return "--exclude"
-    if not is_included and fqn in by_default:
-        return f"{by_default[fqn]} {LEFT_OUT_MARK}"
+    if not is_included and layer.fqn in by_default:
+        return f"{by_default[layer.fqn]} {LEFT_OUT_MARK}"
     return ""

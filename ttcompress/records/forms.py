@@ -37,7 +37,7 @@ Measured = Annotated[float, Meta(ge=0)]
 """An error, a time or a ratio."""
 Percent = Annotated[float, Meta(ge=0, le=100)]
 Interval = tuple[Percent, Percent]
-Kind = Annotated[str, one_of("linear", *CONV_KINDS, "weight")]
+Kind = Annotated[str, one_of("linear", "embedding", *CONV_KINDS, "weight")]
 """Of a layer."""
 
 
@@ -50,6 +50,19 @@ class LinearForm(Struct, forbid_unknown_fields=True):
     in_features: Size
     out_features: Size
     bias: bool
+
+
+class EmbeddingForm(Struct, forbid_unknown_fields=True):
+    """The `spec` of an Embedding."""
+
+    num_embeddings: Size
+    embedding_dim: Size
+    padding_idx: FromZero | None = None
+    scale_grad_by_freq: bool = False
+
+    def __post_init__(self) -> None:
+        if self.padding_idx is not None and self.padding_idx >= self.num_embeddings:
+            raise ValueError("padding_idx must be below num_embeddings")
 
 
 class ConvForm(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -297,6 +310,14 @@ class BenchForm(Struct):
     layers: str = "tt"
 
 
+class PredictionForm(Struct):
+    """What `prediction` holds: pairs of compression and relative error, and the share of each layer in the error."""
+
+    by: Annotated[str, one_of("weights", "outputs")]
+    points: list[tuple[Measured, Measured]]
+    shares: dict[str, Annotated[float, Meta(ge=0, le=1)]] = {}
+
+
 # --------------------------------------------------------------------------------------------------------------- report
 
 
@@ -348,6 +369,7 @@ class ReportForm(Struct):
     search: list[PointForm] = []
     finetuning: FinetuningForm | None = None
     bench: BenchForm | None = None
+    prediction: PredictionForm | None = None
     tensors_sha256: str | None = None
     params_before: Count | None = None
     params_after: Count | None = None

@@ -96,6 +96,24 @@ CONV_KINDS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2
 
 
 @dataclass(frozen=True)
+class EmbeddingSpec(Spec):
+    """Shape of a table that is looked up, attributes as in torch.nn.Embedding: a row for each index, its inputs."""
+
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None = None
+    scale_grad_by_freq: bool = False
+
+    kind = "embedding"
+    transposed = True
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(num_embeddings, embedding_dim)."""
+        return (self.num_embeddings, self.embedding_dim)
+
+
+@dataclass(frozen=True)
 class ConvSpec(Spec):
     """Shape and geometry of a convolution in one to three dimensions, attributes as in torch.nn.
 
@@ -156,7 +174,7 @@ def cores_name(parameter: str) -> str:
     return "cores" if parameter == "weight" else f"{parameter}_cores"
 
 
-LayerSpec = LinearSpec | ConvSpec | WeightSpec
+LayerSpec = LinearSpec | EmbeddingSpec | ConvSpec | WeightSpec
 
 
 def executions(spec: LayerSpec, tensorization: Tensorization) -> tuple[Execution, ...]:

@@ -15,6 +15,7 @@ from ttcompress.records.decoding import FieldError, check_values, decode, refusi
 from ttcompress.records.forms import (
     CONV_FORMS,
     MOST_PARAMS,
+    EmbeddingForm,
     KeptLayerForm,
     LayerForm,
     LinearForm,
@@ -23,6 +24,7 @@ from ttcompress.records.forms import (
 )
 from ttcompress.records.layers import (
     ConvSpec,
+    EmbeddingSpec,
     Execution,
     LayerSpec,
     LinearSpec,
@@ -210,6 +212,8 @@ def _spec(form: LayerForm, where: str) -> LayerSpec:
         return WeightSpec(tuple(given.shape), given.parameter, given.transposed)
     if form.kind == "linear":
         return LinearSpec(**asdict(decode(form.spec, LinearForm, f"{where}.spec")))
+    if form.kind == "embedding":
+        return EmbeddingSpec(**asdict(decode(form.spec, EmbeddingForm, f"{where}.spec")))
     return _conv_spec(form, where)
 
 

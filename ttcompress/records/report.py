@@ -123,6 +123,7 @@ class Report:
     search: Sequence[Json] = ()
     finetuning: Json | None = None
     bench: Json | None = None
+    prediction: Json | None = None
     tensors_sha256: str | None = None
     file: str | None = None
     file_bytes: int | None = None
@@ -177,6 +178,7 @@ class Report:
             "search": list(self.search),
             "finetuning": self.finetuning,
             **({"bench": self.bench} if self.bench else {}),
+            **({"prediction": self.prediction} if self.prediction else {}),
             **({"tensors_sha256": self.tensors_sha256} if self.tensors_sha256 else {}),
             **self.plan.to_json(),
         }
@@ -227,6 +229,7 @@ def _decoded(data: Json) -> Report:
         search=tuple(data.get("search", ())),
         finetuning=data.get("finetuning"),
         bench=data.get("bench"),
+        prediction=data.get("prediction"),
         tensors_sha256=form.tensors_sha256,
         file=form.file,
         file_bytes=form.file_bytes,

@@ -71,6 +71,41 @@ def render_side_by_side(reports: Sequence[Report]) -> Table:
     return table
 
 
+def render_sweep(result: Json) -> Table:
+    """The points of a sweep, a row each."""
+    points = result["points"]
+    table = Table(box=None, pad_edge=False)
+    for name in ("asked", "format"):
+        table.add_column(name)
+    for name in ("compression", "parameters", "file size", "accuracy", "95 % interval", "lost", "agreement"):
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_column("file", overflow="fold")
+    table.add_column("")
+
+    for point in points:
+        interval = "-" if point["interval"] is None else "{:.2f} to {:.2f}".format(*point["interval"])
+        mark = f"smallest within {result['max_drop']:g} points" if point["smallest"] else ""
+        cells = [
+            f"{point['ratio']:g}x",
+            point["format"],
+            format_compression(point["compression"]),
+            f"{point['params_after']:,}",
+            format_bytes(point["file_bytes"]),
+            _percent(point["accuracy"]),
+            interval,
+            "-" if point["drop"] is None else f"{point['drop']:+.2f}",
+            _percent(point["agreement"]),
+            str(point["file"]),
+            mark,
+        ]
+        table.add_row(*map(_text, cells), style="bold" if mark else None)
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} %"
+
+
 def _comparison(report: Report) -> dict[str, str]:
     """The cells of one report, by the labels of their rows."""
     accuracy = report.accuracy or {}

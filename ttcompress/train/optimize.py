@@ -21,8 +21,10 @@ NORMS = nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNor
 
 
 def tt_layers(model: nn.Module) -> list[TTLayer | TTWeight]:
-    """All TT layers of a network."""
-    return [module for module in model.modules() if isinstance(module, TTLayer | TTWeight)]
+    """All TT layers of a network, one of those that share their cores."""
+    found = [module for module in model.modules() if isinstance(module, TTLayer | TTWeight)]
+    by_cores = {id(next(iter(module.cores))): module for module in reversed(found)}
+    return [module for module in found if by_cores[id(next(iter(module.cores)))] is module]
 
 
 def make_optimizer(model: nn.Module, name: str, rate: float, decay: float) -> torch.optim.Optimizer:

@@ -117,6 +117,15 @@ class Tensorization:
         unlimited = prod(self.sizes)
         return feasible_ranks(self.sizes, [unlimited] * (len(self.modes) + 1))
 
+    def swapped(self) -> Tensorization:
+        """Return the same view of the transposed weight: outputs and inputs change places in each mode.
+
+        Example:
+            >>> Tensorization("lowrank", (Mode(1, 9, 1), Mode(4, 1, 1))).swapped().modes
+            (Mode(out=9, inp=1, window=1), Mode(out=1, inp=4, window=1))
+        """
+        return Tensorization(self.format, tuple(Mode(inp, out, window) for out, inp, window in self.modes))
+
     def expand_ranks(self, ranks: int | Sequence[int]) -> tuple[int, ...]:
         """Return TT-ranks with both ends 1, from one number for all cuts, the inner ranks, or the full list.
 

@@ -73,7 +73,7 @@ class Moments:
         """Add one unit vector an index, which count for `weight` together, to diagonal moments."""
         counts = torch.bincount(indices.flatten(), minlength=self.size).double()
         shares = counts * (weight / max(1, indices.numel()))
-        self._add([shares, shares], weight)
+        self._add([shares, shares.clone()], weight)
 
     def _add(self, sums: list[Tensor], weight: float) -> None:
         if self._sums:

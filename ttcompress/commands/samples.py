@@ -1,0 +1,81 @@
+"""The images on which a compressed network says something else than the dense one, for a page."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from io import BytesIO
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ttcompress.data.sets import Images
+from ttcompress.measure.accuracy import Predictions
+from ttcompress.records.common import Json
+from ttcompress.records.extras import MOST_SAMPLES, Extras
+from ttcompress.records.report import Preprocessing
+
+SMALL = 64
+"""Pixels a side up to which a picture is exact; larger ones are made smaller."""
+LARGEST = 160
+
+
+def add_changed_samples(
+    extras: Extras,
+    images: Images,
+    preprocessing: Preprocessing,
+    dense: Predictions,
+    compressed: Predictions,
+) -> None:
+    """Those with another answer, first where both networks were surest of theirs.
+
+    None where the images came in another order the second time.
+    """
+    if not torch.equal(dense.labels, compressed.labels):
+        return
+    before, after = dense.classes[:, 0], compressed.classes[:, 0]
+    sureness = dense.confidences + compressed.confidences
+    changed = torch.nonzero(before != after).flatten()
+    order = sureness[changed].argsort(descending=True, stable=True)
+    chosen = changed[order][:MOST_SAMPLES].tolist()
+
+    extras.samples = [_sample(index, dense, compressed, images.class_names) for index in chosen]
+    part = images.chosen(chosen)
+    batches = [batch for batch, _ in part.batches(preprocessing, max(1, len(chosen)))] if chosen else []
+    extras.images = [_data_uri(image, preprocessing) for batch in batches for image in batch]
+
+
+def _sample(index: int, dense: Predictions, compressed: Predictions, names: tuple[str, ...]) -> Json:
+    sides = {"dense": dense, "compressed": compressed}
+    label = int(dense.labels[index])
+    return {
+        "index": index,
+        "label": label,
+        **({"name": names[label]} if label < len(names) else {}),
+        **{side: _answer(predictions, index, names) for side, predictions in sides.items()},
+    }
+
+
+def _answer(predictions: Predictions, index: int, names: tuple[str, ...]) -> Json:
+    answer = int(predictions.classes[index, 0])
+    return {
+        "answer": answer,
+        **({"name": names[answer]} if answer < len(names) else {}),
+        "confidence": round(100 * float(predictions.confidences[index]), 2),
+    }
+
+
+def _data_uri(image: Tensor, preprocessing: Preprocessing) -> str:
+    """An image as a page holds it: exact where it is small."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    pixels = ((image * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+
+    kind, how = "png", dict[str, Any](optimize=True)
+    if max(picture.size) > SMALL:
+        picture.thumbnail((LARGEST, LARGEST))
+        kind, how = "jpeg", {"quality": 80}
+    file = BytesIO()
+    picture.save(file, kind, **how)
+    return f"data:image/{kind};base64,{b64encode(file.getvalue()).decode()}"

@@ -1,0 +1,107 @@
+"""The drop-in table that is looked up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ttcompress.errors import ShapeError
+from ttcompress.layers.base import TTLayer, is_recorded
+from ttcompress.layers.spec import unviewed
+from ttcompress.records.layers import EmbeddingSpec, Execution
+from ttcompress.tt.contract import dense_weight
+from ttcompress.tt.lookup import look_up
+
+INDICES = (torch.int32, torch.int64)
+
+
+class TTEmbedding(TTLayer):
+    """A table in TT form, whose rows are looked up from the cores (Khrulkov et al. 2019).
+
+    Indices (...) to rows (..., embedding_dim). The table is never rebuilt, unless `execution` is set to `dense`: a
+    row costs a slice of each core, and their product.
+
+    As in torch, indices at `padding_idx` send no gradient back. Cores are shared by all rows, so that the row may
+    move with the others as they are trained; its own part of them, where it has one, stays.
+
+    Raises:
+        ShapeError: when called with anything but 32- or 64-bit whole numbers.
+        IndexError: an index out of range, as in torch.
+
+    >>> import torch
+    >>> from ttcompress import TTEmbedding
+    >>> dense = torch.nn.Embedding(100, 16, padding_idx=0)
+    >>> layer = TTEmbedding.from_dense(dense)
+    >>> ids = torch.tensor([[3, 99], [0, 3]])
+    >>> torch.allclose(layer(ids), dense(ids), atol=1e-5)
+    True
+    """
+
+    spec: EmbeddingSpec
+    kind = EmbeddingSpec.kind
+
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
+    scale_grad_by_freq: bool
+    max_norm = None
+    norm_type = 2.0
+    sparse = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Look the rows up.
+
+        Raises:
+            ShapeError: anything but 32- or 64-bit whole numbers.
+            IndexError: an index out of range.
+        """
+        if input.dtype not in INDICES:
+            raise ShapeError(f"the layer takes whole numbers of 32 or 64 bits, not {input.dtype}")
+        cores = self._listed_cores()
+        if self._execution is Execution.DENSE:
+            table = self._table(cores)
+            return functional.embedding(
+                input, table, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq
+            )
+
+        ids = input.reshape(-1)
+        kind = input.device.type
+        # Tables are looked up in their own type.
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                rows = look_up(cores, ids, self.num_embeddings, is_recorded())
+        else:
+            rows = look_up(cores, ids, self.num_embeddings, is_recorded())
+
+        if rows.requires_grad and (self.padding_idx is not None or self.scale_grad_by_freq):
+            rows = _with_gradient(rows, self._share_of_gradient(ids))
+        return rows[:, : self.embedding_dim].reshape(*input.shape, self.embedding_dim)
+
+    def _table(self, cores: list[Tensor]) -> Tensor:
+        """All rows, cached in evaluation."""
+        trains = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
+        if trains or not self._keeps(cores):
+            return self._made_table(cores)
+        table: Tensor = self._cache.made(Execution.DENSE, cores[0], cores, self._made_table).operands
+        return table
+
+    def _made_table(self, cores: list[Tensor]) -> Tensor:
+        with torch.autocast(cores[0].device.type, enabled=False):
+            return unviewed(dense_weight(cores, self.spec.view_shape), self.spec).contiguous()
+
+    def _share_of_gradient(self, ids: Tensor) -> Tensor:
+        """What of the gradient of each row counts: nothing at the padding, one over its count if that is wanted."""
+        share = torch.ones(ids.shape[0], 1, dtype=self.cores[0].dtype, device=ids.device)
+        if self.scale_grad_by_freq:
+            _, places, counts = torch.unique(ids, return_inverse=True, return_counts=True)
+            share = share / counts[places, None]
+        if self.padding_idx is not None:
+            share = share.masked_fill((ids == self.padding_idx)[:, None], 0)
+        return share
+
+
+def _with_gradient(rows: Tensor, share: Tensor) -> Tensor:
+    """The same rows, of whose gradient only a share goes back."""
+    values = rows.detach()
+    return values + (rows - values) * share
