@@ -77,8 +77,12 @@ KINDS = (
     (nn.ConvTranspose2d, (512, 256, 4), {"stride": 2, "padding": 1}, (8, 8)),
     (nn.ConvTranspose3d, (64, 32, 2), {"stride": 2}, (8, 16, 16)),
     (nn.ConvTranspose3d, (256, 128, 2), {"stride": 2}, (4, 8, 8)),
+    (nn.Conv2d, (128, 128, 3), {"padding": 1, "groups": 32}, (56, 56)),
+    (nn.Conv2d, (1024, 1024, 3), {"padding": 1, "groups": 32}, (14, 14)),
+    (nn.Conv2d, (512, 512, 3), {"padding": 1, "groups": 8}, (14, 14)),
 )
-"""Convolutions of signals, videos, decoders and generators: class, channels and kernel, geometry, size of an input."""
+"""Convolutions of signals, videos, decoders and generators, and grouped ones: class, channels and kernel, geometry,
+size of an input."""
 
 
 def kinds() -> Iterator[tuple[str, int, Run, Run]]:
@@ -89,7 +93,8 @@ def kinds() -> Iterator[tuple[str, int, Run, Run]]:
             for execution in ("chain", "auto"):
                 layer = by_cores(dense, "chain", 4)
                 layer.execution = execution
-                name = f"{make.__name__}{sizes} on {'x'.join(map(str, shape))}, {execution}"
+                groups = f", {geometry['groups']} groups" if "groups" in geometry else ""
+                name = f"{make.__name__}{sizes}{groups} on {'x'.join(map(str, shape))}, {execution}"
                 yield name, batch, evaluation(dense, x), evaluation(layer, x)
 
 
@@ -114,7 +119,7 @@ def pair(
 def by_cores(dense: nn.Module, weight_format: str, ratio: float) -> TTConv:
     """The format at the largest rank, the same at all cuts where it can be, that has this compression."""
     spec = layer_spec(dense)
-    modes = tensorize_shape(weight_format, spec.view_shape)
+    modes = tensorize_shape(weight_format, spec.view_shape, groups=spec.groups)
     sizes = range(1, max(modes.max_ranks()) + 1)
     ranks = [tuple(min(rank, most) for most in modes.max_ranks()) for rank in sizes]
     fitting = [each for each in ranks if modes.num_params(each) * ratio <= dense.weight.numel()]

@@ -198,11 +198,11 @@ TABLE: tuple[Option, ...] = (
     # How much: exactly one of these.
     Option(
         "ranks", RANKS, HOW_MUCH, COMPRESSING,
-        "TT-ranks of Linear layers: one cap for all cuts, or the inner ranks of one layer, A,B,.. Conv2d "
-        "layers stay dense unless --conv-ranks is given too.",
+        "TT-ranks of Linear layers: one cap for all cuts, or the inner ranks of one layer, A,B,.. Convolutions "
+        "stay dense unless --conv-ranks is given too.",
         metavar="R",
     ),
-    Option("conv_ranks", RANKS, HOW_MUCH, COMPRESSING, "The same for Conv2d layers.", metavar="R"),
+    Option("conv_ranks", RANKS, HOW_MUCH, COMPRESSING, "The same for convolutions of all kinds.", metavar="R"),
     Option(
         "eps", PROPER, HOW_MUCH, COMPRESSING,
         "Each weight to a relative Frobenius error of at most E, with the fewest parameters. The rounding "
@@ -259,7 +259,7 @@ TABLE: tuple[Option, ...] = (
     Option(
         "format", one_of(("auto", *FORMATS)), LAYERS, SHAPING,
         "The TT format; auto compares all of them (with ranks by hand it is matrix for Linear and chain "
-        "for Conv2d).",
+        "for convolutions).",
         default="auto",
     ),
     Option(

@@ -15,10 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ttcompress
 from ttcompress.errors import PlanError, ShapeError
-from ttcompress.layers.conv import CONV_LAYERS, TTConv, TTConvTranspose
-from ttcompress.layers.spec import CONVOLUTIONS, empty_layer, layer_spec
+from ttcompress.layers.conv import CONV_LAYERS, TTConv, TTConv1d, TTConvTranspose
+from ttcompress.layers.plain import described, from_description, plain_forms
+from ttcompress.layers.spec import CONVOLUTIONS, empty_layer, layer_spec, viewed
 from ttcompress.records.layers import CONV_KINDS, ConvSpec
 from ttcompress.tt.cost import MULTIPLY_ADDS, Calls, LayerCosts
+from ttcompress.tt.decompose import decompose_weight, squared_spectra
+from ttcompress.tt.quantize import as_stored, dequantize, quantize
 from ttcompress.tt.shapes import FORMATS, feasible_ranks, tensorize_shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,7 +53,9 @@ def cases(draw: st.DrawFn, kinds: list[str] = CONV_KINDS) -> tuple[Any, Tensor]:
         if options["padding"] == "same":
             options["stride"] = (1,) * dims
 
-    channels = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    channels = groups * draw(st.integers(1, 5)), groups * draw(st.integers(1, 5))
+    options["groups"] = groups
     torch.manual_seed(draw(st.integers(0, 99)))
     dense = CONVOLUTIONS[kind](*channels, kernel, bias=draw(st.booleans()), **options)
     batch = (2,) if draw(st.booleans()) else ()
@@ -133,14 +138,14 @@ def test_costs_are_the_multiply_adds_that_torch_counts(
     if x.dim() == dimensions(layer_spec(dense).kind) + 1:
         x = x[None]
     spec = layer_spec(dense)
-    tensorization = tensorize_shape(name, spec.view_shape)
+    tensorization = tensorize_shape(name, spec.view_shape, groups=spec.groups)
     asked = tensorization.expand_ranks(ranks[: len(tensorization.modes) - 1])
     layer = CONV_LAYERS[spec.kind](spec, tensorization, feasible_ranks(tensorization.sizes, asked)).eval()
     layer.execution = layer.executions[1]
 
     y = dense(x)
     calls = Calls(x.numel() // x.shape[1], y.numel() // y.shape[1])
-    costs = LayerCosts(spec.view_shape, calls, MULTIPLY_ADDS, spec.transposed)
+    costs = LayerCosts(spec.view_shape, calls, MULTIPLY_ADDS, spec.transposed, spec.groups)
     assert costs.dense().multiply_adds == counted(dense, x)
     assert costs.by_cores(tensorization, layer.tt_ranks).multiply_adds == counted(layer, x)
 
@@ -158,17 +163,73 @@ def test_the_weight_is_what_the_cores_stand_for(case: tuple[Any, Tensor], name: 
     """By NumPy, as docs/format.md has it."""
     dense, _ = case
     layer = CONV_LAYERS[layer_spec(dense).kind].from_dense(dense, name, max_rank=2)
-    whole = layer.cores[0].detach().double().numpy()
-    for core in layer.cores[1:]:
-        whole = np.einsum("amnwq,qopvs->amonpwvs", whole, core.detach().double().numpy())
-        a, m, o, n, p, w, v, s = whole.shape
-        whole = whole.reshape(a, m * o, n * p, w * v, s)
-    view = whole[0, : dense.out_channels, : dense.in_channels, :, 0]
-    view = view.reshape(dense.out_channels, dense.in_channels, *dense.kernel_size)
-    wanted = view.swapaxes(0, 1) if layer.spec.transposed else view
+    groups = dense.groups
+    cores = [core.detach().double().numpy() for core in layer.cores]
+    if groups == 1:
+        cores = [core[None] for core in cores]
+    assert {core.ndim for core in cores} == {6}
+
+    found = []
+    for block in zip(*cores, strict=True):
+        whole = block[0]
+        for core in block[1:]:
+            whole = np.einsum("amnwq,qopvs->amonpwvs", whole, core)
+            a, m, o, n, p, w, v, s = whole.shape
+            whole = whole.reshape(a, m * o, n * p, w * v, s)
+        out, inp = dense.out_channels // groups, dense.in_channels // groups
+        view = whole[0, :out, :inp, :, 0].reshape(out, inp, *dense.kernel_size)
+        found.append(view.swapaxes(0, 1) if layer.spec.transposed else view)
 
     assert layer.weight.shape == dense.weight.shape
-    np.testing.assert_allclose(layer.weight.detach().numpy(), wanted, atol=1e-6)
+    np.testing.assert_allclose(layer.weight.detach().numpy(), np.concatenate(found), atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases(), st.sampled_from(FORMATS), st.floats(0.05, 0.9))
+def test_groups_share_their_ranks_and_keep_to_eps(case: tuple[Any, Tensor], name: str, eps: float) -> None:
+    dense, _ = case
+    spec = layer_spec(dense)
+    view = tensorize_shape(name, spec.view_shape, groups=spec.groups)
+    result = decompose_weight(viewed(dense.weight.detach(), spec), view, eps=eps)
+
+    layer = CONV_LAYERS[spec.kind].from_cores(dense, view, result.cores)
+    missed = float((layer.weight - dense.weight).norm() / dense.weight.norm())
+    assert missed == pytest.approx(result.relative_error, rel=1e-3, abs=1e-6)
+    assert missed <= eps * 1.001
+    stored = [tuple(core.shape) for core in layer.cores]
+    assert stored == view.stored_shapes(result.tt_ranks)
+    assert sum(core.numel() for core in layer.cores) == view.num_params(result.tt_ranks)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_spectra_of_groups_bound_the_error_at_every_rank(name: str) -> None:
+    torch.manual_seed(0)
+    dense = nn.Conv2d(12, 18, 3, groups=3)
+    spec = layer_spec(dense)
+    view = tensorize_shape(name, spec.view_shape, groups=3)
+    blocks = viewed(dense.weight.detach(), spec)
+    spectra = squared_spectra(blocks, view)
+    for rank in range(1, 7):
+        ranks = feasible_ranks(view.sizes, view.expand_ranks(rank))
+        result = decompose_weight(blocks, view, ranks)
+        tails = [float(cut[kept:].sum()) for cut, kept in zip(spectra, ranks[1:-1], strict=True)]
+        assert max(tails) - 1e-6 <= result.relative_error**2 <= sum(tails) + 1e-6
+
+
+def test_eight_bits_have_scales_for_each_group() -> None:
+    torch.manual_seed(0)
+    dense = nn.Conv1d(6, 9, 3, groups=3)
+    # One group is a thousand times the size of the others.
+    dense.weight.data[:3] *= 1000
+    layer = TTConv1d.from_dense(dense)
+    stored = as_stored(list(layer.cores), torch.int8)
+    for core in stored:
+        codes, scales = quantize(core)
+        assert scales.shape == (3, core.shape[-1])
+        assert torch.equal(dequantize(codes, scales), core)
+    again = TTConv1d.from_cores(dense, layer.tensorization, stored).weight
+    for found, wanted in zip(again.chunk(3), dense.weight.chunk(3), strict=True):
+        assert float((found - wanted).norm() / wanted.norm()) < 0.02
 
 
 @pytest.mark.parametrize("kind", CONV_KINDS)
@@ -241,3 +302,22 @@ def test_every_kind_has_a_layer() -> None:
     assert [kind for kind, layer in CONV_LAYERS.items() if issubclass(layer, TTConvTranspose)] == TRANSPOSED
     assert all(re.fullmatch(r"TTConv(Transpose)?[123]d", layer.__name__) for layer in CONV_LAYERS.values())
     assert all(issubclass(layer, TTConv) for layer in CONV_LAYERS.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.sampled_from(FORMATS), st.integers(1, 3))
+@torch.no_grad()
+def test_stock_layers_compute_the_same(case: tuple[Any, Tensor], name: str, rank: int) -> None:
+    dense, x = case
+    layer = CONV_LAYERS[layer_spec(dense).kind].from_dense(dense, name, rank).eval()
+    wanted = layer(x)
+    for form in plain_forms(layer):
+        built = form.build(layer, torch.float32)
+        stock = [module for module in built.modules() if not isinstance(module, nn.Sequential)]
+        assert {type(module) for module in stock} <= set(CONVOLUTIONS.values())
+        torch.testing.assert_close(built(x), wanted, atol=1e-5 * most_of(dense, x), rtol=1e-5)
+
+        # As a file describes them.
+        again = from_description(described(built)).to_empty(device="cpu")
+        again.load_state_dict(built.state_dict())
+        assert torch.equal(again(x), built(x))

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ttcompress.errors import PlanError, ShapeError
+from ttcompress.errors import ShapeError
 from ttcompress.layers import base, cache
 from ttcompress.layers import execution as choosing
 from ttcompress.layers.conv import (
@@ -244,6 +244,8 @@ CASES: list[tuple[type[Any], Callable[[], nn.Module], str, tuple[int, ...]]] = [
     (TTConv1d, lambda: nn.Conv1d(7, 10, 3, 2, 1), "chain", (2, 7, 8)),
     (TTConv1d, lambda: nn.Conv1d(7, 10, 3, 2, 1), "matrix", (2, 7, 8)),
     (TTConv3d, lambda: nn.Conv3d(7, 5, 3, 2, 1), "chain", (2, 7, 3, 4, 3)),
+    (TTConv2d, lambda: nn.Conv2d(6, 10, 3, 2, 1, groups=2), "chain", (2, 6, 4, 5)),
+    (TTConv1d, lambda: nn.Conv1d(6, 10, 3, 2, 1, groups=2), "matrix", (2, 6, 8)),
     (TTConvTranspose1d, lambda: nn.ConvTranspose1d(7, 10, 3, 2, 1), "lowrank", (2, 7, 5)),
     (TTConvTranspose2d, lambda: nn.ConvTranspose2d(7, 10, 3, 2, 1), "chain", (2, 7, 4, 3)),
     (TTConvTranspose2d, lambda: nn.ConvTranspose2d(7, 10, 3, 2, 1), "matrix", (2, 7, 4, 3)),
@@ -631,12 +633,6 @@ def test_training_flag_and_requires_grad_are_carried_over(
     assert layer.training == training
     assert all(core.requires_grad == weight_grad for core in layer.cores)
     assert layer.bias.requires_grad == bias_grad
-
-
-@pytest.mark.parametrize("groups", [2, 4])
-def test_groups_are_refused(groups: int) -> None:
-    with pytest.raises(PlanError, match=f"groups={groups}"):
-        TTConv2d.from_dense(nn.Conv2d(4, 4, 3, groups=groups))
 
 
 @pytest.mark.parametrize("shape", [(5, 23), (5, 25), (24, 5), (1,)])

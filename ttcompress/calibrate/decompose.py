@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ttcompress.calibrate.statistics import LayerStatistics
@@ -22,6 +25,11 @@ def decompose(weight: Tensor, layer: LayerPlan, statistics: LayerStatistics) -> 
     few images. What misses the outputs on the calibration images by more than weight-only TT-SVD does is not
     considered.
     """
+    if layer.spec.groups > 1:
+        one = _of_one_group(layer)
+        groups = [decompose(block, one, statistics) for block in weight]
+        return [torch.stack(cores) for cores in zip(*groups, strict=True)]
+
     plain = weight_only(weight, layer)
     missed = weight - _dense(plain, weight)
     limit = output_cost(missed, statistics.input_metric)
@@ -37,6 +45,17 @@ def decompose(weight: Tensor, layer: LayerPlan, statistics: LayerStatistics) -> 
         if cost < least and output_cost(missed, statistics.input_metric) <= limit:
             best, least = cores, cost
     return best
+
+
+def _of_one_group(layer: LayerPlan) -> LayerPlan:
+    spec: Any = layer.spec
+    channels = {
+        "in_channels": spec.in_channels // spec.groups,
+        "out_channels": spec.out_channels // spec.groups,
+    }
+    return replace(
+        layer, spec=replace(spec, groups=1, **channels), tensorization=replace(layer.tensorization, groups=1)
+    )
 
 
 def weight_only(weight: Tensor, layer: LayerPlan) -> list[Tensor]:

@@ -18,6 +18,7 @@ from ttcompress.calibrate.statistics import Statistics
 from ttcompress.layers.base import TTLayer
 from ttcompress.layers.rebuilt import TTWeight
 from ttcompress.networks.running import NetworkInput, batch_size, call, centred
+from ttcompress.tt.quantize import is_grouped
 from ttcompress.tt.whiten import DAMPING, ModeMetric
 
 RENEWED_EVERY = 10
@@ -39,7 +40,7 @@ class NaturalGradient:
         self._metrics = [statistics[name].metrics(layer.tensorization) for name, layer in layers.items()]
         squared = [[metric.squared() for metric in metrics] for metrics in self._metrics]
         self._inverses = [[metric.inverse() for metric in metrics] for metrics in squared]
-        self._frames: list[list[tuple[Tensor, Tensor]]] = []
+        self._frames: list[list[list[tuple[Tensor, Tensor]]]] = []
         self._age = 0
 
     @property
@@ -55,14 +56,13 @@ class NaturalGradient:
         self._age += 1
 
         for layer, inverses, frames in zip(self._layers, self._inverses, self._frames, strict=True):
-            for core, inverse, (left, right) in zip(layer.cores, inverses, frames, strict=True):
+            for core, inverse, around in zip(layer.cores, inverses, frames, strict=True):
                 if core.grad is not None:
-                    at_mode = inverse.apply(core.grad)
-                    core.grad = torch.einsum("ab,bmnwc,cd->amnwd", left, at_mode, right)
+                    core.grad = _natural(core.grad, inverse, around)
 
     def _renew(self) -> None:
         pairs = zip(self._layers, self._metrics, strict=True)
-        self._frames = [_inverse_frames(list(layer.cores), metrics) for layer, metrics in pairs]
+        self._frames = [_frames_of_groups(list(layer.cores), metrics) for layer, metrics in pairs]
 
     def best_step(self, model: nn.Module, inputs: NetworkInput, target: Tensor) -> float:
         """The step along the natural gradient that would minimise the squared error, were the network linear.
@@ -97,6 +97,25 @@ def _gradient(core: Tensor) -> Tensor:
 def _length(tensors: Sequence[Tensor]) -> float:
     squares = [float(tensor.detach().square().sum()) for tensor in tensors]
     return float(sum(squares) ** 0.5)
+
+
+def _natural(gradient: Tensor, inverse: ModeMetric, around: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The gradient of a core in the metric at its mode, between what stands around it in each group."""
+    blocks = list(gradient) if len(around) > 1 else [gradient]
+    found = []
+    for block, (left, right) in zip(blocks, around, strict=True):
+        at_mode = inverse.apply(block)
+        found.append(torch.einsum("ab,bmnwc,cd->amnwd", left, at_mode, right))
+    return torch.stack(found) if len(found) > 1 else found[0]
+
+
+def _frames_of_groups(
+    cores: Sequence[Tensor], metrics: Sequence[ModeMetric]
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """For each core, and in it for each group of channels, the inverse Gram matrices of what stands around it."""
+    groups = list(zip(*cores, strict=True)) if is_grouped(cores[0]) else [cores]
+    found = [_inverse_frames(group, metrics) for group in groups]
+    return [list(of_core) for of_core in zip(*found, strict=True)]
 
 
 def _inverse_frames(cores: Sequence[Tensor], metrics: Sequence[ModeMetric]) -> list[tuple[Tensor, Tensor]]:

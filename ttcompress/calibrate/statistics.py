@@ -175,10 +175,17 @@ class _Part:
         return self.use is None or not self.use.shows_outputs
 
     def add_own_gradient(self, gradient: Tensor, at: _Batch) -> None:
-        """Add the gradient (out, in window) of the weight itself, a sum over the images of a batch."""
+        """Add the gradient (out, in, window) of the weight itself, a sum over the images of a batch.
+
+        Groups in front have one metric, the mean.
+        """
         self.has_run = True
+        out, inp = self.outputs.size, self.inputs.size
+        blocks = gradient.reshape(-1, out, inp)
+        along_outputs, along_inputs = blocks.transpose(0, 1).flatten(1), blocks.flatten(0, 1).T
         # Moments are averages over columns; here their sum counts, over the images.
-        sides = ((True, gradient), (False, gradient.T)) if self.use is None else ((True, gradient),)
+        both = (True, along_outputs), (False, along_inputs)
+        sides = both if self.use is None else both[:1]
         for side, columns in sides:
             goal = self._goal(side, at.is_held_out)
             if goal is not None:
@@ -381,8 +388,7 @@ def _backward(
 
         for each, parameter in zip(own, parameters, strict=True):
             if parameter.grad is not None:
-                gradient = viewed(parameter.grad, each.spec).flatten(1)
-                each.parts[0].add_own_gradient(gradient, at)
+                each.parts[0].add_own_gradient(viewed(parameter.grad, each.spec), at)
 
 
 def _leaf(output: Tensor) -> Tensor:

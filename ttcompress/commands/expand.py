@@ -17,7 +17,7 @@ from ttcompress.files.shards import Index, read_index
 from ttcompress.files.tensors import LazyTensors, tensor_infos
 from ttcompress.files.writing import write_dense, write_safetensors, write_shards
 from ttcompress.layers.plain import ContractedLinear, described
-from ttcompress.layers.spec import viewed
+from ttcompress.layers.spec import unviewed
 from ttcompress.measure.plain_forms import fastest
 from ttcompress.networks.opening import factory_for, in_stock_layers, open_compressed
 from ttcompress.networks.plain import tt_layers
@@ -113,7 +113,7 @@ def _expanded(report: Report, tensors: Mapping[str, Tensor]) -> LazyTensors:
 
 def _dense(tensors: Mapping[str, Tensor], layer: LayerPlan) -> Tensor:
     cores = [core.double() for core in core_values(tensors, layer).values()]
-    weight = viewed(dense_weight(cores, layer.spec.view_shape), layer.spec)
+    weight = unviewed(dense_weight(cores, layer.spec.view_shape), layer.spec)
     return weight.to(getattr(torch, layer.weight_dtype)).contiguous()
 
 

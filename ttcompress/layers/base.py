@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any, ClassVar, Self
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ttcompress.errors import PlanError, ShapeError
 from ttcompress.layers.cache import Cache, Call, call_key, made_for
 from ttcompress.layers.execution import ExecutionChoice
-from ttcompress.layers.spec import Replaceable, layer_spec, viewed
+from ttcompress.layers.spec import Replaceable, layer_spec, unviewed, viewed
 from ttcompress.records.layers import EmbeddingSpec, Execution, LayerSpec, checked_execution, executions
 from ttcompress.tt.arithmetic import norm
 from ttcompress.tt.contract import dense_weight
@@ -23,7 +24,7 @@ from ttcompress.tt.decompose import decompose_weight
 from ttcompress.tt.shapes import Tensorization, tensorize_shape
 
 CORE_DIM = 5
-"""Dimensions of a TT-core: TT-rank, out, in, window, TT-rank."""
+"""Dimensions of a TT-core: TT-rank, out, in, window, TT-rank; with groups one more."""
 
 
 class TTLayer(nn.Module, ABC):
@@ -49,9 +50,9 @@ class TTLayer(nn.Module, ABC):
         self.tt_ranks = tensorization.expand_ranks(tt_ranks)
 
         empty = partial(torch.empty, device=device, dtype=dtype)
-        shapes = tensorization.core_shapes(self.tt_ranks)
+        shapes = tensorization.stored_shapes(self.tt_ranks)
         self.cores = nn.ParameterList([nn.Parameter(empty(shape)) for shape in shapes])
-        out_dim = spec.view_shape[0]
+        out_dim = spec.view_shape[0] * spec.groups
         self.register_parameter("bias", nn.Parameter(empty(out_dim)) if spec.bias else None)
 
         self._swaps_cores = False
@@ -70,7 +71,8 @@ class TTLayer(nn.Module, ABC):
         Args:
             dense: the nn.Linear or convolution to be replaced; its weight is not read.
             tensorization: how its weight (out, in) or (out, in, *window) is viewed as a tensor.
-            cores: core k of shape (r_{k-1}, m_k, n_k, w_k, r_k), with r_0 = r_d = 1 (Oseledets 2011, equation 1.3).
+            cores: core k of shape (r_{k-1}, m_k, n_k, w_k, r_k), with r_0 = r_d = 1 (Oseledets 2011, equation 1.3);
+                with an axis in front where the layer has groups.
 
         Raises:
             ShapeError: TT-ranks that do not fit the tensorization.
@@ -126,11 +128,12 @@ class TTLayer(nn.Module, ABC):
     ) -> Self:
         """Decompose a dense layer by TT-SVD (Oseledets 2011, algorithm 1).
 
-        The weight is viewed as (out, in) for TTLinear and (out, in, *window) for convolutions, transposed ones too.
+        The weight is viewed as (out, in) for TTLinear and (out, in, *window) for convolutions, transposed ones too;
+        of those with groups as one for each group, all at the same TT-ranks.
         Without `max_rank` and `eps` the decomposition is exact, up to round-off.
 
         Args:
-            dense: an nn.Linear, an nn.Embedding or a convolution with groups=1; it stays as it is.
+            dense: an nn.Linear, an nn.Embedding or a convolution; it stays as it is.
             tensorization: the modes, or just the name of a format: by default `matrix` for an nn.Linear or an
                 nn.Embedding, `chain` for a convolution.
             max_rank: the largest TT-rank, or one for each cut.
@@ -138,7 +141,7 @@ class TTLayer(nn.Module, ABC):
 
         Raises:
             ShapeError: modes, ranks or eps that do not fit the weight (see `tt_svd`).
-            PlanError: another kind of layer, or a convolution with groups > 1.
+            PlanError: another kind of layer.
 
         >>> import torch
         >>> from ttcompress import TTLinear
@@ -146,10 +149,8 @@ class TTLayer(nn.Module, ABC):
         >>> layer.tt_ranks, sum(core.numel() for core in layer.cores)
         ((1, 4, 4, 1), 512)
         """
-        if not isinstance(dense, Replaceable) or getattr(dense, "groups", 1) != 1:
-            raise PlanError(
-                f"only nn.Linear, nn.Embedding and convolutions with groups=1 take TT form, not {dense}"
-            )
+        if not isinstance(dense, Replaceable):
+            raise PlanError(f"only nn.Linear, nn.Embedding and convolutions take TT form, not {dense}")
         spec = layer_spec(dense)
         if spec.kind != cls.kind:
             raise PlanError(f"{cls.__name__} stands for layers of another kind than {dense}")
@@ -157,7 +158,7 @@ class TTLayer(nn.Module, ABC):
         weight = viewed(dense.weight.detach(), spec)
         if not isinstance(tensorization, Tensorization):
             default = "matrix" if weight.dim() == 2 else "chain"
-            tensorization = tensorize_shape(tensorization or default, tuple(weight.shape))
+            tensorization = tensorize_shape(tensorization or default, spec.view_shape, groups=spec.groups)
         decomposed = decompose_weight(weight, tensorization, max_rank, eps)
         return cls.from_cores(dense, tensorization, decomposed.cores)
 
@@ -182,7 +183,7 @@ class TTLayer(nn.Module, ABC):
         >>> layer.weight.shape, torch.allclose(layer.weight, dense.weight, atol=1e-5)
         (torch.Size([16, 8, 3, 3]), True)
         """
-        return viewed(dense_weight(self.own_cores(), self.spec.view_shape), self.spec)
+        return unviewed(dense_weight(self.own_cores(), self.spec.view_shape), self.spec)
 
     @property
     def executions(self) -> tuple[Execution, ...]:
@@ -334,6 +335,12 @@ def init_cores(cores: Sequence[Tensor], spec: LayerSpec, tensorization: Tensoriz
 
     That is 1 / sqrt(3 fan_in), and 1 for a table.
     """
+    if tensorization.groups > 1:
+        one = replace(tensorization, groups=1)
+        for group in zip(*cores, strict=True):
+            init_cores(group, spec, one)
+        return
+
     std = 1.0 if isinstance(spec, EmbeddingSpec) else _bound(spec) / 3**0.5
 
     # An entry of the weight is the sum over all paths through the TT-ranks of a product of one entry of each core.
@@ -363,7 +370,7 @@ def flattening(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """
 
     def change(tensor: Tensor) -> Tensor:
-        return fn(tensor.flatten()).view(tensor.shape) if tensor.dim() == CORE_DIM else fn(tensor)
+        return fn(tensor.flatten()).view(tensor.shape) if tensor.dim() >= CORE_DIM else fn(tensor)
 
     return change
 

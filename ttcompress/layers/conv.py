@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ttcompress.errors import ShapeError
 from ttcompress.layers.base import TTMap
-from ttcompress.layers.spec import viewed
+from ttcompress.layers.spec import unviewed
 from ttcompress.records.layers import ConvSpec, Execution
 from ttcompress.tt.contract import contract_groups, dense_weight, merge_all, merge_groups, pad_features
 from ttcompress.tt.cost import Calls, ContractionPlan
@@ -46,7 +46,7 @@ class TTConv(TTMap):
     dilation: tuple[int, ...]
     padding_mode: str
     output_padding: tuple[int, ...]
-    groups = 1
+    groups: int
 
     def _calls(self, x: Tensor) -> Calls:
         if x.dim() not in (self._dims + 1, self._dims + 2) or x.shape[-1 - self._dims] != self.in_channels:
@@ -61,7 +61,7 @@ class TTConv(TTMap):
         self, execution: Execution, x: Tensor, plan: ContractionPlan | None, keeps: bool, cores: list[Tensor]
     ) -> Any:
         if execution is Execution.DENSE:
-            kernel = viewed(dense_weight(cores, self.spec.view_shape), self.spec)
+            kernel = unviewed(dense_weight(cores, self.spec.view_shape), self.spec)
             # A convolution brings it into order itself; done once it pays where the kernel is cached.
             return _in_format_of(x, kernel) if keeps else kernel
         if plan is None:
@@ -91,21 +91,23 @@ class TTConv(TTMap):
         return _pointwise(self._window(images, kernel, added), last, bias)
 
     def _chain_kernels(self, cores: list[Tensor], x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """The matrices of the 1x1 convolutions, (out, in), and the kernel between them as the window takes it."""
+        """The matrices of the 1x1 convolutions, (out, in), and the kernel between them as the window takes it.
+
+        Groups come in front of matrices, and are part of the first axis of the kernel.
+        """
         *head, last = cores
         first = None
         if self.tensorization.format == "chain":
             first_core, middle = head
-            first = first_core[0, 0, :, 0].T
-            kernel = middle[:, 0, 0]
+            first = first_core[..., 0, 0, :, 0, :].mT
+            kernel = middle[..., 0, 0, :, :]
         else:
-            kernel = merge_all(head)[0, 0]
+            kernel = merge_all(head)[..., 0, 0, :, :, :]
 
         # (in, window, out) so far.
-        order = (0, 2, 1) if self.spec.transposed else (2, 0, 1)
-        kernel = kernel.permute(order)
-        kernel = kernel.reshape(*kernel.shape[:2], *self.kernel_size)
-        return first, _in_format_of(x, kernel), last[:, :, 0, 0, 0].T
+        kernel = kernel.mT if self.spec.transposed else kernel.movedim(-1, -3)
+        kernel = kernel.reshape(-1, kernel.shape[-2], *self.kernel_size)
+        return first, _in_format_of(x, kernel), last[..., 0, 0, 0].mT
 
     def _contract(
         self,
@@ -113,31 +115,45 @@ class TTConv(TTMap):
         added: Sequence[int],
         plan: ContractionPlan,
         window: Tensor,
-        groups: list[Tensor],
+        merged: list[Tensor],
     ) -> Tensor:
         """Channel cores pixel by pixel, then the window core for all outputs (Garipov et al. 2016, section 4)."""
+        if self.groups == 1:
+            mixed = self._mixed(images, plan, merged)
+        else:
+            # One set of cores for each group of channels.
+            blocks = zip(images.chunk(self.groups, 1), zip(*merged, strict=True), strict=True)
+            parts = [self._mixed(block, plan, cores) for block, cores in blocks]
+            mixed = torch.cat(parts, dim=2)
+
+        # For each output of a group one image, whose channels are the TT-ranks of all groups.
+        n, outs, rank, *_ = mixed.shape
+        ends = (rank, 1) if self.spec.transposed else (self.groups, -1)
+        y = self._window(mixed.flatten(0, 1), window.reshape(*ends, *self.kernel_size), added)
+        y = y.reshape(n, outs, *y.shape[1:]).transpose(1, 2).reshape(n, self.out_channels, *y.shape[2:])
+        bias = self._bias_as(images)
+        return y if bias is None else y + _beside(bias, y).to(y.dtype)
+
+    def _mixed(self, images: Tensor, plan: ContractionPlan, merged: Sequence[Tensor]) -> Tensor:
+        """The channels of a group contracted: (n, out, TT-rank of the window, *size)."""
         n, _, *size = images.shape
         spatial = range(2, images.dim())
         padded_in, padded_out = prod(self.tensorization.in_modes), prod(self.tensorization.out_modes)
         pixels = pad_features(images.permute(0, *spatial, 1), padded_in).flatten(0, -2)
 
-        # (n, *size, TT-rank of the window, out) to one image of TT-rank channels for each output.
-        rank = window.shape[0]
-        mixed = contract_groups(groups, pixels, plan)
-        mixed = mixed.reshape(n, *size, rank, padded_out)[..., : self.out_channels]
-        mixed = mixed.movedim((-1, -2), (1, 2)).flatten(0, 1)
-
-        ends = (rank, 1) if self.spec.transposed else (1, rank)
-        y = self._window(mixed, window.reshape(*ends, *self.kernel_size), added)
-        y = y.reshape(n, self.out_channels, *y.shape[2:])
-        bias = self._bias_as(images)
-        return y if bias is None else y + _beside(bias, y).to(y.dtype)
+        mixed = contract_groups(merged, pixels, plan)
+        mixed = mixed.reshape(n, *size, -1, padded_out)[..., : self.spec.view_shape[0]]
+        return mixed.movedim((-1, -2), (1, 2))
 
     def _window_and_groups(self, cores: list[Tensor], plan: ContractionPlan) -> tuple[Tensor, list[Tensor]]:
-        """The window core as (TT-rank, window), 1 where there is none, and the channel cores merged as planned."""
+        """The window core as (TT-rank, window), 1 where there is none, and the channel cores merged as planned.
+
+        Groups of channels come in front.
+        """
         if self.tensorization.window_modes[0] > 1:
-            return cores[0][0, 0, 0].T, merge_groups(cores[1:], plan)
-        return cores[0].new_ones(1, 1), merge_groups(cores, plan)
+            return cores[0][..., 0, 0, 0, :, :].mT, merge_groups(cores[1:], plan)
+        lead = cores[0].shape[:-5]
+        return cores[0].new_ones(*lead, 1, 1), merge_groups(cores, plan)
 
     def _window(
         self, x: Tensor, weight: Tensor, output_padding: Sequence[int], bias: Tensor | None = None
@@ -152,10 +168,10 @@ class TTConv(TTMap):
                 x, weight, bias, spec.stride, spec.padding, output_padding, self.groups, spec.dilation
             )
         elif spec.padding_mode == "zeros":
-            y = convolve(x, weight, bias, spec.stride, spec.padding, spec.dilation)
+            y = convolve(x, weight, bias, spec.stride, spec.padding, spec.dilation, self.groups)
         else:
             padded = functional.pad(x, self._sides(), mode=spec.padding_mode)
-            y = convolve(padded, weight, bias, spec.stride, 0, spec.dilation)
+            y = convolve(padded, weight, bias, spec.stride, 0, spec.dilation, self.groups)
         return y
 
     def _sides(self) -> list[int]:
@@ -324,11 +340,13 @@ def _in_format_of(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A 1x1 convolution by a matrix (out, in).
+    """A 1x1 convolution by a matrix (out, in), or by one for each group of channels, (groups, out, in).
 
     A product of matrices needs no other order of the channels, which a convolution makes and undoes; but only a
     convolution of channels_last adds the bias in passing.
     """
+    if matrix.dim() == 3:
+        return _grouped(x, matrix, bias)
     if torch.compiler.is_compiling():
         return _convolved(x, matrix, bias)
 
@@ -346,10 +364,22 @@ def _pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     return _convolved(x, matrix, bias)
 
 
-def _convolved(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+def _grouped(x: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
+    groups, outs, ins = matrices.shape
+    if torch.compiler.is_compiling() or not x.is_contiguous():
+        return _convolved(x, matrices.flatten(0, 1), bias, groups)
+
+    # Twice as fast as a grouped convolution.
+    n, _, *size = x.shape
+    y = matrices @ x.reshape(n, groups, ins, -1)
+    y = y.reshape(n, groups * outs, *size)
+    return y if bias is None else y + _beside(bias, y).to(y.dtype)
+
+
+def _convolved(x: Tensor, matrix: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
     dims = x.dim() - 2
     kernel = matrix[(..., *[None] * dims)]
-    y: Tensor = getattr(functional, f"conv{dims}d")(x, kernel, bias)
+    y: Tensor = getattr(functional, f"conv{dims}d")(x, kernel, bias, groups=groups)
     return y
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from ttcompress.errors import ShapeError
 from ttcompress.layers.base import TTLayer, is_recorded
-from ttcompress.layers.spec import viewed
+from ttcompress.layers.spec import unviewed
 from ttcompress.records.layers import EmbeddingSpec, Execution
 from ttcompress.tt.contract import dense_weight
 from ttcompress.tt.lookup import look_up
@@ -88,7 +88,7 @@ class TTEmbedding(TTLayer):
 
     def _made_table(self, cores: list[Tensor]) -> Tensor:
         with torch.autocast(cores[0].device.type, enabled=False):
-            return viewed(dense_weight(cores, self.spec.view_shape), self.spec).contiguous()
+            return unviewed(dense_weight(cores, self.spec.view_shape), self.spec).contiguous()
 
     def _share_of_gradient(self, ids: Tensor) -> Tensor:
         """What of the gradient of each row counts: nothing at the padding, one over its count if that is wanted."""

@@ -18,7 +18,7 @@ class ExecutionChoice:
     """Chooses the execution of each call by a cost model of multiply-adds and memory traffic."""
 
     def __init__(self, spec: LayerSpec, tensorization: Tensorization, tt_ranks: Sequence[int]) -> None:
-        self._view_shape, self._transposed = spec.view_shape, spec.transposed
+        self._view_shape, self._transposed, self._groups = spec.view_shape, spec.transposed, spec.groups
         self._tensorization = tensorization
         self._tt_ranks = tuple(tt_ranks)
         _, self.by_cores, self.dense = executions(spec, tensorization)
@@ -52,7 +52,7 @@ class ExecutionChoice:
         return self._made[key]
 
     def _compared(self, calls: cost.Calls, cached: bool, trains: bool) -> Execution:
-        layer = cost.LayerCosts(self._view_shape, calls, transposed=self._transposed)
+        layer = cost.LayerCosts(self._view_shape, calls, cost.TIME, self._transposed, self._groups)
         form = self._tensorization, self._tt_ranks
 
         by_cores = layer.by_cores(*form, cached, self.plan(trains))

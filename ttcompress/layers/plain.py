@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ttcompress.layers.base import TTLayer
-from ttcompress.layers.spec import CONVOLUTIONS, empty_layer, layer_spec, viewed
+from ttcompress.layers.spec import CONVOLUTIONS, empty_layer, layer_spec, unviewed
 from ttcompress.records.layers import CONV_KINDS, ConvSpec, EmbeddingSpec, Execution, LayerSpec, LinearSpec
 from ttcompress.records.plain import StockLayer
 from ttcompress.tt.contract import dense_weight, merge_all, merge_groups
@@ -55,7 +55,7 @@ class StockForm:
         for index, spec in enumerate(self.specs):
             out_pixels = outputs_of(spec, pixels)
             if not isinstance(spec, EmbeddingSpec):
-                total += LayerCosts(spec.view_shape, Calls(pixels, out_pixels)).dense()
+                total += _costs(spec, Calls(pixels, out_pixels)).dense()
             if not isinstance(spec, ConvSpec):
                 total += Cost(LINEAR, 0)
             elif index < last:
@@ -68,7 +68,7 @@ class StockForm:
         """The layers, with their weights in this type."""
         cores = wide_cores(layer, dtype)
         if self.is_dense:
-            weights = [viewed(dense_weight(cores, layer.spec.view_shape), layer.spec)]
+            weights = [unviewed(dense_weight(cores, layer.spec.view_shape), layer.spec)]
         else:
             merged = [merge_all(cores[first:last]) for first, last in pairwise(self.bounds)]
             weights = [_as_weight(core, spec) for core, spec in zip(merged, self.specs, strict=True)]
@@ -89,9 +89,17 @@ def outputs_of(spec: LayerSpec, pixels: int) -> int:
     return pixels * strides if spec.transposed else pixels // strides
 
 
+def _costs(spec: LayerSpec, calls: Calls) -> LayerCosts:
+    return LayerCosts(spec.view_shape, calls, TIME, spec.transposed, spec.groups)
+
+
 def _as_weight(core: Tensor, spec: LayerSpec) -> Tensor:
     """A core (r, m, n, w, s) maps r n channels to m s."""
-    return viewed(core.permute(1, 4, 0, 2, 3).reshape(spec.view_shape), spec)
+    lead = core.shape[:-5]
+    count = len(lead)
+    order = [count + axis for axis in (1, 4, 0, 2, 3)]
+    view = core.permute(*range(count), *order).reshape(*lead, *spec.view_shape)
+    return unviewed(view, spec)
 
 
 # ---------------------------------------------------------------------------------------- inputs met core by core
@@ -279,14 +287,14 @@ def _conv_specs(
     for first, last in pairwise(bounds):
         is_last = last == bounds[-1]
         channels = {
-            "in_channels": spec.in_channels if first == 0 else tt_ranks[first],
-            "out_channels": spec.out_channels if is_last else tt_ranks[last],
+            "in_channels": spec.in_channels if first == 0 else spec.groups * tt_ranks[first],
+            "out_channels": spec.out_channels if is_last else spec.groups * tt_ranks[last],
             "bias": spec.bias and is_last,
         }
         if first <= window < last:
             yield replace(spec, **channels)  # type: ignore[arg-type]
         else:
-            yield ConvSpec(**channels, kernel_size=(1,) * spec.dims)  # type: ignore[arg-type]
+            yield ConvSpec(**channels, kernel_size=(1,) * spec.dims, groups=spec.groups)  # type: ignore[arg-type]
 
 
 FACTORS: Mapping[str, Callable[[TTLayer], Iterator[Form]]] = {

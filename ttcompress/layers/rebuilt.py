@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ttcompress.errors import PlanError
 from ttcompress.layers.base import flattening, init_cores, is_recorded
 from ttcompress.layers.cache import Cache
-from ttcompress.layers.spec import viewed
+from ttcompress.layers.spec import unviewed
 from ttcompress.records.layers import Execution, LayerSpec, cores_name
 from ttcompress.tt.contract import dense_weight
 from ttcompress.tt.shapes import Tensorization
@@ -81,7 +81,7 @@ class TTWeight(nn.ParameterList):
         with torch.autocast(cores[0].device.type, enabled=False):
             wide = [core.to(self._dtype) for core in cores]
             dense = dense_weight(wide, self.spec.view_shape)
-        return viewed(dense, self.spec).contiguous()
+        return unviewed(dense, self.spec).contiguous()
 
     def dense(self) -> nn.Parameter:
         """A parameter with these values, trained if the cores are."""

@@ -48,6 +48,7 @@ def layer_spec(module: Replaceable) -> LayerSpec:
         padding_mode=module.padding_mode,
         bias=bias,
         transposed=transposed,
+        groups=module.groups,
         output_padding=_whole(module.output_padding) if transposed else (),
     )
 
@@ -73,8 +74,17 @@ def has_inputs_first(module: nn.Module) -> bool:
 
 
 def viewed(weight: Tensor, spec: Spec) -> Tensor:
-    """A weight as (out, in, window), or back from there: its first two axes change places where inputs come first."""
-    return weight.transpose(0, 1) if spec.transposed else weight
+    """A weight as (out, in, window), with groups in front where there are several."""
+    axis = 1 if spec.groups > 1 else 0
+    blocks = weight.reshape(spec.groups, -1, *weight.shape[1:]) if axis else weight
+    return blocks.transpose(axis, axis + 1) if spec.transposed else blocks
+
+
+def unviewed(view: Tensor, spec: Spec) -> Tensor:
+    """The weight of a view as its layer has it."""
+    axis = 1 if spec.groups > 1 else 0
+    blocks = view.transpose(axis, axis + 1) if spec.transposed else view
+    return blocks.flatten(0, 1) if axis else blocks
 
 
 def _whole(values: Sequence[int]) -> tuple[int, ...]:

@@ -90,7 +90,7 @@ def cheapest(layer: TTLayer, forms: Sequence[Form], shape: Shape | None) -> Form
     if shape is None:
         return forms[-1]
     is_table = isinstance(layer.spec, EmbeddingSpec)
-    pixels = prod(shape) // (1 if is_table else layer.spec.view_shape[1])
+    pixels = prod(shape) // (1 if is_table else layer.spec.view_shape[1] * layer.spec.groups)
     return min(forms, key=lambda form: form.cost(max(1, pixels)))
 
 

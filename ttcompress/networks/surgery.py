@@ -65,7 +65,7 @@ def check_layers(model: nn.Module, layers: Sequence[LayerPlan]) -> None:
         module = modules.get(layer.fqn)
         if not isinstance(module, Replaceable):
             wrong.append(f"{layer.fqn} is no Linear, Embedding or convolution of this network")
-        elif layer_spec(module) != layer.spec or getattr(module, "groups", 1) != 1:
+        elif layer_spec(module) != layer.spec:
             wrong.append(f"{layer.fqn} has another shape or geometry")
         elif layer.fqn in reasons:
             wrong.append(f"{layer.fqn} cannot be replaced: {reasons[layer.fqn]}")

@@ -44,7 +44,8 @@ class Counting:
         if self.unit is None:
             return None
         calls = self.calls.get(layer.fqn, Calls(0, 0))
-        return LayerCosts(layer.spec.view_shape, calls, self.unit, layer.spec.transposed)
+        spec = layer.spec
+        return LayerCosts(spec.view_shape, calls, self.unit, spec.transposed, spec.groups)
 
     def can_save(self, layer: Layer | LayerPlan) -> bool:
         """Whether cores may cost less than the weight: what is rebuilt runs as ever, a lookup costs nothing dense."""

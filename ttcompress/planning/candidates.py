@@ -45,8 +45,8 @@ class Parameters:
         return self.tensorization.num_params(tt_ranks)
 
     def of_core(self, index: int, left: Tensor, right: Tensor) -> Tensor:
-        """r_{k-1} s_k r_k."""
-        return left * self.tensorization.sizes[index] * right
+        """r_{k-1} s_k r_k, in every group."""
+        return left * (self.tensorization.groups * self.tensorization.sizes[index]) * right
 
 
 @dataclass(frozen=True)

@@ -124,11 +124,11 @@ class Planner:
         return Counting("parameters", sum(parameter.numel() for parameter in self._model.parameters()))
 
     def multiply_adds(self, usage: Usage) -> Counting:
-        """Multiply-adds of the network for one input, those outside its Linear and Conv2d layers included."""
+        """Multiply-adds of the network for one input, those outside its Linear layers and convolutions included."""
         return Counting("multiply-adds", usage.multiply_adds, MULTIPLY_ADDS, usage.calls)
 
     def time(self, usage: Usage) -> Counting:
-        """What the time of Linear and Conv2d layers goes with by the cost model; the rest is not in it."""
+        """What the time of Linear layers and convolutions goes with by the cost model; the rest is not in it."""
         counting = Counting("time", 0, TIME, usage.calls)
         costs = [
             costs.dense()
@@ -344,6 +344,6 @@ def _decisions(requests: Sequence[LayerRequest], choices: Sequence[Choice], why:
 def _fewest_entries(layer: Layer) -> int:
     """Entries of a weight in the form that has the fewest, all TT-ranks 1."""
     shape = layer.spec.view_shape
-    forms = [tensorize_shape(name, shape) for name in FORMATS]
+    forms = [tensorize_shape(name, shape, groups=layer.spec.groups) for name in FORMATS]
     least = [form.num_params([1] * (len(form.modes) + 1)) for form in forms]
     return min(layer.weight.numel(), *least)

@@ -91,7 +91,7 @@ def _tensorizations(layer: Layer, rule: LayerRule, formats: Sequence[str]) -> li
     shape = layer.spec.view_shape
     out_modes, in_modes = rule.out_modes or None, rule.in_modes or None
     try:
-        return [tensorize_shape(name, shape, out_modes, in_modes) for name in formats]
+        return [tensorize_shape(name, shape, out_modes, in_modes, layer.spec.groups) for name in formats]
     except ShapeError as error:
         raise ShapeError(f"{layer.fqn} {tuple(shape)}: {error}") from error
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -245,10 +246,10 @@ def _layer(fqn: str, module: nn.Module, own_name: str, stays: bool) -> Layer:
     `stays` where the module has to remain the object that it is.
     """
     has_layer = type(module) in (nn.Linear, nn.Embedding, *CONVOLUTIONS) and own_name == "weight"
-    if has_layer and not stays and getattr(module, "groups", 1) == 1:
+    parameter: Tensor = module._parameters[own_name]  # type: ignore[assignment]
+    if has_layer and not stays and not _is_depthwise(module, parameter):
         return Layer(fqn, module, layer_spec(module))  # type: ignore[arg-type]
 
-    parameter: Tensor = module._parameters[own_name]  # type: ignore[assignment]
     spec = WeightSpec(tuple(parameter.shape), own_name, has_inputs_first(module))
     return Layer(listed_name(fqn, own_name), module, spec)
 
@@ -257,6 +258,12 @@ def listed_name(fqn: str, own_name: str) -> str:
     """The name under which plans list a parameter."""
     name = f"{fqn}.{own_name}".removeprefix(".")
     return name.removesuffix(".weight") if fqn else name.removesuffix("weight")
+
+
+def _is_depthwise(module: nn.Module, weight: Tensor) -> bool:
+    """Whether each channel has a window of its own, and nothing else."""
+    groups: Any = getattr(module, "groups", 1)
+    return isinstance(module, CONVOLUTIONS) and groups > 1 and weight.shape[1] == 1
 
 
 def _obstacle(module: nn.Module, own_name: str) -> str:
@@ -272,9 +279,8 @@ def _obstacle(module: nn.Module, own_name: str) -> str:
     if weight.dtype not in MATRIX_TYPES:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
 
-    groups = getattr(module, "groups", 1)
-    if isinstance(module, CONVOLUTIONS) and groups > 1 and weight.shape[1] == 1:
-        return f"depthwise (groups={groups}), which no TT form makes smaller"
+    if _is_depthwise(module, weight):
+        return f"depthwise (groups={module.groups}), which no TT form makes smaller"
     if hasattr(module, cores_name(own_name)):
         return f"its module has something called {cores_name(own_name)} already"
     return ""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import hypot
 
 import torch
 from torch import Tensor
 
-from ttcompress.tt.decompose import frobenius_norm, squared_spectra
+from ttcompress.tt.decompose import frobenius_norm, pooled_spectra, squared_spectra
 from ttcompress.tt.shapes import Tensorization, tensorize_shape
 from ttcompress.tt.whiten import ModeMetric, whitened
 
@@ -76,11 +77,22 @@ def layer_spectra(
         plain = [TensorizationSpectra(tuple(squared_spectra(weight, each)), norm) for each in tensorizations]
         return LayerSpectra(tuple(plain))
 
+    groups = tensorizations[0].groups if tensorizations else 1
+    blocks = list(weight) if groups > 1 else [weight]
+
     # A matrix has one mode for all inputs and one for all outputs, so that no correlation is lost.
-    whole = tensorize_shape("lowrank", tuple(weight.shape))
-    least = TRUSTED * frobenius_norm(whitened(weight, whole, metric(whole)))
+    whole = tensorize_shape("lowrank", tuple(blocks[0].shape))
+    least = TRUSTED * hypot(*map(frobenius_norm, _whitened(blocks, whole, metric)))
     found = []
     for each in tensorizations:
-        tensor = whitened(weight, each, metric(each))
-        found.append(TensorizationSpectra(tuple(squared_spectra(tensor)), max(least, frobenius_norm(tensor))))
+        tensors = _whitened(blocks, each, metric)
+        norms = [frobenius_norm(tensor) for tensor in tensors]
+        cuts = pooled_spectra([squared_spectra(tensor) for tensor in tensors], norms)
+        found.append(TensorizationSpectra(tuple(cuts), max(least, hypot(*norms))))
     return LayerSpectra(tuple(found))
+
+
+def _whitened(blocks: Sequence[Tensor], tensorization: Tensorization, metric: Metric) -> list[Tensor]:
+    """Each group's weight in the metric, which is one for all of them."""
+    metrics = metric(tensorization)
+    return [whitened(block, tensorization, metrics) for block in blocks]

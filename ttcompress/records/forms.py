@@ -72,6 +72,7 @@ class ConvForm(Struct, forbid_unknown_fields=True, kw_only=True):
     out_channels: Size
     padding_mode: Annotated[str, one_of("zeros", "reflect", "replicate", "circular")] = "zeros"
     bias: bool = True
+    groups: Size = 1
 
 
 NamedPadding = Annotated[str, one_of("same", "valid")]

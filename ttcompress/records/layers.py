@@ -36,6 +36,8 @@ class Spec:
     """Its own name in its module."""
     transposed: bool = False
     """Whether the parameter has its inputs first."""
+    groups: int = 1
+    """Of channels, each with a weight of its own."""
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -48,8 +50,9 @@ class Spec:
 
     @property
     def view_shape(self) -> tuple[int, ...]:
-        """(out, in), with the axes of the window behind: what is decomposed."""
+        """(out, in), with the axes of the window behind: what is decomposed, in each group."""
         first, second, *window = self.weight_shape
+        first //= self.groups
         return (second, first, *window) if self.transposed else (first, second, *window)
 
 
@@ -130,6 +133,7 @@ class ConvSpec(Spec):
     bias: bool = True
     transposed: bool = False
     output_padding: tuple[int, ...] = ()
+    groups: int = 1
 
     def __post_init__(self) -> None:
         for name, usual in (("stride", 1), ("padding", 0), ("dilation", 1), ("output_padding", 0)):
@@ -148,9 +152,11 @@ class ConvSpec(Spec):
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """(out_channels, in_channels, *window); with the inputs first where it is transposed."""
-        out, inp = self.out_channels, self.in_channels
-        return (inp, out, *self.kernel_size) if self.transposed else (out, inp, *self.kernel_size)
+        """(out_channels, in_channels / groups, *window); transposed (in_channels, out_channels / groups, *window)."""
+        first, second = self.out_channels, self.in_channels
+        if self.transposed:
+            first, second = second, first
+        return (first, second // self.groups, *self.kernel_size)
 
     def to_json(self) -> Json:
         """As files have it: the kind tells whether it is transposed."""
@@ -158,6 +164,8 @@ class ConvSpec(Spec):
         del fields["transposed"]
         if not any(self.output_padding):
             del fields["output_padding"]
+        if self.groups == 1:
+            del fields["groups"]
         return fields
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -126,12 +126,17 @@ def _layers(where: str, entries: list[Json]) -> tuple[StockLayer, ...]:
         form = decode(entry, StockLayerForm, f"{where}[{number}]")
         inner = f"{where}[{number}].arguments"
         arguments = msgspec.structs.asdict(decode(form.arguments, ARGUMENTS[form.name], inner))
-        if not form.name.startswith("ConvTranspose"):
-            arguments.pop("output_padding", None)
         if form.name == "ContractedLinear":
             _check_groups(arguments, inner)
+        if "output_padding" in arguments and not form.name.startswith("ConvTranspose"):
+            _check_usual(arguments.pop("output_padding"), f"{inner}.output_padding")
         made.append(StockLayer(form.name, arguments))
     return tuple(made)
+
+
+def _check_usual(output_padding: Sequence[int], where: str) -> None:
+    if any(output_padding):
+        raise FieldError(f"{where} belongs to transposed convolutions")
 
 
 def _check_groups(arguments: Json, where: str) -> None:

@@ -117,7 +117,7 @@ class LayerPlan:
     @property
     def core_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the TT-cores by their names in a file."""
-        shapes = self.tensorization.core_shapes(self.tt_ranks)
+        shapes = self.tensorization.stored_shapes(self.tt_ranks)
         return {f"{self.cores_fqn}.{k}": shape for k, shape in enumerate(shapes)}
 
     @property
@@ -131,7 +131,8 @@ class LayerPlan:
         if self.stored_dtype != "int8":
             return {}
         scales = self.cores_fqn.removesuffix("cores") + "core_scales"
-        return {f"{scales}.{k}": (rank,) for k, rank in enumerate(self.tt_ranks[1:])}
+        lead = (self.spec.groups,) if self.spec.groups > 1 else ()
+        return {f"{scales}.{k}": (*lead, rank) for k, rank in enumerate(self.tt_ranks[1:])}
 
     @property
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -224,6 +225,9 @@ def _conv_spec(form: LayerForm, where: str) -> ConvSpec:
         raise FieldError(f"{where}.spec.output_padding belongs to transposed convolutions")
     if transposed and (given["padding_mode"] != "zeros" or isinstance(given["padding"], str)):
         raise FieldError(f"{where}.spec.padding of a transposed convolution must be numbers of zeros")
+    groups = given["groups"]
+    if given["in_channels"] % groups or given["out_channels"] % groups:
+        raise FieldError(f"{where}.spec.groups must divide in_channels and out_channels, not {groups}")
     return ConvSpec(**given, transposed=transposed)
 
 
@@ -233,7 +237,7 @@ def _tensorization(form: LayerForm, spec: LayerSpec) -> Tensorization:
         raise ShapeError("out_modes, in_modes and window_modes differ in length")
 
     modes = tuple(Mode(*mode) for mode in zip(*factors, strict=True))
-    tensorization = Tensorization(form.format, modes)
+    tensorization = Tensorization(form.format, modes, spec.groups)
     _check_modes(form.fqn, spec, tensorization)
     return tensorization
 
@@ -248,7 +252,7 @@ def _check_modes(fqn: str, spec: LayerSpec, stated: Tensorization) -> None:
         in_modes = [mode.inp for mode in pairs]
 
     try:
-        proper = tensorize_shape(stated.format, spec.view_shape, out_modes, in_modes)
+        proper = tensorize_shape(stated.format, spec.view_shape, out_modes, in_modes, spec.groups)
     except ShapeError as error:
         raise ShapeError(f"{fqn}: {error}") from error
     if proper != stated:

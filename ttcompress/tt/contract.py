@@ -19,14 +19,19 @@ from ttcompress.tt.cost import ContractionPlan, Shape, contraction_plan
 
 
 def merge_cores(left: Tensor, right: Tensor) -> Tensor:
-    """Merge cores (r, m, n, w, q) and (q, m', n', w', s) into one, (r, m m', n n', w w', s)."""
-    r, m, n, w, q = left.shape
-    _, o, p, v, s = right.shape
+    """Merge cores (r, m, n, w, q) and (q, m', n', w', s) into one, (r, m m', n n', w w', s).
+
+    Axes in front, of groups, are the same in both.
+    """
+    *lead, r, m, n, w, q = left.shape
+    _, o, p, v, s = right.shape[-5:]
     # On small cores, as every training step merges them, this takes about half the time of an einsum.
-    product = left.reshape(-1, q) @ right.reshape(q, -1)
-    merged = product.reshape(r, m, n, w, o, p, v, s)
-    paired = merged.permute(0, 1, 4, 2, 5, 3, 6, 7)
-    return paired.reshape(r, m * o, n * p, w * v, s)
+    product = left.reshape(*lead, -1, q) @ right.reshape(*lead, q, -1)
+    merged = product.reshape(*lead, r, m, n, w, o, p, v, s)
+    count = len(lead)
+    order = [count + axis for axis in (0, 1, 4, 2, 5, 3, 6, 7)]
+    paired = merged.permute(*range(count), *order)
+    return paired.reshape(*lead, r, m * o, n * p, w * v, s)
 
 
 def merge_all(cores: Sequence[Tensor]) -> Tensor:
@@ -41,8 +46,9 @@ def dense_weight(cores: Sequence[Tensor], weight_shape: Shape) -> Tensor:
     et al. (2016) have it.
 
     Args:
-        cores: shapes (r_{k-1}, m_k, n_k, w_k, r_k).
-        weight_shape: the shape of the weight, whose dimensions may be below the products of the m_k and n_k.
+        cores: shapes (r_{k-1}, m_k, n_k, w_k, r_k), perhaps with an axis of groups in front.
+        weight_shape: the shape of the weight, whose dimensions may be below the products of the m_k and n_k. Groups
+            come in front of it.
 
     Raises:
         RuntimeError: cores that do not fit together or do not fill the weight. The message is torch's own,
@@ -53,24 +59,26 @@ def dense_weight(cores: Sequence[Tensor], weight_shape: Shape) -> Tensor:
         >>> dense_weight(cores, (2, 6)).tolist()
         [[1.0, 1.0, 1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]]
     """
-    chain = cores[0].flatten(0, 3)
+    lead = cores[0].shape[:-5]
+    chain = cores[0].flatten(-5, -2)
     for core in cores[1:]:
-        chain = (chain @ core.flatten(1)).reshape(-1, core.shape[4])
+        chain = (chain @ core.flatten(-4)).reshape(*lead, -1, core.shape[-1])
 
     # Layers of training networks do this at every step, and small ones pay for each operation. So the modes
     # are brought into order once, at the end, from m_1, n_1, w_1, m_2 ... to all m, all n, all w.
-    sizes = [size for core in cores for size in core.shape[1:4]]
+    sizes = [size for core in cores for size in core.shape[-4:-1]]
     wanted = [axis for kind in range(3) for axis in range(kind, len(sizes), 3) if sizes[axis] > 1]
     stored = sorted(wanted)
     places = {axis: place for place, axis in enumerate(stored)}
-    view = chain.reshape([sizes[axis] for axis in stored])
-    whole = view.permute([places[axis] for axis in wanted])
+    view = chain.reshape([*lead, *(sizes[axis] for axis in stored)])
+    count = len(lead)
+    whole = view.permute([*range(count), *(count + places[axis] for axis in wanted)])
 
     outs, ins, windows = (prod(sizes[kind::3]) for kind in range(3))
     out_dim, in_dim = weight_shape[:2]
     if (outs, ins) != (out_dim, in_dim):
-        whole = whole.reshape(outs, ins, windows)[:out_dim, :in_dim]
-    return whole.reshape(tuple(weight_shape))
+        whole = whole.reshape(*lead, outs, ins, windows)[..., :out_dim, :in_dim, :]
+    return whole.reshape(*lead, *weight_shape)
 
 
 def merge_groups(cores: Sequence[Tensor], plan: ContractionPlan) -> list[Tensor]:

@@ -181,12 +181,14 @@ class LayerCosts(NamedTuple):
     """A weight (out, in) or (out, in, *window), how much it has to do, and what costs are counted in.
 
     A convolution works at the positions that it writes; a `transposed` one, which scatters, at those that it reads.
+    Where there are `groups`, the weight is that of one of them.
     """
 
     weight_shape: tuple[int, ...]
     calls: Calls
     unit: Unit = TIME
     transposed: bool = False
+    groups: int = 1
 
     @property
     def _worked(self) -> int:
@@ -199,20 +201,32 @@ class LayerCosts(NamedTuple):
         out, inp, *_ = self.weight_shape
         return self.calls.pixels * inp + self.calls.out_pixels * out
 
+    @property
+    def _convolution(self) -> int:
+        """What the share of a group in beginning one more convolution counts."""
+        return self.unit.convolution // self.groups
+
+    def _of_all(self, cost: Cost) -> Cost:
+        """Return the cost of all groups from that of one."""
+        return Cost(*(self.groups * each for each in cost))
+
     def dense(self) -> Cost:
         """Return the cost of a layer run by the dense weight, which is at hand."""
+        return self._of_all(self._dense())
+
+    def _dense(self) -> Cost:
         out, inp, *window = self.weight_shape
         if not window:
             return Cost(self.calls.pixels * out * inp, out * inp)
 
         blocked = self.unit.blocked
         madds = self._worked * blocked(inp) * blocked(out) * prod(window)
-        return Cost(madds + self.unit.convolution, self._moved)
+        return Cost(madds + self._convolution, self._moved)
 
     def rebuilt(self, tensorization: Tensorization, tt_ranks: Sequence[int]) -> Cost:
         """Return the cost of a layer run by the dense weight, which is made of the cores first."""
         shapes = tensorization.core_shapes(tt_ranks)
-        return merge_cost(shapes) + self.dense()
+        return self._of_all(merge_cost(shapes)) + self.dense()
 
     def by_cores(
         self,
@@ -225,6 +239,15 @@ class LayerCosts(NamedTuple):
 
         `cached` if what is made of them alone is at hand, `plan` if there is one already.
         """
+        return self._of_all(self._by_cores(tensorization, tt_ranks, cached, plan))
+
+    def _by_cores(
+        self,
+        tensorization: Tensorization,
+        tt_ranks: Sequence[int],
+        cached: bool,
+        plan: ContractionPlan | None,
+    ) -> Cost:
         shapes = tensorization.core_shapes(tt_ranks)
         if is_contracted(self.weight_shape, tensorization):
             contracted = contracted_shapes(shapes)
@@ -248,6 +271,9 @@ class LayerCosts(NamedTuple):
         It is exact for chains. Where inputs are contracted over the cores, neighbours are not merged here, and the
         contraction is from the last core.
         """
+        return self._of_all(self._core(tensorization, index, left, right))
+
+    def _core(self, tensorization: Tensorization, index: int, left: Any, right: Any) -> Cost:
         if not is_contracted(self.weight_shape, tensorization):
             return self._conv_cost(tensorization, index, left, right)
 
@@ -267,7 +293,7 @@ class LayerCosts(NamedTuple):
         madds = self._worked * out * prod(window) * blocked(rank) * blocked(1)
         # What the contraction leaves is written and read.
         between = 2 * self.calls.pixels * out * rank
-        return Cost(madds + self.unit.convolution, between + self._moved)
+        return Cost(madds + self._convolution, between + self._moved)
 
     def _conv_cost(self, tensorization: Tensorization, index: int, left: Any, right: Any) -> Cost:
         """Return the cost of one core as a convolution.
@@ -283,17 +309,17 @@ class LayerCosts(NamedTuple):
 
         if index == last:
             madds = out_pixels * blocked(left) * blocked(out)
-            return Cost(madds + self.unit.convolution, 0)
+            return Cost(madds + self._convolution, 0)
         if is_chain and index == 0:
             madds = pixels * blocked(inp) * blocked(right)
-            return Cost(madds + self.unit.convolution, BETWEEN * pixels * right)
+            return Cost(madds + self._convolution, BETWEEN * pixels * right)
         if index < last - 1:
             # Merged into a later one; times `left` for the shape of an array.
             return Cost(0 * left, 0)
 
         channels = left if is_chain else inp
         madds = self._worked * blocked(channels) * prod(window) * blocked(right)
-        return Cost(madds + self.unit.convolution, BETWEEN * out_pixels * right)
+        return Cost(madds + self._convolution, BETWEEN * out_pixels * right)
 
 
 def contracted_shapes(shapes: Sequence[Shape]) -> tuple[Shape, ...]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import frexp, isfinite, ldexp, log2, prod, sqrt
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import frexp, hypot, isfinite, ldexp, log2, prod, sqrt
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ttcompress.errors import ShapeError
 from ttcompress.tt.arithmetic import rank_for, right_orthogonalize, times_two_to
@@ -109,7 +111,8 @@ def decompose_weight(
 
     The view is that of Novikov et al. (2015, section 4) and Garipov et al. (2016), the method that of
     `tt_svd`, with its arguments. Cores have the shape (r_{k-1}, m_k, n_k, w_k, r_k). The error is that of the
-    weight itself, padding cut away.
+    weight itself, padding cut away. Where the tensorization has groups, weight and cores have an axis for them in
+    front; each is decomposed by itself, and the TT-ranks are the largest that any of them needs.
 
     Raises:
         ShapeError: as in `tt_svd`.
@@ -123,6 +126,8 @@ def decompose_weight(
         True
     """
     _check_type(weight)
+    if tensorization.groups > 1:
+        return _decomposed_groups(weight, tensorization, max_rank, eps, dtype)
     result = _decomposed(weight, tensorization, max_rank, eps, dtype)
     shapes = tensorization.core_shapes(result.tt_ranks)
     shaped = zip(result.cores, shapes, strict=True)
@@ -130,6 +135,33 @@ def decompose_weight(
     is_padded = prod(tensorization.sizes) != weight.numel()
     error = _weight_error(weight, cores) if is_padded else result.relative_error
     return TTSVD(cores, error, result.clipped)
+
+
+def _decomposed_groups(
+    weight: Tensor,
+    tensorization: Tensorization,
+    max_rank: int | Sequence[int] | None,
+    eps: float | None,
+    dtype: torch.dtype | None,
+) -> TTSVD:
+    one = replace(tensorization, groups=1)
+    found = [decompose_weight(block, one, max_rank, eps, dtype) for block in weight]
+    tt_ranks = [max(ranks) for ranks in zip(*(each.tt_ranks for each in found), strict=True)]
+
+    cores = []
+    for k, pair in enumerate(pairwise(tt_ranks)):
+        # Of groups that need less, the rest is zeros.
+        cores.append(torch.stack([_with_ranks(each.cores[k], *pair) for each in found]))
+
+    norms = [frobenius_norm(block) for block in weight]
+    missed = hypot(*(each.relative_error * norm for each, norm in zip(found, norms, strict=True)))
+    whole = hypot(*norms)
+    return TTSVD(tuple(cores), missed / whole if whole else 0.0, found[0].clipped)
+
+
+def _with_ranks(core: Tensor, left: int, right: int) -> Tensor:
+    missing = left - core.shape[0], right - core.shape[-1]
+    return functional.pad(core, (0, missing[1], *[0, 0] * 3, 0, missing[0]))
 
 
 def _weight_error(weight: Tensor, cores: Sequence[Tensor]) -> float:
@@ -200,12 +232,18 @@ def squared_spectra(tensor: Tensor, tensorization: Tensorization | None = None) 
     <= sum_k tail_k(r_k) (Oseledets 2011, theorem 2.2).
 
     Args:
-        tensor: a d-way tensor, or with a tensorization the weight (out, in[, kh, kw]) that it views as one.
+        tensor: a d-way tensor, or with a tensorization the weight (out, in[, kh, kw]) that it views as one; with
+            groups in front where it has some, whose errors add up.
 
     Raises:
         ShapeError: an empty or non-finite tensor.
     """
     _check_type(tensor)
+    if tensorization and tensorization.groups > 1:
+        one = replace(tensorization, groups=1)
+        return pooled_spectra(
+            [squared_spectra(block, one) for block in tensor], [frobenius_norm(b) for b in tensor]
+        )
     weight = tensor if tensorization else tensor.reshape(1, -1)
     view = tensorization or _plain(tensor)
     folded = _scaled_fold(weight, view, _checked_exponent(tensor))
@@ -220,6 +258,17 @@ def squared_spectra(tensor: Tensor, tensorization: Tensorization | None = None) 
         whole = values.sum().clamp(min=tiny)
         spectra.append(values / whole)
     return spectra
+
+
+def pooled_spectra(spectra: Sequence[Sequence[Tensor]], norms: Sequence[float]) -> list[Tensor]:
+    """Return the spectra of several tensors that are cut at the same TT-ranks, given those of each, and its norm.
+
+    At each rank the squares of what is left out add up, and so do the squared singular values there.
+    """
+    whole = sum(norm**2 for norm in norms) or 1.0
+    shares = [norm**2 / whole for norm in norms]
+    cuts = zip(*spectra, strict=True)
+    return [sum(share * each for share, each in zip(shares, cut, strict=True)) for cut in cuts]
 
 
 @torch.no_grad()

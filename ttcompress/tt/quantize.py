@@ -10,6 +10,8 @@ from torch import Tensor
 from ttcompress.errors import ShapeError
 
 LEVELS = 127
+GROUPED_DIM = 6
+"""Dimensions of a core with groups in front: group, TT-rank, out, in, window, TT-rank."""
 _COARSE = -256
 """Clears the last eight bits of a float32, so that a scale times a code is exact, and found again."""
 
@@ -20,7 +22,10 @@ def as_stored(cores: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     Raises:
         ShapeError: values beyond the range of the type.
     """
-    if dtype == torch.int8:
+    if dtype == torch.int8 and is_grouped(cores[0]):
+        groups = [as_stored(group, dtype) for group in zip(*cores, strict=True)]
+        stored = [torch.stack(group) for group in zip(*groups, strict=True)]
+    elif dtype == torch.int8:
         stored = [dequantize(*quantize(core)) for core in balanced(cores)]
     else:
         stored = [core.to(dtype) for core in cores]
@@ -34,23 +39,38 @@ def as_stored(cores: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 def quantize(core: Tensor) -> tuple[Tensor, Tensor]:
     """Round a core to codes times scales.
 
-    Codes are int8 in the shape of the core, scales float32, one for each slice of the last axis. What
-    `dequantize` makes of the result is quantized to the same codes and scales.
+    Codes are int8 in the shape of the core, scales float32, one for each slice of the last axis; where groups come
+    in front, these have scales of their own. What `dequantize` makes of the result is quantized to the same codes and
+    scales.
     """
     values = core.float()
-    most = values.abs().reshape(-1, core.shape[-1]).amax(0)
+    lead = core.shape[:1] if is_grouped(core) else ()
+    most = values.abs().reshape(*lead, -1, core.shape[-1]).amax(-2)
     bits = (most / LEVELS).view(torch.int32)
     scales = (bits & _COARSE).view(torch.float32)
 
     # A slice of zeros has scale 0, and codes 0.
     divisors = scales.where(scales > 0, 1)
-    codes = (values / divisors).round().clamp(-LEVELS, LEVELS)
+    codes = (values / _beside(divisors, core)).round().clamp(-LEVELS, LEVELS)
     return codes.to(torch.int8), scales
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     """Return the float32 core that codes and scales stand for."""
-    return codes.float() * scales
+    return codes.float() * _beside(scales, codes)
+
+
+def is_grouped(core: Tensor) -> bool:
+    """Tell whether a core has an axis of groups in front."""
+    return core.dim() == GROUPED_DIM
+
+
+def _beside(scales: Tensor, core: Tensor) -> Tensor:
+    """View scales so that they meet the last axis of a core, and the first where that is of groups."""
+    if not is_grouped(core):
+        return scales
+    ones = [1] * (core.dim() - 2)
+    return scales.view(len(scales), *ones, -1)
 
 
 def balanced(cores: Sequence[Tensor]) -> list[Tensor]:

@@ -62,6 +62,8 @@ class Tensorization:
 
     format: str
     modes: tuple[Mode, ...]
+    groups: int = 1
+    """Blocks of a weight, one for each group of channels, that are decomposed by themselves at the same TT-ranks."""
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -95,15 +97,20 @@ class Tensorization:
         return tuple(mode.size for mode in self.modes)
 
     def core_shapes(self, tt_ranks: Sequence[int]) -> list[tuple[int, int, int, int, int]]:
-        """Return the stored shapes (r_{k-1}, m_k, n_k, w_k, r_k) of the TT-cores."""
+        """Return the shapes (r_{k-1}, m_k, n_k, w_k, r_k) of the TT-cores of one group."""
         lefts = tt_ranks[:-1]
         rights = tt_ranks[1:]
         parts = zip(lefts, self.modes, rights, strict=True)
         return [(left, *mode, right) for left, mode, right in parts]
 
+    def stored_shapes(self, tt_ranks: Sequence[int]) -> list[tuple[int, ...]]:
+        """Return the shapes of the TT-cores as they are stored, where there are several groups with these in front."""
+        lead = (self.groups,) if self.groups > 1 else ()
+        return [(*lead, *shape) for shape in self.core_shapes(tt_ranks)]
+
     def num_params(self, tt_ranks: Sequence[int]) -> int:
         """Count the entries of all TT-cores at these TT-ranks."""
-        return sum(prod(shape) for shape in self.core_shapes(tt_ranks))
+        return self.groups * sum(prod(shape) for shape in self.core_shapes(tt_ranks))
 
     def max_ranks(self) -> tuple[int, ...]:
         """Return the largest feasible TT-ranks, r_k = min(s_1 ... s_k, s_{k+1} ... s_d)."""
@@ -181,6 +188,7 @@ def tensorize_shape(
     weight_shape: Sequence[int],
     out_modes: Sequence[int] | None = None,
     in_modes: Sequence[int] | None = None,
+    groups: int = 1,
 ) -> Tensorization:
     """Choose the modes of a weight (out, in), with the axes of its window behind if any, in one of the FORMATS.
 
@@ -193,6 +201,7 @@ def tensorize_shape(
         weight_shape: (out, in) or (out, in, kh, kw), of any number of axes after the first two.
         out_modes: the factors of the outputs, for `matrix` only; without them balanced ones are chosen.
         in_modes: the same of the inputs; both are given, or none.
+        groups: how many weights of this shape there are, one for each group of channels.
 
     Raises:
         ShapeError: another kind of weight, an unknown format, modes given for another format than `matrix`,
@@ -213,7 +222,7 @@ def tensorize_shape(
     if weight_format == "matrix":
         pairs = _matrix_modes(out_dim, in_dim, out_modes, in_modes)
         head = [Mode(1, 1, window)] if window > 1 else []
-        return Tensorization("matrix", (*head, *(Mode(m, n, 1) for m, n in pairs)))
+        return Tensorization("matrix", (*head, *(Mode(m, n, 1) for m, n in pairs)), groups)
     if out_modes or in_modes:
         raise ShapeError(f"in_modes and out_modes belong to format matrix, not {weight_format}")
 
@@ -221,15 +230,15 @@ def tensorize_shape(
     is_single = window == 1 and weight_format in FORMATS
     if weight_format == "lowrank" or is_single:
         joined = Mode(1, in_dim, window)
-        return Tensorization("lowrank", (joined, outputs))
+        return Tensorization("lowrank", (joined, outputs), groups)
 
     inputs = Mode(1, in_dim, 1)
     if weight_format == "chain":
-        return Tensorization("chain", (inputs, Mode(1, 1, window), outputs))
+        return Tensorization("chain", (inputs, Mode(1, 1, window), outputs), groups)
 
     # An unknown format is left to the Tensorization to refuse.
     kernel = [Mode(1, 1, size) for size in kernel_sizes if size > 1]
-    return Tensorization(weight_format, (*kernel, inputs, outputs))
+    return Tensorization(weight_format, (*kernel, inputs, outputs), groups)
 
 
 def _matrix_modes(
