@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttcompress.calibrate.observe import Call, hooked, layer_outputs
+from ttcompress.calibrate.observe import Call, gradients_in_eval, hooked, layer_outputs
 from ttcompress.calibrate.uses import Kind, Use, around_weight, modules_run, parameter_named, uses_of
 from ttcompress.data.calibration_images import Calibration
 from ttcompress.errors import DataError
@@ -117,9 +117,10 @@ def measure(
         DataError: images that do not fit the network, or NaN.
     """
     found: dict[str, LayerStatistics] = {}
-    for group in _groups(_in_order(model, specs, calibration)):
-        _fill(model, group, calibration, seed, progress)
-        found |= {each.fqn: each.statistics() for each in group if each.has_run}
+    with gradients_in_eval(model):
+        for group in _groups(_in_order(model, specs, calibration)):
+            _fill(model, group, calibration, seed, progress)
+            found |= {each.fqn: each.statistics() for each in group if each.has_run}
     return found
 
 
