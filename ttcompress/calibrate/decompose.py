@@ -7,7 +7,7 @@ from math import inf
 
 from torch import Tensor, nn
 
-from ttcompress.calibrate.statistics import LayerStatistics
+from ttcompress.calibrate.layer_statistics import LayerStatistics
 from ttcompress.calibrate.tables import UNSEEN_LIMIT, error_of, never_seen
 from ttcompress.networks.surgery import install
 from ttcompress.networks.weights import parameter_of, tied_names

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ttcompress.calibrate.statistics import LayerStatistics, Statistics
+from ttcompress.calibrate.layer_statistics import LayerStatistics, Statistics
 from ttcompress.networks.weights import weight_of
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 
