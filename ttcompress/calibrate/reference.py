@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ttcompress.calibrate.statistics import Statistics
+from ttcompress.calibrate.layer_statistics import Statistics
 from ttcompress.data.calibration_images import Calibration
 
 

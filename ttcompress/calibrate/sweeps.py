@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.calibrate.decompose import weight_only
+from ttcompress.calibrate.layer_statistics import LayerStatistics
 from ttcompress.calibrate.observe import Call, hooked
 from ttcompress.calibrate.reference import Reference
-from ttcompress.calibrate.statistics import LayerStatistics
 from ttcompress.calibrate.uses import Kind, Use
 from ttcompress.data.calibration_images import Calibration
 from ttcompress.networks.running import NetworkInput, batch_size, call, device_of, placed
@@ -40,35 +40,35 @@ def sweep_layers(
     lost.
     """
     layers = {layer.fqn: layer for layer in plan.layers}
-    order = [layers[fqn] for fqn, each in reference.statistics.items() if fqn in layers and _is_fitted(each)]
-    for done, layer in enumerate(order):
+    order = [(layers[fqn], _fitted_use(each)) for fqn, each in reference.statistics.items() if fqn in layers]
+    fitted = [(layer, use) for layer, use in order if use is not None]
+    for done, (layer, use) in enumerate(fitted):
         if progress:
-            progress(f"fitting {layer.fqn}", done, len(order))
-        _sweep(reference, compressed, layer, sweeps)
+            progress(f"fitting {layer.fqn}", done, len(fitted))
+        _sweep(reference, compressed, layer, use, sweeps)
 
 
-def _is_fitted(statistics: LayerStatistics) -> bool:
-    """Whether a weight multiplies what is seen of one module.
+def _fitted_use(statistics: LayerStatistics) -> Use | None:
+    """The one module at which a weight multiplies what is seen, where there is one.
 
     What is looked up does not depend on what came before, so that nothing is left to fit.
     """
     use = statistics.use
-    return use is not None and use.kind is not Kind.LOOKUP and not use.swapped
+    return None if use is None or use.kind is Kind.LOOKUP or use.swapped else use
 
 
-def _sweep(reference: Reference, compressed: nn.Module, layer: LayerPlan, sweeps: int) -> None:
-    statistics = reference.statistics[layer.fqn]
-    assert statistics.use is not None
-    pairs = input_pairs(reference.dense, compressed, layer, statistics.use, reference.calibration)
+def _sweep(reference: Reference, compressed: nn.Module, layer: LayerPlan, use: Use, sweeps: int) -> None:
+    pairs = input_pairs(reference.dense, compressed, layer, use, reference.calibration)
 
     # Where there is a bias it takes up the mean error, so that the cores need not.
-    theirs, ours = (_bias(each, layer, statistics.use) for each in (reference.dense, compressed))
+    theirs, ours = (_bias(each, layer, use) for each in (reference.dense, compressed))
     fitting = pairs if theirs is None else pairs.centred()
 
     own = cores_of(compressed, layer)
     start = [core.detach().double() for core in own]
     weight = weight_of(reference.dense, layer)
-    cores = fit_layer(weight, layer, start, fitting, statistics.output_metric, sweeps)
+    metric = reference.statistics[layer.fqn].output_metric
+    cores = fit_layer(weight, layer, start, fitting, metric, sweeps)
     for core, fitted in zip(own, spread_norm(cores), strict=True):
         core.data = fitted.to(core)
     if theirs is not None and ours is not None:
