@@ -253,6 +253,12 @@ TABLE: tuple[Option, ...] = (
         "of two. auto: 8 where both sides of a layer have 128 and more and the budget can be met so, else 1.",
         default="auto", metavar="N",
     ),
+    Option(
+        "any_time", SWITCH, LAYERS, COMPRESSING,
+        "Under --ratio, --params and --eps: choose forms by error alone. Without it one that runs no faster "
+        "than the dense layer is chosen only where the plan would lose over 3 % otherwise, and a note says so.",
+        default=False,
+    ),
     Option("in_modes", COUNTS, LAYERS, COMPRESSING, "Factors of the inputs." + _SINGLE_LAYER, metavar="A,B,.."),
     Option("out_modes", COUNTS, LAYERS, COMPRESSING, "Factors of the outputs." + _SINGLE_LAYER, metavar="A,B,.."),
     Option(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import sqrt
@@ -33,11 +33,14 @@ from ttcompress.records.layers import Execution
 from ttcompress.records.plan import CompressionPlan
 from ttcompress.runtime import threads_as_set
 from ttcompress.settings import Settings
+from ttcompress.tt.cost import Calls
 from ttcompress.tt.shapes import Tensorization
 from ttcompress.tt.whiten import ModeMetric
 
 SEARCH_STEP = 1.05
 """The search for the smallest network ends when the next point would be nearer than this factor."""
+COUNTS_PARAMETERS = ("ratio", "params", "eps", "max_drop")
+"""Targets whose plans take forms that cost time only where they must."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,17 @@ class Compressor:
             planner.metrics = partial(self._metrics, tuple(planner.names))
         if self.results is not None:
             planner.results = self.results
+        if planner.pace is not None and self.settings.recipe.target in COUNTS_PARAMETERS:
+            planner.pace = replace(planner.pace, calls=self._known_calls)
         return planner
+
+    @property
+    def _known_calls(self) -> Mapping[str, Calls]:
+        """What the layers do for one input, where one is known."""
+        try:
+            return self._usage.calls
+        except TTCompressError:
+            return {}
 
     @property
     def _running_order(self) -> tuple[str, ...]:
