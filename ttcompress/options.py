@@ -269,6 +269,12 @@ TABLE: tuple[Option, ...] = (
         default="auto", metavar="N",
     ),
     Option(
+        "any_time", SWITCH, LAYERS, SHAPING,
+        "Under --ratio, --params and --eps: choose forms by error alone. Without it one that runs no faster "
+        "than the dense layer is chosen only where the plan would lose over 3 % otherwise, and a note says so.",
+        default=False,
+    ),
+    Option(
         "formats", FORMAT_NAMES, LAYERS, ("sweep",), "Every ratio in each of these formats, instead of --format.",
         metavar="A,B,..", of_run=False,
     ),

@@ -37,12 +37,15 @@ from ttcompress.records.layers import Execution, LayerSpec
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.runtime import threads_as_set
 from ttcompress.settings import Settings
+from ttcompress.tt.cost import Calls
 from ttcompress.tt.decompose import squared_spectra
 from ttcompress.tt.shapes import Tensorization
 from ttcompress.tt.whiten import ModeMetric
 
 SEARCH_STEP = 1.05
 """The search for the smallest network ends when the next point would be nearer than this factor."""
+COUNTS_PARAMETERS = ("ratio", "params", "eps", "max_drop")
+"""Targets whose plans take forms that cost time only where they must."""
 
 
 LARGEST_DRAWN = 2**22
@@ -261,7 +264,17 @@ class Compressor:
             planner.metrics = partial(self._metrics, planner.specs)
         if self.results is not None:
             planner.results = self.results
+        if planner.pace is not None and self.settings.recipe.target in COUNTS_PARAMETERS:
+            planner.pace = replace(planner.pace, calls=self._known_calls)
         return planner
+
+    @property
+    def _known_calls(self) -> Mapping[str, Calls]:
+        """What the layers do for one input, where one is known."""
+        try:
+            return self._usage.calls
+        except TTCompressError:
+            return {}
 
     @property
     def _running_order(self) -> tuple[str, ...]:
