@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ttcompress.commands.in_memory import evaluate as evaluate
     from ttcompress.commands.in_memory import plan as plan
     from ttcompress.commands.in_memory import save as save
+    from ttcompress.commands.in_memory import sweep as sweep
     from ttcompress.errors import TTCompressError as TTCompressError
     from ttcompress.layers.conv import TTConv2d as TTConv2d
     from ttcompress.layers.linear import TTLinear as TTLinear
@@ -42,6 +43,7 @@ _HOMES = {
     "plan": "commands.in_memory",
     "read_report": "report.text",
     "save": "commands.in_memory",
+    "sweep": "commands.in_memory",
     "tensorize_shape": "tt.shapes",
     "tt_svd": "tt.decompose",
 }
