@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
+from ttcompress.errors import PlanError
 from ttcompress.records.layers import Execution
 from ttcompress.records.plan import CORE_DTYPES
 from ttcompress.tt.shapes import FORMATS
@@ -537,3 +538,16 @@ RULE_KINDS: Mapping[str, Kind] = {
 def options_of(command: str) -> list[Option]:
     """The options that a verb takes, in the order of the table."""
     return [option for option in TABLE if command in option.commands]
+
+
+def check_values(**given: Any) -> None:
+    """See that options which are no part of a recipe have values of their kinds.
+
+    Raises:
+        PlanError: one has not.
+    """
+    for name, value in given.items():
+        kind = OPTIONS[name].kind
+        if value is not None and not kind.holds(value):
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            raise PlanError(f"{flag(name)} must be {kind.wanted}, not {shown}")
