@@ -112,6 +112,12 @@ def _is_ours(replacement: type, name: str) -> bool:
     return hasattr(replacement, name) and not hasattr(nn.Module, name)
 
 
+def is_plain(module: nn.Module, own_name: str) -> bool:
+    """Whether a parameter is the weight of a layer of torch's own, for which there is one that runs by cores."""
+    has_layer = type(module) in (nn.Linear, nn.Embedding, nn.Conv2d) and own_name == "weight"
+    return has_layer and getattr(module, "groups", 1) == 1
+
+
 def owners_of(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
     """By id of a parameter all its places: the fqn of a module, the module, and its own name for it."""
     owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
@@ -132,8 +138,7 @@ def shared_otherwise(model: nn.Module, reasons: Mapping[str, str]) -> set[int]:
     stuck = {id(modules[fqn]) for fqn in reasons}
 
     def runs(module: nn.Module, own_name: str) -> bool:
-        is_plain = type(module) in (nn.Linear, nn.Embedding, nn.Conv2d) and own_name == "weight"
-        return is_plain and id(module) not in stuck and getattr(module, "groups", 1) == 1
+        return is_plain(module, own_name) and id(module) not in stuck
 
     found = set[int]()
     for parameter, owners in owners_of(model).items():

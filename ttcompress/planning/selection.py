@@ -18,7 +18,7 @@ from ttcompress.layers.rebuilt import TTWeight
 from ttcompress.layers.spec import has_inputs_first, layer_spec
 from ttcompress.networks.held import held_tensors
 from ttcompress.networks.matrices import MATRIX_TYPES, Weights
-from ttcompress.networks.replaceable import obstacles, owners_of, shared_otherwise
+from ttcompress.networks.replaceable import is_plain, obstacles, owners_of, shared_otherwise
 from ttcompress.records.layers import LayerSpec, WeightSpec, cores_name
 from ttcompress.records.plan import weight_name
 
@@ -60,7 +60,9 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         """The parameter."""
-        weight: Tensor = getattr(self.module, self.spec.parameter)
+        # Past attributes that a module of a checkpoint without classes may have under the same name.
+        own = self.module._parameters.get(self.spec.parameter)
+        weight: Tensor = getattr(self.module, self.spec.parameter) if own is None else own
         return weight
 
     @property
@@ -224,6 +226,9 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     if isinstance(module, NORMS):
         return
     for own_name, parameter in module.named_parameters(recurse=False):
+        if isinstance(module, Weights) and module.kept_reason(own_name):
+            continue
+
         is_known = isinstance(module, (nn.Linear, *CONVOLUTIONS)) and own_name == "weight"
         if is_known or sum(size > 1 for size in parameter.shape) > 1:
             yield own_name, parameter
@@ -234,8 +239,7 @@ def _layer(fqn: str, module: nn.Module, own_name: str, stays: bool) -> Layer:
 
     `stays` where the module has to remain the object that it is.
     """
-    has_layer = type(module) in (nn.Linear, nn.Embedding, nn.Conv2d) and own_name == "weight"
-    if has_layer and not stays and getattr(module, "groups", 1) == 1:
+    if is_plain(module, own_name) and not stays:
         return Layer(fqn, module, layer_spec(module))  # type: ignore[arg-type]
 
     parameter: Tensor = module._parameters[own_name]  # type: ignore[assignment]
