@@ -130,8 +130,8 @@ def test_a_layer_whose_name_is_a_pattern_can_be_named() -> None:
 def test_weights_of_any_name_and_of_up_to_five_axes() -> None:
     shapes = {
         "conv.weight": (8, 4, 3, 3), "conv.bias": (8,), "speech.weight": (8, 4, 5), "video.weight": (4, 8, 3, 3, 3),
-        "attention.in_proj_weight": (24, 8), "attention.out_proj.weight": (8, 8), "attention.out_proj.bias": (8,),
-        "lstm.weight_ih_l0": (16, 8), "lstm.weight_hr_l0": (8, 16), "lstm.bias_ih_l0": (16,), "tokens": (1, 8, 8),
+        "attention.in_proj_weight": (96, 32), "attention.out_proj.weight": (32, 32), "attention.out_proj.bias": (32,),
+        "lstm.weight_ih_l0": (64, 32), "lstm.weight_hr_l0": (32, 64), "lstm.bias_ih_l0": (64,), "tokens": (1, 8, 8),
         "mask.bias": (1, 1, 16, 16), "cls": (1, 1, 8), "six.weight": (2,) * 6, "gain.weight": (8, 1, 1),
     }  # fmt: skip
     tensors = {name: torch.randn(shape) for name, shape in shapes.items()}

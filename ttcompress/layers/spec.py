@@ -32,11 +32,14 @@ def layer_spec(module: nn.Linear | nn.Embedding | nn.Conv2d) -> LayerSpec:
     )
 
 
+INPUTS_FIRST = (nn.Embedding, nn.EmbeddingBag, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+FOREIGN_INPUTS_FIRST = ("Conv1D",)
+"""Names of classes that other libraries have, whose weight (in, out) is multiplied from the right: GPT-2's Linear."""
+
+
 def has_inputs_first(module: nn.Module) -> bool:
-    """Whether the weight of a module has its inputs first: tables that are looked up, transposed convolutions."""
-    return isinstance(
-        module, nn.Embedding | nn.EmbeddingBag | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-    )
+    """Whether the weight of a module has its inputs first, as tables and transposed convolutions have."""
+    return isinstance(module, INPUTS_FIRST) or type(module).__name__ in FOREIGN_INPUTS_FIRST
 
 
 def viewed(weight: Tensor, spec: Spec) -> Tensor:

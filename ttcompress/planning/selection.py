@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
@@ -265,6 +266,8 @@ def _obstacle(module: nn.Module, own_name: str) -> str:
         return "a parametrization computes a weight from it"
     if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and "weight" not in module._parameters:
         return "the weight is computed from it"
+    if weight.layout != torch.strided:
+        return f"its weight is sparse ({str(weight.layout).removeprefix('torch.')}); .to_dense() makes it one that is not"
     if weight.dtype not in MATRIX_TYPES:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
 
