@@ -57,7 +57,8 @@ def own_attributes(module: nn.Module) -> dict[str, object]:
 def _usual(kind: Any) -> frozenset[str]:
     """The attributes that a layer of this kind has of itself."""
     for spec in SMALLEST:
-        dense, ours = empty_layer(spec), tt_layer(spec)
+        dense = empty_layer(spec)
+        ours: Any = tt_layer(spec)
         if issubclass(kind, ours):
             view = tensorize_shape("lowrank", spec.view_shape)
             return frozenset(vars(ours(spec, view, 1, device="meta")))

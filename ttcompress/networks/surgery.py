@@ -228,7 +228,8 @@ def install_fresh(
         return
 
     dense = model.get_submodule(layer.fqn)
-    made = tt_layer(layer.spec)(layer.spec, layer.tensorization, layer.tt_ranks, device, dtype)
+    kind: Any = tt_layer(layer.spec)
+    made: TTLayer = kind(layer.spec, layer.tensorization, layer.tt_ranks, device, dtype)
     made.execution = layer.execution
     _freeze_like(made, dense)
     _swap_all(model, model, layer, made.train(dense.training), aliases)
