@@ -15,6 +15,8 @@ from ttcompress.records.layers import ConvSpec, Execution
 from ttcompress.tt.contract import contract_groups, dense_weight, merge_all, merge_groups, pad_features
 from ttcompress.tt.cost import Calls, ContractionPlan
 
+FEW_CHANNELS = 256
+
 
 class TTConv2d(TTLayer):
     """A 2-d convolution with its kernel in TT form, in any of the formats (Garipov et al. 2016, section 4).
@@ -153,13 +155,13 @@ def _in_format_of(x: Tensor, kernel: Tensor) -> Tensor:
 def _pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """A 1x1 convolution by a matrix (out, in).
 
-    A product of matrices needs no other order of the channels, which a convolution makes and undoes; but only a
-    convolution of channels_last adds the bias in passing.
+    A product of matrices needs no other order of the channels, which a convolution makes and undoes. Of channels_last
+    that pays for many pixels of few channels; with a bias, which a convolution adds in passing, nowhere.
     """
     if torch.compiler.is_compiling():
         return functional.conv2d(x, matrix[:, :, None, None], bias)
 
-    if bias is None and _is_channels_last(x):
+    if bias is None and _is_channels_last(x) and x.shape[1] < FEW_CHANNELS and len(x) > 1:
         pixels = x.permute(0, 2, 3, 1)
         return functional.linear(pixels, matrix).permute(0, 3, 1, 2)
 
