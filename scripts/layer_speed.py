@@ -1,8 +1,9 @@
-"""Single layers against the dense ones they replace: python scripts/layer_speed.py [linear] [conv] [kinds] [cached] [lookup]
+"""Single layers against the dense ones they replace: python scripts/layer_speed.py [linear] [conv] [kinds] [cached] [plain] [lookup]
 
 fc6 of VGG-16 at rank 4 (Novikov et al. 2015), forward and training step; `chain` convolutions at 10x, and those of
 other kinds at 4x, by their cores and as they choose themselves; and every format of a convolution at every size of
-rank, which must never be slower than the dense one; rows of tables. One thread, in alternation in one process, CPU seconds, medians.
+rank, which must never be slower than the dense one; `plain` are the same in stock layers;
+rows of tables. One thread, in alternation in one process, CPU seconds, medians.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from ttcompress.commands.plain import to_plain
 from ttcompress.layers.conv import CONV_LAYERS, TTConv
 from ttcompress.layers.embedding import TTEmbedding
 from ttcompress.layers.linear import TTLinear
@@ -23,17 +25,29 @@ from ttcompress.records.layers import EmbeddingSpec, LinearSpec
 from ttcompress.tt.shapes import tensorize_shape
 
 Run = Callable[[], object]
+SIDES = {16: 32, 64: 16, 128: 16, 512: 14}
+"""Pixels along a side of the images of convolutions with so many channels."""
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("groups", nargs="*", default=["linear", "conv", "kinds", "cached", "lookup"])
+    parser.add_argument("groups", nargs="*", default=["linear", "conv", "kinds", "cached", "plain", "lookup"])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--channels", nargs="+", type=int, default=sorted(SIDES))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    cases = {"linear": linear, "conv": conv, "kinds": kinds, "cached": cached, "lookup": lookup}
+    for channels in SIDES.keys() - set(arguments.channels):
+        del SIDES[channels]
+    cases = {
+        "linear": linear,
+        "conv": conv,
+        "kinds": kinds,
+        "cached": cached,
+        "plain": plain,
+        "lookup": lookup,
+    }
     print("| layer | batch | dense, ms | ours / dense |\n|---|---|---|---|")
     for group in arguments.groups:
         for name, batch, dense, ours in cases[group]():
@@ -100,14 +114,25 @@ def kinds() -> Iterator[tuple[str, int, Run, Run]]:
 
 
 def cached() -> Iterator[tuple[str, int, Run, Run]]:
-    for channels, side in ((16, 32), (64, 16), (128, 16), (512, 14)):
+    for name, dense, layer, x in convolutions():
+        yield name, len(x), evaluation(dense, x), evaluation(layer, x)
+
+
+def plain() -> Iterator[tuple[str, int, Run, Run]]:
+    for name, dense, layer, x in convolutions():
+        form = to_plain(layer, example=x, batch_size=len(x)).to(memory_format=torch.channels_last)
+        kind = "factors" if isinstance(form, nn.Sequential) else "dense"
+        yield f"{name}, plain ({kind})", len(x), evaluation(dense, x), evaluation(form, x)
+
+
+def convolutions() -> Iterator[tuple[str, nn.Conv2d, TTConv, Tensor]]:
+    for channels, side in SIDES.items():
         for weight_format in ("chain", "matrix", "naive", "lowrank"):
             for ratio in (1.1, 3, 10):
                 for batch in (1, 32):
                     dense, x = pair(channels, side, batch, torch.channels_last)
                     layer = by_cores(dense, weight_format, ratio)
-                    name = f"{channels} -> {channels}, {weight_format} {ratio}x"
-                    yield name, batch, evaluation(dense, x), evaluation(layer, x)
+                    yield f"{channels} -> {channels}, {weight_format} {ratio}x", dense, layer, x
 
 
 def lookup() -> Iterator[tuple[str, int, Run, Run]]:

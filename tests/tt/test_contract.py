@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ttcompress.tt import contract as contract_module
 from ttcompress.tt.contract import contract, dense_weight, merge_all, merge_cores, pad_features
 from ttcompress.tt.cost import contraction_plan
 
@@ -96,3 +97,35 @@ def test_padding_is_zeros_at_the_end() -> None:
     x = np.random.default_rng(3).standard_normal((2, 5))
     np.testing.assert_array_equal(pad_features(torch.tensor(x), 8).numpy(), np.pad(x, ((0, 0), (0, 3))))
     np.testing.assert_array_equal(pad_features(torch.tensor(x), 5).numpy(), x)
+
+
+def test_the_gradient_of_a_large_product_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of first and second order, forward and by samples, as torch has it of the product that it knows."""
+    monkeypatch.setattr(contract_module, "LARGE_ENTRIES", 1)
+    torch.manual_seed(0)
+    matrix = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    z = torch.randn(5, 4, 2, dtype=torch.float64, requires_grad=True)
+    assert contract_module._is_worth_own_gradient(matrix, z)
+    apply = contract_module._apply
+    torch.testing.assert_close(apply(matrix, z), matrix @ z)
+    assert torch.autograd.gradcheck(apply, (matrix, z), check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(apply, (matrix, z))
+    per_sample = torch.func.vmap(torch.func.grad(lambda m, x: apply(m, x[None]).pow(2).sum()), (None, 0))
+    wanted = torch.func.vmap(torch.func.grad(lambda m, x: (m @ x).pow(2).sum()), (None, 0))
+    torch.testing.assert_close(per_sample(matrix, z), wanted(matrix, z))
+
+
+def test_large_products_of_a_layer_train_as_small_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    cores = [
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((1, 8, 32, 1, 4), (4, 32, 64, 1, 1))
+    ]
+    x = torch.randn(6, 32 * 64, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for least in (1, 10**9):
+        monkeypatch.setattr(contract_module, "LARGE_ENTRIES", least)
+        y = contract(cores, x)
+        gradients.append(torch.autograd.grad(y.pow(2).sum(), (x, *cores)))
+    for own, usual in zip(*gradients, strict=True):
+        torch.testing.assert_close(own, usual)

@@ -336,7 +336,9 @@ def _finetuning_lines(finetuning: Json | None) -> list[str]:
 def render_bench(result: Json) -> RenderableType:
     """Time and memory, dense against compressed: the whole network by batch size, then its layers."""
     where = f"{result['device']}, {result['dtype']}{_in_runtime(result)}"
-    title = _text(f"{result['file']} in {LAYER_WORDS[result['layers']]}: {result['what']} on {where}")
+    title = _text(
+        f"{result['file']} in {LAYER_WORDS.get(str(result.get('layers')), 'TT layers')}: {result['what']} on {where}"
+    )
     batches = result["batches"]
     tables = [_network_times(batches)]
     if batches[0]["layers"]:
@@ -344,7 +346,8 @@ def render_bench(result: Json) -> RenderableType:
     return Group(title, *tables)
 
 
-LAYER_WORDS = {"tt": "TT layers", "plain": "stock layers"}
+LAYER_WORDS = {"plain": "stock layers"}
+"""Older files know of TT layers only."""
 RUNTIME_WORDS = {
     "torch": "",
     "compile": ", torch.compile",
@@ -354,7 +357,6 @@ RUNTIME_WORDS = {
 
 
 def _in_runtime(bench: Json) -> str:
-    # Older files know of one only.
     runtime = bench.get("runtime", "torch")
     return RUNTIME_WORDS.get(runtime, f", {runtime}")
 
@@ -377,7 +379,7 @@ def _network_times(batches: Sequence[Json]) -> Table:
 
 
 def _file_ratio(dense: Json, compressed: Json) -> str:
-    return f"{compressed['file_bytes'] / dense['file_bytes']:.2f}" if dense["file_bytes"] else "-"
+    return f"{compressed['file_bytes'] / dense['file_bytes']:.2f}" if dense.get("file_bytes") else "-"
 
 
 def _network_cells(side: Json) -> list[str]:
@@ -387,7 +389,7 @@ def _network_cells(side: Json) -> list[str]:
         f"{side['throughput']:,.0f}",
         f"{side['multiply_adds']:,}",
         format_bytes(side["peak_memory"]),
-        format_bytes(side["file_bytes"]),
+        format_bytes(side.get("file_bytes")),
         side["memory_format"],
     ]
 
