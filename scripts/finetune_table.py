@@ -86,6 +86,7 @@ def run(checkpoint: Path, arguments: argparse.Namespace, ratio: float, epochs: i
         "compression": report["compression"],
         "before": (training["before"] or {}).get("compressed"),
         "best": training["best"],
+        "precision": training["precision"],
         "val": [epoch["val"] for epoch in training["history"]],
         "minutes": (time.perf_counter() - start) / 60,
         "resumed": resume,
@@ -95,7 +96,8 @@ def run(checkpoint: Path, arguments: argparse.Namespace, ratio: float, epochs: i
 
 def table(rows: list[Row]) -> str:
     """Medians over the seeds."""
-    lines = ["| network | dense | compression | epochs | before | after | seeds | device |", "|" + "---|" * 8]
+    heads = ["network", "dense", "compression", "epochs", "precision", "before", "after", "seeds", "device"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row["network"], row["ratio"], row["epochs"])):
         groups.setdefault(
@@ -105,8 +107,9 @@ def table(rows: list[Row]) -> str:
         before = "-" if found[0]["before"] is None else f"{median(row['before'] for row in found):.2f}"
         after = median(row["compressed"] for row in found)
         compression = "dense" if ratio == 1 else f"{median(row['compression'] for row in found):.2f}x"
-        first = f"| {network} | {found[0]['dense']:.2f} | {compression} | {epochs} | {before} | {after:.2f} "
-        lines.append(first + f"| {len(found)} | {device} |")
+        first = f"| {network} | {found[0]['dense']:.2f} | {compression} | {epochs} "
+        precision = found[0].get("precision") or found[0]["options"].get("precision", "float32")
+        lines.append(first + f"| {precision} | {before} | {after:.2f} | {len(found)} | {device} |")
     return "\n".join(lines)
 
 

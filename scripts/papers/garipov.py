@@ -8,7 +8,19 @@ from functools import partial
 from math import sqrt
 from pathlib import Path
 
-from scripts.papers.rows import Group, Row, Runs, Where, cells, header, minutes, paragraph, variance, wins
+from scripts.papers.rows import (
+    Group,
+    Row,
+    Runs,
+    Where,
+    cells,
+    header,
+    minutes,
+    paragraph,
+    trained_for,
+    variance,
+    wins,
+)
 from scripts.papers.training import (
     dense,
     dense_error,
@@ -160,7 +172,7 @@ def section(network: str, paper: dict[str, float], rows: Sequence[Row]) -> Itera
             name,
             f"{top1} ({top1 - BASELINES[network]:+.1f})",
             " / ".join(dict.fromkeys(f"{row['ours']['compression']:.2f}x" for row in both)) or "-",
-            " / ".join(dict.fromkeys(str(row["epochs"]) for row in both)) or "-",
+            " / ".join(dict.fromkeys(map(trained_for, both))) or "-",
             accuracy(scratch, "error", base),
             accuracy(pretrained, "dense_error"),
             accuracy(pretrained, "decomposed"),

@@ -80,6 +80,12 @@ def paragraph(text: str) -> Iterator[str]:
     yield ""
 
 
+def trained_for(row: Row) -> str:
+    """Its epochs, and their precision where that is not float32."""
+    precision = row.get("precision", "float32")
+    return str(row["epochs"]) if precision == "float32" else f"{row['epochs']}, {precision}"
+
+
 def minutes(*rows: Row | None) -> str:
     """How long these took."""
     return " + ".join(f"{row['minutes']:.1f}" for row in rows if row) or "-"

@@ -81,7 +81,9 @@ def compressed(source: Path, output: Path, recipe: Recipe) -> Report:
 def measured(recipe: str, report: Report, ours: Row, epochs: int) -> Row:
     """A row: its recipe, the error of the network and what else is known of it, and on what it was found."""
     n, errors = (report.accuracy or {})["n"], {"error": error(report)}
-    return {"recipe": recipe, "ours": {**errors, **ours}, "n": n, "seeds": 1, "epochs": epochs}
+    precision = (report.finetuning or {}).get("precision", "float32")
+    row = {"recipe": recipe, "ours": {**errors, **ours}, "n": n, "seeds": 1, "epochs": epochs}
+    return {**row, "precision": precision}
 
 
 def error(report: Report) -> float:

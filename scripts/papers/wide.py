@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from scripts.papers.rows import Group, Row, Runs, Where, cells, header, minutes, paragraph
+from scripts.papers.rows import Group, Row, Runs, Where, cells, header, minutes, paragraph, trained_for
 from scripts.papers.training import from_scratch, measured, recipe_of
 from ttcompress.report.text import format_bytes
 
@@ -87,7 +87,7 @@ def section(rows: Sequence[Row]) -> Iterator[str]:
             f"{ours['dense_params']:,}",
             format_bytes(4 * ours["dense_params"]),
             format_bytes(ours["peak_bytes"]) if ours["peak_bytes"] else "-",
-            row["epochs"],
+            trained_for(row),
             top1,
             f"{100 - ours['error']:.2f}",
             minutes(row),

@@ -144,3 +144,17 @@ def test_keywords_are_the_options_of_the_training() -> None:
     assert given - own == {field.name for field in fields(TrainingOptions)}
     with pytest.raises(TypeError, match="'learning_rate'; did you mean"):
         ttcompress.finetune(network(), loader(), learning_rate=1)
+
+
+def test_deterministic_is_for_the_training_alone() -> None:
+    found: list[bool] = []
+    model = network()
+    model.register_forward_pre_hook(lambda *_: found.append(torch.are_deterministic_algorithms_enabled()))
+    ttcompress.finetune(model, loader(), epochs=1, deterministic=True, device="cpu")
+    assert all(found)
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(RuntimeError):
+        ttcompress.finetune(
+            model, [(torch.ones(2, 3), torch.zeros(2).long())], deterministic=True, device="cpu"
+        )
+    assert not torch.are_deterministic_algorithms_enabled()

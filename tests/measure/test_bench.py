@@ -292,3 +292,26 @@ def test_the_faster_one_is_not_the_one_that_runs_first() -> None:
     # Two to warm up, two to know how long they take.
     rounds = [order[start] for start in range(4, len(order), 2)]
     assert {rounds.count("dense"), rounds.count("compressed")} <= {len(rounds) // 2, -(-len(rounds) // 2)}
+
+
+def test_memory_on_a_gpu_is_that_of_the_network_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others are there too: what was allocated before the forward pass does not count, its own weights do."""
+    allocated = {"now": 50_000, "peak": 90_000}
+    model = nn.Sequential(nn.Linear(10, 5), nn.Identity())
+
+    def reset(_: torch.device) -> None:
+        allocated["peak"] = allocated["now"]
+
+    def use(*_: object) -> None:
+        allocated["peak"] = max(allocated["peak"], allocated["now"] + 300)
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: allocated["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: allocated["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    model.register_forward_hook(use)
+
+    class There(Tensor):
+        device = torch.device("cuda", 0)
+
+    images = torch.ones(2, 10).as_subclass(There)
+    assert bench.peak_memory(model, images) == 4 * (10 * 5 + 5) + 300

@@ -440,6 +440,57 @@ def test_the_state_of_another_network_is_refused_in_one_line(options: Any, folde
         train(model, EVERYTHING, training_setup(folder, folder / "sgd"), resume=True)
 
 
+# ---------------------------------------------------------------------------------------------------- out of memory
+
+
+def raise_error(error: Exception) -> Callable[[], object]:
+    def act() -> None:
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nsecond line"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
+        MemoryError(),
+    ],
+    ids=str,
+)
+def test_out_of_memory_is_one_line_and_nothing_is_lost(
+    error: Exception, folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "x.training"
+    with pytest.raises(TrainingError) as caught:
+        go_on(folder, file, {("batch", 17): raise_error(error)})
+    assert str(caught.value) == (
+        "out of memory in epoch 2: a smaller --batch-size or a larger --accumulate takes less; "
+        f"the last good state is in {file}"
+    )
+    assert caught.value.__cause__ is error
+    assert position(file) == (1, 0)
+    go_on(folder, file, {})
+    assert is_whole(file, folder)
+
+
+def test_other_errors_of_the_network_are_its_own(folder: Path, tmp_path: Path) -> None:
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError) as caught:
+        go_on(folder, tmp_path / "x.training", {("batch", 3): raise_error(error)})
+    assert caught.value is error
+
+
+def test_without_a_saved_state_none_is_named(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "x.training"
+    with pytest.raises(TrainingError, match=r"takes less$"):
+        go_on(folder, file, {("score", 0): raise_error(MemoryError())})
+    assert not file.exists()
+
+
 # ------------------------------------------------------------------------------------------------------- not finite
 
 
