@@ -1,8 +1,8 @@
-"""Single layers against the dense ones they replace: python scripts/layer_speed.py [linear] [conv] [kinds] [cached]
+"""Single layers against the dense ones they replace: python scripts/layer_speed.py [linear] [conv] [kinds] [cached] [lookup]
 
 fc6 of VGG-16 at rank 4 (Novikov et al. 2015), forward and training step; `chain` convolutions at 10x, and those of
 other kinds at 4x, by their cores and as they choose themselves; and every format of a convolution at every size of
-rank, which must never be slower than the dense one. One thread, in alternation in one process, CPU seconds, medians.
+rank, which must never be slower than the dense one; rows of tables. One thread, in alternation in one process, CPU seconds, medians.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.layers.conv import CONV_LAYERS, TTConv
+from ttcompress.layers.embedding import TTEmbedding
 from ttcompress.layers.linear import TTLinear
 from ttcompress.layers.spec import layer_spec
-from ttcompress.records.layers import LinearSpec
+from ttcompress.records.layers import EmbeddingSpec, LinearSpec
 from ttcompress.tt.shapes import tensorize_shape
 
 Run = Callable[[], object]
@@ -27,12 +28,12 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("groups", nargs="*", default=["linear", "conv", "kinds", "cached"])
+    parser.add_argument("groups", nargs="*", default=["linear", "conv", "kinds", "cached", "lookup"])
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    cases = {"linear": linear, "conv": conv, "kinds": kinds, "cached": cached}
+    cases = {"linear": linear, "conv": conv, "kinds": kinds, "cached": cached, "lookup": lookup}
     print("| layer | batch | dense, ms | ours / dense |\n|---|---|---|---|")
     for group in arguments.groups:
         for name, batch, dense, ours in cases[group]():
@@ -107,6 +108,24 @@ def cached() -> Iterator[tuple[str, int, Run, Run]]:
                     layer = by_cores(dense, weight_format, ratio)
                     name = f"{channels} -> {channels}, {weight_format} {ratio}x"
                     yield name, batch, evaluation(dense, x), evaluation(layer, x)
+
+
+def lookup() -> Iterator[tuple[str, int, Run, Run]]:
+    for rows, dim in ((30_522, 384), (50_257, 768)):
+        dense = nn.Embedding(rows, dim)
+        for weight_format in ("lowrank", "matrix"):
+            modes = tensorize_shape(weight_format, (dim, rows))
+            for ratio in (2, 4, 8):
+                most = modes.max_ranks()
+                sizes = [tuple(min(rank, each) for each in most) for rank in range(1, max(most) + 1)]
+                ranks = max(each for each in sizes if modes.num_params(each) * ratio <= rows * dim)
+                layer = TTEmbedding(EmbeddingSpec(rows, dim), modes, ranks)
+                size = 4 * sum(core.numel() for core in layer.cores) / 1e6
+                name = f"{rows} x {dim}, {weight_format} {ratio}x, {size:.1f} of {4e-6 * rows * dim:.1f} MB"
+                for count in (1, 128, 4096):
+                    ids = torch.randint(rows, (count,))
+                    yield name, count, evaluation(dense, ids), evaluation(layer, ids)
+                assert not layer.cached_tensors()
 
 
 def pair(

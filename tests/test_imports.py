@@ -207,7 +207,7 @@ def test_quick_commands_load_neither_torch_nor_numpy(line: str, compressed: Path
 
 
 def test_package_exports_resolve_and_are_few() -> None:
-    assert len(ttcompress.__all__) <= 24
+    assert len(ttcompress.__all__) <= 26
     assert all(getattr(ttcompress, name) is not None for name in ttcompress.__all__)
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = ttcompress.no_such_name

@@ -14,7 +14,7 @@ import ttcompress
 from scripts import option_table
 from ttcompress.cli import commands
 from ttcompress.options import GROUPS, OPTIONS, RUN_OPTIONS, TABLE, Option, options_of
-from ttcompress.recipe import Recipe
+from ttcompress.recipe import TARGETS, Recipe
 from ttcompress.settings import Settings
 from ttcompress.train.setup import TrainingOptions
 
@@ -103,7 +103,9 @@ def test_training_options_agree_with_the_table() -> None:
             assert field.default == option.default, field.name
 
 
-@pytest.mark.parametrize("function", [ttcompress.compress, ttcompress.plan], ids=["compress", "plan"])
+@pytest.mark.parametrize(
+    "function", [ttcompress.compress, ttcompress.plan, ttcompress.sweep], ids=["compress", "plan", "sweep"]
+)
 def test_python_keywords_are_the_options_that_mean_something_there(function: Any) -> None:
     in_memory_only = {"module", "metric", "example", "inplace", "progress", "layers", "unknown"}
     # Files and networks by name are of the command line; here a module and tensors are at hand.
@@ -111,7 +113,12 @@ def test_python_keywords_are_the_options_that_mean_something_there(function: Any
     training = {option.name for option in TABLE if option.group == "Training"}
     wanted = RUN_OPTIONS.keys() - of_files - training
     named = set(inspect.signature(function).parameters) - in_memory_only
-    expected = wanted | {"plan"} if function is ttcompress.compress else wanted - {"data"}
+    targets = {name for group in TARGETS for name in group}
+    expected = {
+        ttcompress.compress: wanted | {"plan"},
+        ttcompress.plan: wanted - {"data"},
+        ttcompress.sweep: wanted - targets - {"val"} | {"ratios", "formats"},
+    }[function]
     assert named == expected
     for name in named & RUN_OPTIONS.keys():
         assert inspect.signature(function).parameters[name].default in (None, ())

@@ -46,6 +46,7 @@ ranks = [2, 3]
 conv-ranks = 8
 format = "auto"
 rank_multiple = 8
+any_time = false
 exec = "contract"
 tune = false
 input-size = [3, 32, 32]
@@ -241,6 +242,7 @@ def test_all_options_are_read_with_hyphens_or_underscores(tmp_path: Path) -> Non
         ranks=(2, 3),
         conv_ranks=8,
         rank_multiple=8,
+        any_time=False,
         format="auto",
         exec="contract",
         tune=False,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ttcompress.commands.in_memory import evaluate as evaluate
     from ttcompress.commands.in_memory import plan as plan
     from ttcompress.commands.in_memory import save as save
+    from ttcompress.commands.in_memory import sweep as sweep
     from ttcompress.commands.plain import to_plain as to_plain
     from ttcompress.errors import TTCompressError as TTCompressError
     from ttcompress.layers.conv import TTConv1d as TTConv1d
@@ -55,6 +56,7 @@ _HOMES = {
     "plan": "commands.in_memory",
     "read_report": "report.text",
     "save": "commands.in_memory",
+    "sweep": "commands.in_memory",
     "tensorize_shape": "tt.shapes",
     "to_plain": "commands.plain",
     "tt_svd": "tt.decompose",

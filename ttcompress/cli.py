@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import cloup
 
-from ttcompress.cli_options import PATH, check_values, stated_recipe, takes
+from ttcompress.cli_options import PATH, stated_recipe, takes
 from ttcompress.cli_pages import PageRequest, Verb, asked_page, sweep_page
 from ttcompress.errors import CheckpointError, PlanError, TrainingStoppedError, TTCompressError
 from ttcompress.options import flag
@@ -234,6 +234,7 @@ def sweep_command(
     Stopped or killed, the same command goes on with the points that are missing.
     """
     from ttcompress.commands.sweep import sweep_file
+    from ttcompress.options import check_values
     from ttcompress.report import text
 
     check_values(ratios=ratios, formats=formats)

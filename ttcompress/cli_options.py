@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 import click
 import cloup
 
-from ttcompress.errors import PlanError
-from ttcompress.options import GROUPS, OPTIONS, RUN_OPTIONS, Option, flag, options_of
+from ttcompress.options import GROUPS, RUN_OPTIONS, Option, options_of
 from ttcompress.recipe import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -153,19 +152,6 @@ def _help(option: Option) -> str:
     words = option.default_words
     is_off = option.kind.form == "switch" or not words
     return option.help if is_off else f"{option.help}  [default: {words}]"
-
-
-def check_values(**given: Any) -> None:
-    """See that options which are no part of a recipe have values of their kinds.
-
-    Raises:
-        PlanError: one has not.
-    """
-    for name, value in given.items():
-        kind = OPTIONS[name].kind
-        if value is not None and not kind.holds(value):
-            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            raise PlanError(f"{flag(name)} must be {kind.wanted}, not {shown}")
 
 
 def stated_recipe(given: dict[str, Any]) -> Recipe:

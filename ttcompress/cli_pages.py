@@ -96,7 +96,19 @@ class PageRequest:
 def sweep_page(path: Path | None, folder: Path, force: bool) -> PageRequest:
     """The page of a sweep: in its folder, where an older one of it is replaced, or where `--html` says."""
     asked = asked_page(path, force)
-    return asked or PageRequest(folder / "index.html", Extras(command=command_line()))
+    if asked is not None:
+        return asked
+    own = folder / "index.html"
+    if own.exists() and not force and not _is_page(own):
+        raise CheckpointError(
+            f"{own}: exists and is no page of ours; choose another name, or --force to replace it"
+        )
+    return PageRequest(own, Extras(command=command_line()))
+
+
+def _is_page(file: Path) -> bool:
+    with file.open("rb") as held:
+        return b"ttcompress</title>" in held.read(2000)
 
 
 def asked_page(path: Path | None, force: bool) -> PageRequest | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
+from ttcompress.errors import PlanError
 from ttcompress.records.layers import Execution
 from ttcompress.records.plan import CORE_DTYPES
 from ttcompress.tt.shapes import FORMATS
@@ -267,6 +268,12 @@ TABLE: tuple[Option, ...] = (
         "TT-ranks that --eps and budgets choose are multiples of N, or all that a cut carries; below N powers "
         "of two. auto: 8 where both sides of a layer have 128 and more and the budget can be met so, else 1.",
         default="auto", metavar="N",
+    ),
+    Option(
+        "any_time", SWITCH, LAYERS, SHAPING,
+        "Under --ratio, --params and --eps: choose forms by error alone. Without it one that runs no faster "
+        "than the dense layer is chosen only where the plan would lose over 3 % otherwise, and a note says so.",
+        default=False,
     ),
     Option(
         "formats", FORMAT_NAMES, LAYERS, ("sweep",), "Every ratio in each of these formats, instead of --format.",
@@ -531,3 +538,16 @@ RULE_KINDS: Mapping[str, Kind] = {
 def options_of(command: str) -> list[Option]:
     """The options that a verb takes, in the order of the table."""
     return [option for option in TABLE if command in option.commands]
+
+
+def check_values(**given: Any) -> None:
+    """See that options which are no part of a recipe have values of their kinds.
+
+    Raises:
+        PlanError: one has not.
+    """
+    for name, value in given.items():
+        kind = OPTIONS[name].kind
+        if value is not None and not kind.holds(value):
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            raise PlanError(f"{flag(name)} must be {kind.wanted}, not {shown}")

@@ -16,7 +16,7 @@ from ttcompress.records.reading import read_text
 Ranks = int | tuple[int, ...]
 TARGETS = (("ranks", "conv_ranks"), ("eps",), ("ratio",), ("params",), ("macs_ratio",), ("latency_ratio",))
 """What a run can aim at; the options of one group go together."""
-FORM = ("format", "rank_multiple", "in_modes", "out_modes", "include", "exclude")
+FORM = ("format", "rank_multiple", "any_time", "in_modes", "out_modes", "include", "exclude")
 """Options that say which layers get which form."""
 LONGEST_SHOWN = 60
 _RUN_KINDS = {name: option.kind for name, option in RUN_OPTIONS.items()}
@@ -61,6 +61,7 @@ class Recipe:
     max_drop: float | None = None
     format: str | None = None
     rank_multiple: int | str | None = None
+    any_time: bool | None = None
     exec: str | None = None
     tune: bool | None = None
     input_size: tuple[int, ...] = ()

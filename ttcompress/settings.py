@@ -21,6 +21,7 @@ class Settings:
     key: str
     format: str
     rank_multiple: int | str
+    any_time: bool
     exec: str
     tune: bool
     input_size: tuple[int, ...]

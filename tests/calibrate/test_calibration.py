@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ttcompress
-from ttcompress.calibrate import observe, sweeps
+from ttcompress.calibrate import layer_statistics, observe, sweeps
 from ttcompress.calibrate import statistics as calibrate
 from ttcompress.calibrate.batch_norm import recalibrate_batch_norm
 from ttcompress.calibrate.decompose import decompose, weight_only
 from ttcompress.calibrate.held_out_errors import network_error, output_errors
+from ttcompress.calibrate.layer_statistics import LayerStatistics
 from ttcompress.calibrate.observe import layer_inputs
 from ttcompress.calibrate.reference import Reference
-from ttcompress.calibrate.statistics import LayerStatistics, measure
+from ttcompress.calibrate.statistics import measure
 from ttcompress.calibrate.sweeps import fit_layer, input_pairs, sweep_layers
 from ttcompress.calibrate.uses import Kind, Use
 from ttcompress.data.calibration_images import DEFAULT_IMAGES, Calibration, draw_calibration
@@ -340,7 +341,7 @@ def test_squared_norms_in_the_metric_are_changes_of_the_network(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the mean over images, for a linear network and independent positions; a shift of all logits is no change."""
-    monkeypatch.setattr(calibrate, "EVEN", 0.0)
+    monkeypatch.setattr(layer_statistics, "EVEN", 0.0)
     monkeypatch.setattr(whiten, "DAMPING", 0.0)
     torch.manual_seed(0)
     layer = nn.Conv2d(6, 5, 1) if kind == "images" else nn.Linear(6, 5)
@@ -443,7 +444,7 @@ def test_a_share_of_the_output_metric_is_even(monkeypatch: pytest.MonkeyPatch) -
     inputs, outputs = moments(6, 40, 0), moments(5, 40, 1)
     metric = LayerStatistics(inputs, inputs, outputs).metrics(tensorize_shape("lowrank", (5, 6)))[1]
     values = np.linalg.eigvalsh(outputs.own.numpy())
-    expected = (1 - calibrate.EVEN) * values + calibrate.EVEN * values.mean()
+    expected = (1 - layer_statistics.EVEN) * values + layer_statistics.EVEN * values.mean()
     found = np.linalg.eigvalsh(metric.squared().out.numpy())
     np.testing.assert_allclose(found / found.sum(), expected / expected.sum(), rtol=1e-9)
 
@@ -461,7 +462,7 @@ def test_whitening_never_misses_the_outputs_by_more_than_weight_only(
     assert [tuple(core.shape) for core in cores] == layer.tensorization.core_shapes(layer.tt_ranks)
     found, plain = (weight - dense_weight(each, case[1]) for each in (cores, weight_only(weight, layer)))
     assert output_cost(found, inputs) <= output_cost(plain, inputs)
-    outputs = statistics.outputs.blended(calibrate.EVEN)
+    outputs = statistics.outputs.blended(layer_statistics.EVEN)
     assert output_cost(found, held_out, outputs) <= output_cost(plain, held_out, outputs)
 
 

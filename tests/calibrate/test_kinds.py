@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ttcompress
-from ttcompress.calibrate import observe
+from ttcompress.calibrate import decompose as decomposing
+from ttcompress.calibrate import layer_statistics, observe, tables
 from ttcompress.calibrate import statistics as calibrate
 from ttcompress.calibrate.held_out_errors import network_error
+from ttcompress.calibrate.layer_statistics import LayerStatistics
 from ttcompress.calibrate.observe import layer_inputs, layer_outputs
-from ttcompress.calibrate.statistics import LayerStatistics, measure
+from ttcompress.calibrate.statistics import measure
 from ttcompress.data.calibration_images import Calibration, draw_calibration
 from ttcompress.layers.spec import viewed
 from ttcompress.networks.running import map_tensors, tensors_of
@@ -352,7 +354,7 @@ def test_both_ways_to_see_a_weight_agree_in_the_mean() -> None:
 
 def test_gradients_of_a_weight_know_how_positions_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a mean over positions only the mean input matters, which products of moments do not see."""
-    monkeypatch.setattr(calibrate, "EVEN", 0.0)
+    monkeypatch.setattr(layer_statistics, "EVEN", 0.0)
     monkeypatch.setattr(whiten, "DAMPING", 0.0)
     torch.manual_seed(0)
 
@@ -495,3 +497,60 @@ def test_the_error_of_the_network_is_told_for_weights_of_all_kinds() -> None:
     for layer in report.plan.layers:
         assert layer.output_error is not None
         assert all(0 < error < 1 for error in layer.output_error.values())
+
+
+# ---------------------------------------------------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize("name", ["lowrank", "matrix"])
+def test_rows_that_are_never_seen_keep_to_a_bound_which_the_report_tells(name: str) -> None:
+    """A multiple of what they have at the same TT-ranks without images."""
+    model, tokens = toy("sentences", 200)
+    options: dict[str, Any] = {"ranks": 4, "format": name, "include": ("embed",)}
+    plain, _ = ttcompress.compress(model, **options)
+    small, report = ttcompress.compress(model, **options, calib=tokens)
+    # What is held out decides, and is nothing to learn from.
+    never = np.setdiff1d(np.arange(50), tokens.numpy())
+    dense = model.embed.weight.detach()[never]
+
+    def error(other: nn.Module) -> float:
+        return float((other.embed.weight.detach()[never] - dense).norm() / dense.norm())
+
+    assert 10 < len(never) < 20
+    (layer,) = report.plan.layers
+    assert error(small) <= tables.UNSEEN_LIMIT * error(plain)
+    told = f"{len(never)} of 50 rows are not in the calibration data"
+    bound = f"relative error is {error(small):.3f}, at most {tables.UNSEEN_LIMIT * error(plain):.3f}"
+    assert layer.note == f"{told}; their {bound}"
+
+
+def test_no_stage_gives_them_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "UNSEEN_LIMIT", 0.5)
+    monkeypatch.setattr(decomposing, "UNSEEN_LIMIT", 0.5)
+    model, tokens = toy("sentences", 200)
+    options: dict[str, Any] = {"ranks": 4, "format": "lowrank", "include": ("embed",)}
+    plain, _ = ttcompress.compress(model, **options)
+    small, report = ttcompress.compress(model, **options, calib=tokens)
+    assert report.calibration is not None
+    assert not any(entry["kept"] for entry in report.calibration["stages"][1:])
+    torch.testing.assert_close(small.embed.weight, plain.embed.weight)
+
+
+def test_a_share_of_the_metric_of_a_table_is_even_over_its_rows() -> None:
+    model, tokens = toy("sentences")
+    found = statistics(model, calibrated(tokens))["embed"]
+    counts = found.inputs.own
+    even = layer_statistics.UNSEEN * counts.mean()
+    close(found.input_metric.own, ((1 - layer_statistics.UNSEEN) * counts + even).numpy())
+    assert float(found.input_metric.own.min()) > 0
+
+
+def test_recurrent_modules_have_gradients_in_eval_mode() -> None:
+    """Those of cuDNN have not, so that it is left out meanwhile."""
+    before = torch.backends.cudnn.enabled
+    seen: list[bool] = []
+    for model in (Recurrent(), nn.Linear(2, 2)):
+        with observe.gradients_in_eval(model):
+            seen.append(torch.backends.cudnn.enabled)
+        assert torch.backends.cudnn.enabled == before
+    assert seen == [False, before]

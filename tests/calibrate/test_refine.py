@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from ttcompress.calibrate import natural_gradient
 from ttcompress.calibrate import refine as refinement
 from ttcompress.calibrate.held_out_errors import network_error
+from ttcompress.calibrate.layer_statistics import LayerStatistics, Statistics
 from ttcompress.calibrate.natural_gradient import NaturalGradient
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.refine import Schedule, augment, moved, refine
-from ttcompress.calibrate.statistics import LayerStatistics, Statistics, measure
+from ttcompress.calibrate.statistics import measure
 from ttcompress.data.calibration_images import Calibration, draw_calibration
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear

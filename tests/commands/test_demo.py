@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import Page
 
 from ttcompress import cli
 from ttcompress.commands.demo import train_digits
 from ttcompress.report.text import read_report
 
-FILES = {"digits.pt", "digits-tt.safetensors", "digits-dense.pt"}
+FILES = {"digits.pt", "digits-tt.safetensors", "digits-dense.pt", "digits.html"}
 
 
 @pytest.fixture
@@ -33,6 +34,11 @@ def test_demo(output: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["ttcompress-demo"]
     folder = tmp_path / "ttcompress-demo"
     assert {path.name for path in folder.iterdir()} == FILES
+
+    assert output.splitlines()[-1].endswith("ttcompress-demo/digits.html")
+    page = Page((folder / "digits.html").read_text())
+    assert page.sections == ["summary", "curve", "layers", "spectra", "samples", "notes"]
+    assert len(page.all("img")) > 0
 
     report = read_report(folder / "digits-tt.safetensors")
     assert 4 <= report.compression <= 4 * 1.02

@@ -34,6 +34,7 @@ from ttcompress.files.checkpoint import load_compressed
 from ttcompress.files.header import read_header, read_metadata
 from ttcompress.files.shards import stored_bytes
 from ttcompress.layers.linear import TTLinear
+from ttcompress.networks.opening import open_compressed
 from ttcompress.networks.zoo import Mlp
 from ttcompress.planning.plan_file import read_plan, write_plan
 from ttcompress.recipe import Recipe
@@ -211,6 +212,63 @@ def test_a_factory_makes_it_a_network_again(tmp_path: Path) -> None:
     assert torch.equal(loaded.fc.bias, net.fc.bias)
 
 
+class Everything(nn.Module):
+    """One weight of each kind, tied ones, and a buffer that no checkpoint has to bring."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(64, 32)
+        self.speech = nn.Conv1d(32, 32, 3, padding=1)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.lstm = nn.LSTM(32, 16, batch_first=True, bidirectional=True)
+        self.image = nn.Conv2d(1, 32, 3, padding=1)
+        self.norm = nn.BatchNorm2d(32)
+        self.head = nn.Linear(32, 64, bias=False)
+        self.head.weight = self.table.weight
+        self.scale = nn.Parameter(torch.randn(32, 32))
+        self.register_buffer("positions", torch.arange(7), persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        x = self.speech(x.mT).mT @ self.scale
+        x = self.attention(x, x, x)[0]
+        x = self.lstm(x)[0]
+        x = self.norm(self.image(x[:, None])).mean(1)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "net."])
+def test_weights_of_all_kinds_load_into_their_network(tmp_path: Path, prefix: str) -> None:
+    torch.manual_seed(0)
+    net = Everything().eval()
+    state = {f"{prefix}{name}": tensor for name, tensor in net.state_dict().items()}
+    # As checkpoints of older libraries have it.
+    state[f"{prefix}positions"] = torch.arange(7)
+    torch.save(state, tmp_path / "net.pt")
+    report = compress_file(
+        tmp_path / "net.pt", tmp_path / "out.safetensors", Recipe(arch="none", ratio=2, include=("*",))
+    )
+    assert report.compression >= 2
+    assert len(report.layers) >= 5
+    assert f"{prefix}positions" in load_file(tmp_path / "out.safetensors")
+
+    expand_file(tmp_path / "out.safetensors", tmp_path / "dense.safetensors")
+    dense = load_file(tmp_path / "dense.safetensors")
+    assert dense.keys() == state.keys()
+    net.load_state_dict({name.removeprefix(prefix): each for name, each in dense.items()}, strict=False)
+
+    loaded = ttcompress.load(tmp_path / "out.safetensors", factory=Everything)
+    ids = torch.randint(64, (2, 7))
+    torch.testing.assert_close(loaded(ids), net(ids), rtol=1e-3, atol=1e-4)
+    # The network tells what the names did not.
+    assert isinstance(loaded, Everything)
+
+    network, known = open_compressed(tmp_path / "out.safetensors", Everything)
+    ttcompress.save(network, known, tmp_path / "again.safetensors")
+    again = ttcompress.load(tmp_path / "again.safetensors", factory=Everything)
+    assert torch.equal(again(ids), loaded(ids))
+
+
 def test_plan_and_what_it_makes(shards: Path, compressed: Path, tmp_path: Path) -> None:
     planned = plan_file(shards, GOAL)
     write_plan(tmp_path / "plan.json", planned.plan)
@@ -222,7 +280,7 @@ def test_plan_and_what_it_makes(shards: Path, compressed: Path, tmp_path: Path) 
 
 def test_pickled_checkpoints_and_prefixes(tmp_path: Path) -> None:
     """Names stay exactly as they are, tied weights are stored once and come back as two."""
-    table = torch.randn(32, 32)
+    table = matrix(32, 32, 2)
     tensors = {"module.a.weight": table, "module.b.weight": table, "module.c.weight": matrix(32, 32, 1)}
     torch.save(tensors, tmp_path / "net.pt")
     report = compress_file(tmp_path / "net.pt", tmp_path / "out.safetensors", Recipe(arch="none", ranks=2))

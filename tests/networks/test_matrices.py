@@ -71,9 +71,9 @@ def test_every_kept_parameter_has_its_reason() -> None:
         "fc.bias": "bias",
         "transposed.weight": "not selected",
         "transposed.bias": "bias",
-        "norm.weight": "1-d, no matrix",
-        "conv.weight": "4-d, no matrix",
-        "scalar": "not called X.weight",
+        "norm.weight": "a vector",
+        "conv.weight": "not selected",
+        "scalar": "a number",
         "empty.weight": "empty",
         "narrow.weight": "float8_e4m3fn",
     }
@@ -125,3 +125,26 @@ def test_tied_matrices_are_one_layer_and_are_stored_once() -> None:
 def test_a_layer_whose_name_is_a_pattern_can_be_named() -> None:
     model = Weights({"h[0].weight": torch.randn(32, 32), "h.weight": torch.randn(32, 32)})
     assert [layer.fqn for layer in make_plan(model, Recipe(ranks=1, include=("h[0]",))).layers] == ["h[0]"]
+
+
+def test_weights_of_any_name_and_of_up_to_five_axes() -> None:
+    shapes = {
+        "conv.weight": (8, 4, 3, 3), "conv.bias": (8,), "speech.weight": (8, 4, 5), "video.weight": (4, 8, 3, 3, 3),
+        "attention.in_proj_weight": (96, 32), "attention.out_proj.weight": (32, 32), "attention.out_proj.bias": (32,),
+        "lstm.weight_ih_l0": (64, 32), "lstm.weight_hr_l0": (32, 64), "lstm.bias_ih_l0": (64,), "tokens": (1, 8, 8),
+        "mask.bias": (1, 1, 16, 16), "cls": (1, 1, 8), "six.weight": (2,) * 6, "gain.weight": (8, 1, 1),
+    }  # fmt: skip
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    model = Weights(tensors)
+    assert model.state_dict().keys() == tensors.keys()
+    plan = make_plan(model, Recipe(ranks=1, conv_ranks=1, include=("*",)))
+    found = {layer.weight_name: (layer.spec.kind, layer.spec.view_shape) for layer in plan.layers}
+    assert found == {
+        name: ("linear" if name.startswith("attention.out") else "weight", shapes[name])
+        for name in ("conv.weight", "speech.weight", "video.weight", "attention.in_proj_weight",
+                     "attention.out_proj.weight", "lstm.weight_ih_l0", "lstm.weight_hr_l0", "tokens")
+    }  # fmt: skip
+    reasons = {kept.name: kept.reason for kept in plan.kept}
+    assert reasons["mask.bias"] == "bias"
+    assert reasons["cls"] == reasons["gain.weight"] == "a vector"
+    assert reasons["six.weight"] == "6-d, no weight"

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import run_command
 from torch import Tensor, nn
 
 import ttcompress
-from tests.command_line import run_command
 from ttcompress.errors import PlanError
 from ttcompress.files.checkpoint import load_compressed
 from ttcompress.layers import base

@@ -332,7 +332,7 @@ def test_a_ratio_is_met_within_two_percent(ratio: float, seed: int) -> None:
     )
     plan = make_plan(model, Recipe(ratio=ratio))
     assert ratio <= plan.compression <= 1.02 * ratio
-    assert plan.notes == ()
+    assert not any("rank choice" in note for note in plan.notes)
     check_totals(model, plan)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ttcompress.calibrate.statistics import LayerStatistics
+from ttcompress.calibrate.layer_statistics import LayerStatistics
+from ttcompress.calibrate.tables import UNSEEN_LIMIT, error_of, never_seen
 from ttcompress.networks.surgery import install
 from ttcompress.networks.weights import parameter_of, tied_names
 from ttcompress.records.plan import LayerPlan
@@ -23,7 +25,7 @@ def decompose(weight: Tensor, layer: LayerPlan, statistics: LayerStatistics) -> 
 
     The input metric is full or diagonal: the full one knows more, the diagonal one is estimated better from
     few images. What misses the outputs on the calibration images by more than weight-only TT-SVD does is not
-    considered.
+    considered, nor what gives up the rows of a table that these do not look up.
     """
     if layer.spec.groups > 1:
         one = _of_one_group(layer)
@@ -32,6 +34,8 @@ def decompose(weight: Tensor, layer: LayerPlan, statistics: LayerStatistics) -> 
 
     plain = weight_only(weight, layer)
     missed = weight - _dense(plain, weight)
+    rows = never_seen(statistics)
+    most = inf if rows is None else UNSEEN_LIMIT * error_of(weight, weight - missed, rows)
     limit = output_cost(missed, statistics.input_metric)
 
     outputs, held_out = statistics.output_metric, statistics.held_out_metric
@@ -41,6 +45,8 @@ def decompose(weight: Tensor, layer: LayerPlan, statistics: LayerStatistics) -> 
         metrics = statistics.metrics(layer.tensorization, diagonal)
         cores = whitened_svd(weight, layer.tensorization, layer.tt_ranks, metrics)
         missed = weight - _dense(cores, weight)
+        if rows is not None and error_of(weight, weight - missed, rows) > most:
+            continue
         cost = output_cost(missed, held_out, outputs)
         if cost < least and output_cost(missed, statistics.input_metric) <= limit:
             best, least = cores, cost

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ttcompress.calibrate.statistics import Statistics
+from ttcompress.calibrate.layer_statistics import Statistics
 from ttcompress.layers.base import TTLayer
 from ttcompress.layers.rebuilt import TTWeight
 from ttcompress.networks.running import NetworkInput, batch_size, call, centred

@@ -72,6 +72,19 @@ def _module_by_module() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+@contextmanager
+def gradients_in_eval(model: nn.Module) -> Iterator[None]:
+    """CuDNN has gradients of recurrent modules in training mode only; torch's own kernels have them in eval mode."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = before and not any(
+        isinstance(each, nn.RNNBase) for each in model.modules()
+    )
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
 # ------------------------------------------------------------------------------------------------------------- columns
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.calibrate.natural_gradient import NaturalGradient, half_squared_error
+from ttcompress.calibrate.observe import gradients_in_eval
 from ttcompress.calibrate.reference import Reference
 from ttcompress.data.augment import CROP, flipped, shifted
 from ttcompress.data.calibration_images import Calibration
@@ -73,6 +74,13 @@ def refine(
     in the end changes nothing.
     """
     compressed.requires_grad_()
+    with gradients_in_eval(compressed):
+        _refine(reference, compressed, steps, seed, progress)
+
+
+def _refine(
+    reference: Reference, compressed: nn.Module, steps: int, seed: int, progress: Progress | None
+) -> None:
     natural = NaturalGradient(tt_parts(compressed), reference.statistics)
 
     rate = STEP * natural.best_step(compressed, *next(_answered(reference, seed)))

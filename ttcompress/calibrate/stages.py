@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import inf, isfinite
 
@@ -15,6 +15,7 @@ from ttcompress.calibrate.held_out_errors import network_error, output_errors
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.refine import refine
 from ttcompress.calibrate.sweeps import sweep_layers
+from ttcompress.calibrate.tables import Unseen, unseen_rows
 from ttcompress.data.calibration_images import Calibration
 from ttcompress.errors import DataError
 from ttcompress.networks.held import copied
@@ -39,13 +40,15 @@ EFFORTS = {"fast": Effort(1, 0), "default": Effort(1, 150), "max": Effort(2, 400
 class Stages:
     """The best network so far, and what each stage was worth.
 
-    `errors` holds by fqn and stage the relative output error; a stage that was not kept has none.
+    `errors` holds by fqn and stage the relative output error; a stage that was not kept has none. `unseen` are the
+    rows of tables that no stage may give up.
     """
 
     def __init__(self, dense: nn.Module, plan: CompressionPlan, calibration: Calibration) -> None:
         self.model = copied(dense)
         self.log: list[Json] = []
         self.errors: dict[str, dict[str, float]] = {layer.fqn: {} for layer in plan.layers}
+        self.unseen: Mapping[str, Unseen] = {}
         self._dense, self._plan, self._calibration = dense, plan, calibration
         self._least = inf
 
@@ -57,7 +60,7 @@ class Stages:
 
         # The first stage is kept whatever comes of it: it is what makes the network smaller.
         error = self._error(trial)
-        is_better = error < self._least or not self.log
+        is_better = (error < self._least and self._keeps_unseen(trial)) or not self.log
         self.log.append({"stage": name, "error": error if isfinite(error) else None, "kept": is_better})
         if not is_better:
             return
@@ -66,6 +69,9 @@ class Stages:
         by_layer = output_errors(self._dense, trial, self._plan, self._calibration)
         for fqn, missed in by_layer.items():
             self.errors[fqn][name] = missed
+
+    def _keeps_unseen(self, trial: nn.Module) -> bool:
+        return all(each.error(self._dense, trial) <= each.bound for each in self.unseen.values())
 
     def _error(self, trial: nn.Module) -> float:
         try:
@@ -90,6 +96,7 @@ def compress_calibrated(
         return decompose(weight, layer, reference.statistics[layer.fqn])
 
     stages.run("weights", lambda model: _decompose_all(model, dense, plan, weight_only, progress))
+    stages.unseen = unseen_rows(dense, stages.model, plan, reference.statistics)
     stages.run("whitened", lambda model: _decompose_all(model, dense, plan, whitened, progress))
     if amount.sweeps:
         stages.run("sweeps", lambda model: sweep_layers(reference, model, plan, amount.sweeps, progress))
@@ -106,7 +113,16 @@ def _with_errors(plan: CompressionPlan, dense: nn.Module, stages: Stages) -> Com
     layers = []
     for layer in plan.layers:
         relative_error = _relative_error(dense, stages.model, layer)
-        layers.append(replace(layer, relative_error=relative_error, output_error=stages.errors[layer.fqn]))
+        unseen = stages.unseen.get(layer.fqn)
+        note = unseen.note(unseen.error(dense, stages.model)) if unseen else ""
+        layers.append(
+            replace(
+                layer,
+                relative_error=relative_error,
+                output_error=stages.errors[layer.fqn],
+                note="; ".join(each for each in (layer.note, note) if each),
+            )
+        )
     return plan.with_layers(layers)
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from ttcompress.calibrate.decompose import weight_only
+from ttcompress.calibrate.in_step import in_step
+from ttcompress.calibrate.layer_statistics import LayerStatistics
 from ttcompress.calibrate.observe import Call, hooked
 from ttcompress.calibrate.reference import Reference
-from ttcompress.calibrate.statistics import LayerStatistics
 from ttcompress.calibrate.uses import Kind, Use
 from ttcompress.data.calibration_images import Calibration
-from ttcompress.networks.running import NetworkInput, batch_size, call, device_of, placed
+from ttcompress.networks.running import NetworkInput, batch_size, call, device_of, placed, tensors_of
 from ttcompress.networks.weights import cores_of, weight_of
 from ttcompress.records.common import Progress
 from ttcompress.records.plan import CompressionPlan, LayerPlan
@@ -23,6 +25,8 @@ from ttcompress.tt.decompose import spread_norm
 from ttcompress.tt.fit import fit_cores, output_error
 from ttcompress.tt.whiten import Moments
 
+IN_STEP_BYTES = 2**25
+"""Of all inputs together, up to which passes over them may be halted side by side."""
 SWEEP_IMAGES = 512
 """Images that a layer's least-squares fit sees."""
 
@@ -40,35 +44,36 @@ def sweep_layers(
     lost.
     """
     layers = {layer.fqn: layer for layer in plan.layers}
-    order = [layers[fqn] for fqn, each in reference.statistics.items() if fqn in layers and _is_fitted(each)]
-    for done, layer in enumerate(order):
-        if progress:
-            progress(f"fitting {layer.fqn}", done, len(order))
-        _sweep(reference, compressed, layer, sweeps)
+    order = [(layers[fqn], _fitted_use(each)) for fqn, each in reference.statistics.items() if fqn in layers]
+    fitted = [(layer, use) for layer, use in order if use is not None]
+    with pairs_by_layer(reference, compressed, [use.fqn for _, use in fitted]) as pairs_of:
+        for done, (layer, use) in enumerate(fitted):
+            if progress:
+                progress(f"fitting {layer.fqn}", done, len(fitted))
+            _sweep(reference, compressed, layer, use, pairs_of(layer, use), sweeps)
 
 
-def _is_fitted(statistics: LayerStatistics) -> bool:
-    """Whether a weight multiplies what is seen of one module.
+def _fitted_use(statistics: LayerStatistics) -> Use | None:
+    """The one module at which a weight multiplies what is seen, where there is one.
 
     What is looked up does not depend on what came before, so that nothing is left to fit.
     """
     use = statistics.use
-    return use is not None and use.kind is not Kind.LOOKUP and not use.swapped
+    return None if use is None or use.kind is Kind.LOOKUP or use.swapped else use
 
 
-def _sweep(reference: Reference, compressed: nn.Module, layer: LayerPlan, sweeps: int) -> None:
-    statistics = reference.statistics[layer.fqn]
-    assert statistics.use is not None
-    pairs = input_pairs(reference.dense, compressed, layer, statistics.use, reference.calibration)
-
+def _sweep(
+    reference: Reference, compressed: nn.Module, layer: LayerPlan, use: Use, pairs: Moments, sweeps: int
+) -> None:
     # Where there is a bias it takes up the mean error, so that the cores need not.
-    theirs, ours = (_bias(each, layer, statistics.use) for each in (reference.dense, compressed))
+    theirs, ours = (_bias(each, layer, use) for each in (reference.dense, compressed))
     fitting = pairs if theirs is None else pairs.centred()
 
     own = cores_of(compressed, layer)
     start = [core.detach().double() for core in own]
     weight = weight_of(reference.dense, layer)
-    cores = fit_layer(weight, layer, start, fitting, statistics.output_metric, sweeps)
+    metric = reference.statistics[layer.fqn].output_metric
+    cores = fit_layer(weight, layer, start, fitting, metric, sweeps)
     for core, fitted in zip(own, spread_norm(cores), strict=True):
         core.data = fitted.to(core)
     if theirs is not None and ours is not None:
@@ -114,12 +119,60 @@ class _Reached(BaseException):
     """
 
 
+@contextmanager
+def pairs_by_layer(
+    reference: Reference, compressed: nn.Module, order: Sequence[str]
+) -> Iterator[Callable[[LayerPlan, Use], Moments]]:
+    """What gives the paired moments of a weight's inputs, to be asked for in this order of modules."""
+    dense = reference.dense
+    one_by_one = partial(input_pairs, dense, compressed, calibration=reference.calibration)
+    batches = _fitted_batches(reference) if reference.in_step else []
+    if not batches:
+        yield one_by_one
+        return
+
+    with in_step([compressed, dense], order, batches) as walks:
+
+        def together(layer: LayerPlan, use: Use) -> Moments:
+            ours, theirs = (walk.calls(use.fqn) if walk.is_on_time else None for walk in walks)
+            # A network that comes by its modules in another order is run anew for each.
+            if ours is None or theirs is None:
+                return one_by_one(layer, use)
+
+            geometry = dense.get_submodule(use.fqn)
+            pairs = _no_pairs(layer)
+            for offset, (batch, *calls) in enumerate(zip(batches, ours, theirs, strict=True)):
+                models = zip((compressed, dense), calls, strict=True)
+                columns, partners = (
+                    use.inputs(model.get_submodule(use.fqn), at, offset, geometry)[0] for model, at in models
+                )
+                pairs.add(columns, partners, batch_size(batch))
+            return pairs
+
+        yield together
+
+
+def _fitted_batches(reference: Reference) -> list[NetworkInput]:
+    """The batches that weights are fitted to, none where so many at once would take much memory."""
+    batches, seen, held = [], 0, 0
+    for batch in reference.calibration.fitting(0):
+        if seen >= SWEEP_IMAGES:
+            break
+        seen += batch_size(batch)
+        held += sum(tensor.nbytes for tensor in tensors_of(batch))
+        batches.append(placed(batch, device_of(reference.dense)))
+    return batches if held <= IN_STEP_BYTES else []
+
+
+def _no_pairs(layer: LayerPlan) -> Moments:
+    return Moments(prod(layer.spec.view_shape[1:]), paired=True)
+
+
 def input_pairs(
     dense: nn.Module, compressed: nn.Module, layer: LayerPlan, use: Use, calibration: Calibration
 ) -> Moments:
     """Paired moments of a weight's inputs in the compressed network (own) and in the dense one (crossed)."""
-    pairs = Moments(prod(layer.spec.view_shape[1:]), paired=True)
-
+    pairs = _no_pairs(layer)
     seen = 0
     for offset, batch in enumerate(calibration.fitting(0)):
         if seen >= SWEEP_IMAGES:

@@ -10,9 +10,10 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
+from ttcompress.calibrate.layer_statistics import LayerStatistics
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.stages import adopt, compress_calibrated
-from ttcompress.calibrate.statistics import LayerStatistics, measure
+from ttcompress.calibrate.statistics import measure
 from ttcompress.commands.inputs import Score
 from ttcompress.data.calibration_images import Calibration
 from ttcompress.errors import DataError, PlanError, TTCompressError, shortlist
@@ -36,12 +37,15 @@ from ttcompress.records.layers import Execution, LayerSpec
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.runtime import threads_as_set
 from ttcompress.settings import Settings
+from ttcompress.tt.cost import Calls
 from ttcompress.tt.decompose import squared_spectra
 from ttcompress.tt.shapes import Tensorization
 from ttcompress.tt.whiten import ModeMetric
 
 SEARCH_STEP = 1.05
 """The search for the smallest network ends when the next point would be nearer than this factor."""
+COUNTS_PARAMETERS = ("ratio", "params", "eps", "max_drop")
+"""Targets whose plans take forms that cost time only where they must."""
 
 
 LARGEST_DRAWN = 2**22
@@ -63,7 +67,7 @@ class Compressed:
 class Compressor:
     """How one network is compressed; what does not depend on the target is computed once.
 
-    `measured` are the statistics of layers so far; compressors of the same network and images may share them.
+    `measured` are the statistics of layers so far; compressors of the same network and images may share them. `in_step` as in `Reference`.
     `results` may compute spectra elsewhere. Multiply-adds and latency depend on the first input of `example`, else
     on `input_shape`, that of one input, else on the first input to calibrate on.
     """
@@ -77,6 +81,7 @@ class Compressor:
     input_shape: tuple[int, ...] = ()
     example: NetworkInput | None = None
     measured: dict[str, LayerStatistics] = field(default_factory=dict)
+    in_step: bool = False
 
     def sharing(self, other: Compressor) -> Compressor:
         """This one with the statistics of the other, which is of the same network and images."""
@@ -146,7 +151,7 @@ class Compressor:
             prediction = self._planner.prediction(plan)
             return Compressed(model, self._decomposed(model, plan), prediction=prediction)
         statistics = self._statistics({layer.fqn: layer.spec for layer in plan.layers})
-        reference = Reference(self._dense, statistics, images)
+        reference = Reference(self._dense, statistics, images, self.in_step)
         compressed, plan, stages = compress_calibrated(
             reference, plan, self.settings.effort, self.settings.seed, self.progress
         )
@@ -260,7 +265,17 @@ class Compressor:
             planner.metrics = partial(self._metrics, planner.specs)
         if self.results is not None:
             planner.results = self.results
+        if planner.pace is not None and self.settings.recipe.target in COUNTS_PARAMETERS:
+            planner.pace = replace(planner.pace, calls=self._known_calls)
         return planner
+
+    @property
+    def _known_calls(self) -> Mapping[str, Calls]:
+        """What the layers do for one input, where one is known."""
+        try:
+            return self._usage.calls
+        except TTCompressError:
+            return {}
 
     @property
     def _running_order(self) -> tuple[str, ...]:

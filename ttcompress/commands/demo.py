@@ -30,19 +30,20 @@ def run_demo(say: Callable[[str], None], run: Callable[[list[str]], object]) -> 
         FOLDER.mkdir(exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{FOLDER}: cannot be made here: {error.strerror}") from error
-    dense, compressed, expanded = (
-        str(FOLDER / f"digits{end}") for end in (".pt", "-tt.safetensors", "-dense.pt")
+    dense, compressed, expanded, page = (
+        str(FOLDER / f"digits{end}") for end in (".pt", "-tt.safetensors", "-dense.pt", ".html")
     )
     say("Training a 64-512-512-10 network on scikit-learn's digits (1,437 images) ...")
     write_dense(Path(dense), train_digits().state_dict())
     for arguments in (
         ["evaluate", dense, "--data", "digits"],
-        ["compress", dense, "--ratio", "4", "--data", "digits", "-o", compressed, "--force"],
+        ["compress", dense, "--ratio", "4", "--data", "digits", "-o", compressed, "--html", page, "--force"],
         ["expand", compressed, "-o", expanded, "--force"],
         ["report", compressed],
     ):
         say(f"\n$ ttcompress {shlex.join(arguments)}")
         run(arguments)
+    say(f"\nAll of it as a page for a browser: {page}")
 
 
 def train_digits(seed: int = 0) -> nn.Module:

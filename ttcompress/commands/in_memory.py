@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ttcompress.commands.compress import compress_network, plan_network
 from ttcompress.commands.inputs import Inputs, Metric, accuracy_of, score_by, tensor_calibration
 from ttcompress.commands.save import save_module
+from ttcompress.commands.sweep import SweepPoint, sweep_network
 from ttcompress.errors import DataError, PlanError, TTCompressError, shortlist
 from ttcompress.measure.accuracy import predict
 from ttcompress.networks.factories import check_module
@@ -25,7 +26,7 @@ from ttcompress.networks.held import copied
 from ttcompress.networks.opening import Network
 from ttcompress.networks.running import NetworkInput, blaming
 from ttcompress.networks.weights import tt_parts
-from ttcompress.options import OPTIONS, RUN_OPTIONS
+from ttcompress.options import OPTIONS, RUN_OPTIONS, check_values
 from ttcompress.recipe import LayerRule, Recipe
 from ttcompress.records.common import Json, Progress
 from ttcompress.records.plan import CompressionPlan
@@ -69,6 +70,7 @@ def compress(
     layers: Sequence[LayerRule] = (),
     format: str | None = None,
     rank_multiple: int | str | None = None,
+    any_time: bool | None = None,
     in_modes: Sequence[int] = (),
     out_modes: Sequence[int] = (),
     dtype: str | None = None,
@@ -145,6 +147,7 @@ def plan(
     layers: Sequence[LayerRule] = (),
     format: str | None = None,
     rank_multiple: int | str | None = None,
+    any_time: bool | None = None,
     in_modes: Sequence[int] = (),
     out_modes: Sequence[int] = (),
     dtype: str | None = None,
@@ -185,6 +188,70 @@ def plan(
         settings = Settings.of(recipe)
         inputs = replace(_inputs(settings, calib, None, None, val, progress), example=example)
         return plan_network(Network(module, module.state_dict()), settings, None, inputs, progress).plan
+
+
+def sweep(
+    module: nn.Module,
+    *,
+    ratios: Sequence[float],
+    formats: Sequence[str] = (),
+    max_drop: float | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    layers: Sequence[LayerRule] = (),
+    format: str | None = None,
+    in_modes: Sequence[int] = (),
+    out_modes: Sequence[int] = (),
+    dtype: str | None = None,
+    exec: str | None = None,
+    tune: bool | None = None,
+    input_size: Sequence[int] = (),
+    example: NetworkInput | None = None,
+    calib: Tensor | Iterable[Any] | None = None,
+    calib_images: int | None = None,
+    effort: str | None = None,
+    data: LabelledBatches | None = None,
+    metric: Callable[[nn.Module], float] | None = None,
+    device: str | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    progress: Progress | None = None,
+    **unknown: Never,
+) -> list[SweepPoint]:
+    """Compress any module in memory to several sizes, mildest first; statistics and spectra are computed once.
+
+    Every point is what `compress` with `ratio` and the other keywords gives: its `module` and `report`. The module
+    itself stays as it is.
+
+    Args:
+        ratios: parameters before over after, one a point.
+        formats: every ratio in each of these formats, instead of `format`.
+        max_drop: marks the smallest network that loses no more (`point.smallest`), which needs `data` or `metric`.
+        data, metric, calib, example, layers: as in `compress`.
+
+    Raises:
+        TTCompressError: options that contradict each other or do not fit the module.
+        TypeError: a keyword that there is not, with the nearest that there is.
+
+    >>> import torch, ttcompress
+    >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+    >>> points = ttcompress.sweep(net, ratios=[1.5, 3])
+    >>> [point.report.compression >= point.ratio for point in points]
+    [True, True]
+    """
+    recipe = _recipe(locals(), sweep)
+    with speaking_python():
+        check_module(module)
+        _check_dense(module)
+        _check_measures(recipe, None, data, metric, None)
+        check_values(ratios=_listed(ratios), formats=tuple(formats) or None)
+        if max_drop is not None and data is None and metric is None:
+            raise DataError("max_drop marks by accuracy: give data or metric")
+        model = copied(module)
+        known = _inputs(Settings.of(recipe), calib, data, metric, None, progress)
+        inputs = replace(known, score=None, example=example)
+        network = Network(model, model.state_dict())
+        return sweep_network(network, recipe, _listed(ratios), tuple(formats), inputs, progress)
 
 
 def evaluate(

@@ -1,4 +1,4 @@
-"""The images on which a compressed network says something else than the dense one, for a page."""
+"""The images on which a compressed network differs most from the dense one, for a page."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from ttcompress.records.common import Json
 from ttcompress.records.extras import MOST_SAMPLES, Extras
 from ttcompress.records.report import Preprocessing
 
+LEAST_SHIFT = 0.01
+"""Of the confidence in the same answer, below which a sample has not changed."""
 SMALL = 64
 """Pixels a side up to which a picture is exact; larger ones are made smaller."""
 LARGEST = 160
@@ -28,17 +30,19 @@ def add_changed_samples(
     dense: Predictions,
     compressed: Predictions,
 ) -> None:
-    """Those with another answer, first where both networks were surest of theirs.
+    """Those with another answer, first where both networks were surest of theirs, then those of another confidence.
 
     None where the images came in another order the second time.
     """
     if not torch.equal(dense.labels, compressed.labels):
         return
-    before, after = dense.classes[:, 0], compressed.classes[:, 0]
+    changed = dense.classes[:, 0] != compressed.classes[:, 0]
     sureness = dense.confidences + compressed.confidences
-    changed = torch.nonzero(before != after).flatten()
-    order = sureness[changed].argsort(descending=True, stable=True)
-    chosen = changed[order][:MOST_SAMPLES].tolist()
+    shift = (dense.confidences - compressed.confidences).abs()
+    # All with another answer come before all others: a sum of two confidences is at most 2.
+    weight = torch.where(changed, 2 + sureness, shift)
+    order = weight.argsort(descending=True, stable=True)[:MOST_SAMPLES]
+    chosen = order[weight[order] >= LEAST_SHIFT].tolist()
 
     extras.samples = [_sample(index, dense, compressed, images.class_names) for index in chosen]
     part = images.chosen(chosen)

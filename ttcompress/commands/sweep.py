@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,15 +115,16 @@ def sweep_file(
     done = {key: _finished(source, files[key], wanted[key], measured, force) for key in wanted}
 
     if missing := [key for key in wanted if done[key] is None]:
-        folder.mkdir(exist_ok=True)
         settings = Settings.of(wanted[missing[0]])
         network = open_dense(source, recipe.arch, settings.key)
         network, inputs = open_inputs(network, settings, progress)
         sweep = _Sweep(network, inputs, progress)
-        for key in missing:
-            made = sweep.point(Settings.of(wanted[key]), extras)
-            example = inputs_to_prove_with(made.network, Settings.of(wanted[key]), inputs)
-            write_compressed(files[key], made.network, made.report, recipe.arch, example)
+        for number, key in enumerate(missing):
+            with _saying_what_is_kept(folder, len(wanted) - len(missing) + number, len(wanted)):
+                made = sweep.point(Settings.of(wanted[key]), extras)
+                example = inputs_to_prove_with(made.network, Settings.of(wanted[key]), inputs)
+                folder.mkdir(exist_ok=True)
+                write_compressed(files[key], made.network, made.report, recipe.arch, example)
             done[key] = made.report
             extras = None
 
@@ -150,6 +152,18 @@ def sweep_network(
         made = sweep.point(Settings.of(own))
         points.append(SweepPoint(ratio, form, made.report, made.network.model))
     return marked(points, recipe.max_drop)
+
+
+@contextmanager
+def _saying_what_is_kept(folder: Path, done: int, count: int) -> Iterator[None]:
+    """Whoever interrupts a sweep is told how to go on with it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not done:
+            raise
+        kept = f"{done} of {count} points are in {folder}"
+        raise KeyboardInterrupt(f"interrupted; {kept}, the same command once more makes the others") from None
 
 
 Key = tuple[float, str]
@@ -255,7 +269,8 @@ class _Sweep:
         known = self._compressors.get(settings.format)
         if known is None:
             first = next(iter(self._compressors.values()), None)
-            known = compressor_for(self._network, settings, None, self._inputs, self._progress)
+            made = compressor_for(self._network, settings, None, self._inputs, self._progress)
+            known = replace(made, in_step=True)
             if first is not None:
                 known = known.sharing(first)
             self._compressors[settings.format] = known

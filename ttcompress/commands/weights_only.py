@@ -1,4 +1,4 @@
-"""`--arch none`: the matrices of a checkpoint compressed one by one, without its architecture, never all in memory."""
+"""`--arch none`: the weights of a checkpoint compressed one by one, without its architecture, never all in memory."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ttcompress.files.output import alone, check_output
 from ttcompress.files.shards import Index, read_index
 from ttcompress.files.tensors import DTYPE_NAMES, LazyTensors, tensor_bytes, tensor_infos
 from ttcompress.files.writing import write_safetensors, write_shards
+from ttcompress.layers.spec import viewed
 from ttcompress.networks.opening import Network, open_weights
 from ttcompress.networks.stored import file_metadata, stored_cores, stored_tensors
 from ttcompress.networks.surgery import check_plan, decompose
@@ -63,7 +64,7 @@ def compress_weights(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Compress the matrices of a checkpoint into one file, or into a folder of shards like those it came in.
+    """Compress the weights of a checkpoint into one file, or into a folder of shards like those it came in.
 
     What is finished is kept in `OUTPUT.partial`, from which the same call goes on; processes that torchrun started
     share the work.
@@ -173,7 +174,7 @@ def _decomposed(
         # Each on its own random numbers, so that it does not matter which were finished before, and where.
         with seeded(settings.seed):
             weight = network.tensors[layer.weight_name].to(work.world.device)
-            result = decompose(layer, weight)
+            result = decompose(layer, viewed(weight, layer.spec))
         error = torch.tensor(result.relative_error, dtype=torch.float64)
         return {**stored_cores(result.cores, layer), "relative_error": error}
 

@@ -56,7 +56,7 @@ class TTLayer(nn.Module, ABC):
         self.register_parameter("bias", nn.Parameter(empty(out_dim)) if spec.bias else None)
 
         self._swaps_cores = False
-        self._is_table = isinstance(spec, EmbeddingSpec)
+        self.is_table = isinstance(spec, EmbeddingSpec)
         self._execution = Execution.AUTO
         self._choice = ExecutionChoice(spec, tensorization, self.tt_ranks)
         self._cache = Cache()
@@ -109,7 +109,7 @@ class TTLayer(nn.Module, ABC):
 
         layer.cores = source.cores
         layer._swaps_cores = swaps
-        layer._is_table = source._is_table = layer._is_table or source._is_table
+        layer.is_table = source.is_table = layer.is_table or source.is_table
         layer._take_bias(dense)
         return layer.train(dense.training)
 
@@ -183,7 +183,7 @@ class TTLayer(nn.Module, ABC):
         >>> layer.weight.shape, torch.allclose(layer.weight, dense.weight, atol=1e-5)
         (torch.Size([16, 8, 3, 3]), True)
         """
-        return unviewed(dense_weight(self._listed_cores(), self.spec.view_shape), self.spec)
+        return unviewed(dense_weight(self.own_cores(), self.spec.view_shape), self.spec)
 
     @property
     def executions(self) -> tuple[Execution, ...]:
@@ -224,7 +224,8 @@ class TTLayer(nn.Module, ABC):
             return False
         return not any(core.is_inference() for core in cores)
 
-    def _listed_cores(self) -> list[Tensor]:
+    def own_cores(self) -> list[Tensor]:
+        """The cores as this layer has them: of a table that it shares, with inputs and outputs swapped."""
         cores: Any = self._modules["cores"]
         # ParameterList looks every entry up by name, which takes longer than a small layer. Replicas of DataParallel
         # have none: theirs are plain tensors.
@@ -282,7 +283,7 @@ class TTMap(TTLayer):
         """What the next call must have in common with this one to run as it does; None where it never does."""
         if self.training or torch.is_grad_enabled() or is_recorded():
             return None
-        return call_key(x, self._listed_cores())
+        return call_key(x, self.own_cores())
 
     def _prepared(self, x: Tensor, key: Hashable | None) -> Call:
         """A call checked, its execution chosen, and what that takes made of the cores."""
@@ -290,7 +291,7 @@ class TTMap(TTLayer):
         if not x.is_floating_point():
             raise ShapeError(f"the layer takes floating-point input, not {x.dtype}")
 
-        cores = self._listed_cores()
+        cores = self.own_cores()
         trains = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
         keeps = not trains and self._keeps(cores)
         execution = self._chosen(calls, keeps, trains)
@@ -305,7 +306,7 @@ class TTMap(TTLayer):
         if self._execution is not Execution.AUTO:
             return self._execution
         # Tables that are looked up as well are never rebuilt; exported is one graph for all call shapes.
-        if self._is_table or torch.compiler.is_exporting() or _is_traced():
+        if self.is_table or torch.compiler.is_exporting() or _is_traced():
             return self._choice.by_cores
         return self._choice.cheaper(calls, keeps, trains)
 

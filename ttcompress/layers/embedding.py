@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -11,7 +13,8 @@ from ttcompress.layers.base import TTLayer, is_recorded
 from ttcompress.layers.spec import unviewed
 from ttcompress.records.layers import EmbeddingSpec, Execution
 from ttcompress.tt.contract import dense_weight
-from ttcompress.tt.lookup import look_up
+from ttcompress.tt.lookup import look_up, lookup_plan
+from ttcompress.tt.shapes import Tensorization
 
 INDICES = (torch.int32, torch.int64)
 
@@ -49,6 +52,17 @@ class TTEmbedding(TTLayer):
     norm_type = 2.0
     sparse = False
 
+    def __init__(
+        self,
+        spec: EmbeddingSpec,
+        tensorization: Tensorization,
+        tt_ranks: int | Sequence[int],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(spec, tensorization, tt_ranks, device, dtype)
+        self._lookup = lookup_plan(tensorization.core_shapes(self.tt_ranks), spec.num_embeddings)
+
     def forward(self, input: Tensor) -> Tensor:
         """Look the rows up.
 
@@ -58,7 +72,7 @@ class TTEmbedding(TTLayer):
         """
         if input.dtype not in INDICES:
             raise ShapeError(f"the layer takes whole numbers of 32 or 64 bits, not {input.dtype}")
-        cores = self._listed_cores()
+        cores = self.own_cores()
         if self._execution is Execution.DENSE:
             table = self._table(cores)
             return functional.embedding(
@@ -70,9 +84,9 @@ class TTEmbedding(TTLayer):
         # Tables are looked up in their own type.
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
-                rows = look_up(cores, ids, self.num_embeddings, is_recorded())
+                rows = look_up(cores, ids, self._lookup, is_recorded())
         else:
-            rows = look_up(cores, ids, self.num_embeddings, is_recorded())
+            rows = look_up(cores, ids, self._lookup, is_recorded())
 
         if rows.requires_grad and (self.padding_idx is not None or self.scale_grad_by_freq):
             rows = _with_gradient(rows, self._share_of_gradient(ids))

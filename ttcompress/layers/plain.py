@@ -1,7 +1,7 @@
 """Stock layers in the place of a TT layer: what each kind can become, what that costs, and its weights.
 
-A kind of layer needs a row in `STOCK`, its torch class, and one in `FACTORS`, a function that lists what its
-TT-cores can become; all else is the same for all of them.
+A kind of layer needs a row in `FACTORS`, a function that lists what its TT-cores can become, and its torch class
+in `layers/spec.py`; all else is the same for all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ttcompress.layers.base import TTLayer
 from ttcompress.layers.spec import CONVOLUTIONS, empty_layer, layer_spec, unviewed
-from ttcompress.records.layers import ConvSpec, Execution, LayerSpec, LinearSpec
+from ttcompress.records.layers import CONV_KINDS, ConvSpec, EmbeddingSpec, Execution, LayerSpec, LinearSpec
 from ttcompress.records.plain import StockLayer
 from ttcompress.tt.contract import dense_weight, merge_all, merge_groups
 from ttcompress.tt.cost import (
@@ -34,9 +34,6 @@ from ttcompress.tt.cost import (
 
 LINEAR = 200_000
 """Multiply-adds that take as long as it takes to begin one more Linear (docs/speed.md)."""
-
-STOCK: Mapping[str, type[nn.Module]] = {"linear": nn.Linear, **CONVOLUTIONS}
-"""By kind, torch's class."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +53,14 @@ class StockForm:
         """What a call takes that reads so many rows or pixels, in multiply-adds."""
         last, total = len(self.specs) - 1, Cost(0, 0)
         for index, spec in enumerate(self.specs):
-            strides = prod(getattr(spec, "stride", (1,)))
-            out_pixels = pixels * strides if spec.transposed else pixels // strides
-            calls = Calls(pixels, out_pixels)
-            total += LayerCosts(spec.view_shape, calls, TIME, spec.transposed, spec.groups).dense()
-            if isinstance(spec, LinearSpec):
+            out_pixels = outputs_of(spec, pixels)
+            if not isinstance(spec, EmbeddingSpec):
+                total += _costs(spec, Calls(pixels, out_pixels)).dense()
+            if not isinstance(spec, ConvSpec):
                 total += Cost(LINEAR, 0)
             elif index < last:
                 # Counted twice already, as what one layer writes and the next one reads.
-                total += Cost(0, (BETWEEN - 2) * out_pixels * spec.view_shape[0] * spec.groups)
+                total += Cost(0, (BETWEEN - 2) * out_pixels * spec.out_channels)
             pixels = out_pixels
         return float(TIME.total(total))
 
@@ -80,8 +76,21 @@ class StockForm:
         made: list[nn.Module] = [empty_layer(spec) for spec in self.specs]
         for stock, weight in zip(made, weights, strict=True):
             stock.weight = trainable_as(layer, weight.to(dtype))
-        made[-1].register_parameter("bias", copied_bias(layer, dtype))
+        if layer.bias is not None:
+            made[-1].register_parameter("bias", copied_bias(layer, dtype))
         return made[0] if self.is_dense else nn.Sequential(*made)
+
+
+def outputs_of(spec: LayerSpec, pixels: int) -> int:
+    """Rows or pixels that a layer writes which reads so many."""
+    if not isinstance(spec, ConvSpec):
+        return pixels
+    strides = prod(spec.stride)
+    return pixels * strides if spec.transposed else pixels // strides
+
+
+def _costs(spec: LayerSpec, calls: Calls) -> LayerCosts:
+    return LayerCosts(spec.view_shape, calls, TIME, spec.transposed, spec.groups)
 
 
 def _as_weight(core: Tensor, spec: LayerSpec) -> Tensor:
@@ -197,7 +206,7 @@ class ContractedForm:
     def build(self, layer: TTLayer, dtype: torch.dtype) -> nn.Module:
         """The layer, with its weights in this type."""
         merged = merge_groups(wide_cores(layer, dtype), self.plan)
-        out_features, in_features = layer.spec.weight_shape
+        out_features, in_features = layer.spec.view_shape
         groups = [(r, m, n, s) for r, m, n, _, s in (core.shape for core in merged)]
         has_bias = layer.bias is not None
         made = ContractedLinear(in_features, out_features, has_bias, groups, self.plan.from_last, "meta")
@@ -223,20 +232,36 @@ Form = StockForm | ContractedForm
 def _linear_factors(layer: TTLayer) -> Iterator[Form]:
     """Two Linears where some cut has all inputs on one side and all outputs on the other, else a contraction."""
     modes, spec = layer.tensorization, layer.spec
-    out_features, in_features = spec.weight_shape
-    is_exact = (prod(modes.out_modes), prod(modes.in_modes)) == (out_features, in_features)
-
-    for cut in range(1, len(layer.cores)):
-        is_two_matrices = prod(modes.out_modes[:cut]) == prod(modes.in_modes[cut:]) == 1
-        if is_exact and is_two_matrices:
-            rank = layer.tt_ranks[cut]
-            specs = LinearSpec(in_features, rank, False), LinearSpec(rank, out_features, spec.bias)
-            yield StockForm(specs, (0, cut, len(layer.cores)))
-            return
+    out_features, in_features = spec.view_shape
+    if cut := two_matrices(layer):
+        rank = layer.tt_ranks[cut]
+        specs = LinearSpec(in_features, rank, False), LinearSpec(rank, out_features, spec.bias)
+        yield StockForm(specs, (0, cut, len(layer.cores)))
+        return
 
     if len(layer.cores) > 1:
         shapes = contracted_shapes(modes.core_shapes(layer.tt_ranks))
         yield ContractedForm(shapes, contraction_plan(shapes))
+
+
+def two_matrices(layer: TTLayer) -> int:
+    """The cut with all inputs before it and all outputs behind it, 0 where there is none."""
+    modes = layer.tensorization
+    is_exact = (prod(modes.out_modes), prod(modes.in_modes)) == layer.spec.view_shape
+    for cut in range(1, len(layer.cores)):
+        if is_exact and prod(modes.out_modes[:cut]) == prod(modes.in_modes[cut:]) == 1:
+            return cut
+    return 0
+
+
+def _embedding_factors(layer: TTLayer) -> Iterator[Form]:
+    """A table of short rows, and a Linear that makes long ones of them."""
+    spec = layer.spec
+    assert isinstance(spec, EmbeddingSpec)
+    if cut := two_matrices(layer):
+        rank = layer.tt_ranks[cut]
+        specs = replace(spec, embedding_dim=rank), LinearSpec(rank, spec.embedding_dim, False)
+        yield StockForm(specs, (0, cut, len(layer.cores)))
 
 
 def _conv_factors(layer: TTLayer) -> Iterator[Form]:
@@ -274,7 +299,8 @@ def _conv_specs(
 
 FACTORS: Mapping[str, Callable[[TTLayer], Iterator[Form]]] = {
     "linear": _linear_factors,
-    **dict.fromkeys(CONVOLUTIONS, _conv_factors),
+    "embedding": _embedding_factors,
+    **dict.fromkeys(CONV_KINDS, _conv_factors),
 }
 """By kind, what the TT-cores of a layer can become."""
 
@@ -288,7 +314,8 @@ def plain_forms(layer: TTLayer) -> list[Form]:
     if layer.execution is Execution.DENSE:
         return [dense]
     factors = list(FACTORS[layer.spec.kind](layer))
-    if layer.execution is not Execution.AUTO and factors:
+    # A dense table is looked up faster, but is what the compression was to spare.
+    if (layer.execution is not Execution.AUTO or layer.is_table) and factors:
         # In the order of their cores, none merged with another kind of core.
         return factors[:1]
     return [dense, *factors]
@@ -300,7 +327,7 @@ def plain_forms(layer: TTLayer) -> list[Form]:
 def wide_cores(layer: TTLayer, dtype: torch.dtype) -> list[Tensor]:
     """Its cores, wide enough to be multiplied with each other before they are rounded to a type."""
     wide = torch.promote_types(dtype, torch.float32)
-    return [core.detach().to(wide) for core in layer.cores]
+    return [core.detach().to(wide) for core in layer.own_cores()]
 
 
 def trainable_as(layer: TTLayer, weight: Tensor) -> nn.Parameter:
@@ -319,7 +346,7 @@ def copied_bias(layer: TTLayer, dtype: torch.dtype) -> nn.Parameter | None:
 
 
 CLASSES: Mapping[str, type[nn.Module]] = {
-    **{each.__name__: each for each in STOCK.values()},
+    **{each.__name__: each for each in (nn.Linear, nn.Embedding, *CONVOLUTIONS.values())},
     "ContractedLinear": ContractedLinear,
 }
 """What descriptions may name."""

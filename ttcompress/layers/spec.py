@@ -53,6 +53,10 @@ def layer_spec(module: Replaceable) -> LayerSpec:
     )
 
 
+FOREIGN_INPUTS_FIRST = ("Conv1D",)
+"""Names of classes that other libraries have, whose weight (in, out) is multiplied from the right: GPT-2's Linear."""
+
+
 def empty_layer(spec: LayerSpec) -> Replaceable:
     """A dense layer on the meta device."""
     # The fields of specs have the names of torch's arguments.
@@ -70,7 +74,8 @@ def empty_layer(spec: LayerSpec) -> Replaceable:
 
 def has_inputs_first(module: nn.Module) -> bool:
     """Whether the weight of a module has its inputs first: tables that are looked up, transposed convolutions."""
-    return isinstance(module, nn.Embedding | nn.EmbeddingBag | TransposedConvolution)
+    is_ours = isinstance(module, nn.Embedding | nn.EmbeddingBag | TransposedConvolution)
+    return is_ours or type(module).__name__ in FOREIGN_INPUTS_FIRST
 
 
 def viewed(weight: Tensor, spec: Spec) -> Tensor:

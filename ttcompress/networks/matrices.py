@@ -1,4 +1,7 @@
-"""A checkpoint without its architecture as a module: every matrix called `X.weight` is an nn.Linear called X."""
+"""A checkpoint without its architecture as a module: its weights by name, under whatever modules these would be of.
+
+A matrix called `X.weight` is an nn.Linear called X; of any other weight no more is known than its shape.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,10 @@ LEFT_OUT = {
 """Names of layers, in lower case, that stay dense by default: tables, what is small, and what errors hurt most."""
 
 
+MOST_AXES = 5
+"""Of a weight: outputs, inputs and a window of three."""
+
+
 class Weights(nn.Module):
     """Tensors in a flat module, whose state dict has exactly their names, whatever these are; nothing is copied.
 
@@ -30,19 +37,26 @@ class Weights(nn.Module):
         super().__init__()
         tensors = {name: tensors[name] for name in sorted(tensors, key=_natural)}
         parameters = _parameters(tensors)
-        layers = {
-            name.removesuffix(".weight"): name
-            for name in parameters
-            if not _why_no_layer(name, tensors[name])
-        }
+        weights = [name for name in parameters if not _why_no_weight(name, tensors[name])]
+        owners: dict[str, list[str]] = {}
+        for name in weights:
+            owner, dot, _ = name.rpartition(".")
+            if dot:
+                owners.setdefault(owner, []).append(name)
+
         inside = set[str]()
-        for fqn, name in layers.items():
-            bias = parameters.get(f"{fqn}.bias")
-            if bias is not None and bias.shape != tensors[name].shape[:1]:
-                bias = None
-            inside |= {name} if bias is None else {name, f"{fqn}.bias"}
+        for owner, names in owners.items():
+            held = {name: parameters[name] for name in names}
             # Past add_module and register_parameter, which forbid dots, and names that are attributes already.
-            self._modules[fqn] = _linear(parameters[name], bias)
+            if names == [f"{owner}.weight"] and held[names[0]].dim() == 2:
+                bias = parameters.get(f"{owner}.bias")
+                if bias is not None and bias.shape == held[names[0]].shape[:1]:
+                    held[f"{owner}.bias"] = bias
+                self._modules[owner] = _linear(*held.values())
+            else:
+                self._modules[owner] = _holder(owner, held)
+            inside |= held.keys()
+
         for name, tensor in tensors.items():
             if name in parameters and name not in inside:
                 self._parameters[name] = parameters[name]
@@ -50,15 +64,25 @@ class Weights(nn.Module):
                 self._buffers[name] = tensor
 
     def left_out(self) -> dict[str, str]:
-        """What layers stay dense by default, by fqn: the kind that their names tell."""
-        kinds = {fqn: _kind(fqn.lower()) for fqn in self._modules}
-        return {fqn: f"{kind} by its name" for fqn, kind in kinds.items() if kind}
+        """What stays dense by default, by fqn: the kind that the name of a layer or of its parameter tells."""
+        found = {}
+        for owner, module in self._modules.items():
+            names = [] if module is None else [name for name in module._parameters if name != "bias"]
+            for own_name in names:
+                fqn = owner if own_name == "weight" else f"{owner}.{own_name}"
+                found[fqn] = _kind(owner.lower()) or _kind(fqn.lower())
+        found |= {name: _kind(name.lower()) for name in self._parameters if not self.kept_reason(name)}
+        return {fqn: f"{kind} by its name" for fqn, kind in found.items() if kind}
 
     def kept_reason(self, name: str) -> str:
-        """Why a parameter that is no layer's weight stays as it is."""
+        """Why a parameter that is no weight stays as it is; nothing for a weight without a module."""
         if name in self._parameters:
-            return _why_no_layer(name, self._parameters[name])
+            return _why_no_weight(name, self._parameters[name])
         return "bias"
+
+
+class Holder(nn.Module):
+    """A module of which no more is known than the weights that it has."""
 
 
 def _natural(name: str) -> list[str | int]:
@@ -85,18 +109,31 @@ def _kind(fqn: str) -> str:
     )
 
 
-def _why_no_layer(name: str, tensor: Tensor | None) -> str:
-    """Why a parameter is not the weight of a Linear, or nothing."""
-    if tensor is None or not name.endswith(".weight"):
-        return "bias" if name.endswith("bias") else "not called X.weight"
-    if tensor.dim() != 2:
-        return f"{tensor.dim()}-d, no matrix"
+def _why_no_weight(name: str, tensor: Tensor | None) -> str:
+    """Why a parameter is none of those that are decomposed, or nothing."""
+    own_name = name.rpartition(".")[2]
+    # Masks of attention are called so, too.
+    if tensor is None or own_name.endswith("bias"):
+        return "bias"
+    if not own_name:
+        return "its name ends in a dot"
     if tensor.numel() == 0:
         return "empty"
+    if sum(size > 1 for size in tensor.shape) < 2 and not (tensor.dim() == 2 and own_name == "weight"):
+        return "a vector" if tensor.dim() else "a number"
+    if tensor.dim() > MOST_AXES:
+        return f"{tensor.dim()}-d, no weight"
     return "" if tensor.dtype in MATRIX_TYPES else str(tensor.dtype).removeprefix("torch.")
 
 
-def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+def _holder(owner: str, held: Mapping[str, nn.Parameter]) -> Holder:
+    holder = Holder()
+    for name, parameter in held.items():
+        holder._parameters[name.removeprefix(f"{owner}.")] = parameter
+    return holder.eval()
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = weight
     if bias is not None:

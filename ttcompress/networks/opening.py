@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from ttcompress.files.compressed import check_arguments, stored_report
 from ttcompress.files.header import PLAIN_KEY, blaming, read_metadata
 from ttcompress.layers.plain import from_description
 from ttcompress.networks import architectures as models
+from ttcompress.networks.by_name import buffers, fitted, is_by_name, without_first_part, without_prefixes
 from ttcompress.networks.factories import Factory, load_factory
 from ttcompress.networks.held import held_tensors
 from ttcompress.networks.matrices import Weights
@@ -173,9 +174,13 @@ def _is_of_transformers(path: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def _filled(build: Callable[[str], nn.Module], state: Mapping[str, Tensor]) -> nn.Module:
+def _filled(
+    build: Callable[[str], nn.Module], state: Mapping[str, Tensor], optional: Container[str] = ()
+) -> nn.Module:
     """The built network with these tensors in it, tied parameters still tied, nothing left without a value."""
     model = build("meta")
+    own = model.state_dict()
+    state = {name: tensor for name, tensor in state.items() if name in own or name not in optional}
     _assign(model, state)
     if _is_unfinished(model):
         # Buffers outside the state dict have their values from the constructor alone.
@@ -357,10 +362,26 @@ def _buildable(known: Architecture | None, factory: Factory | None) -> Architect
 
 
 def open_compressed(path: Path, factory: Factory | None = None) -> tuple[nn.Module, Report]:
-    """A compressed file as a module, and its report."""
+    """A compressed file as a module, and its report, whose kinds of weights are those of the module."""
     report, tensors = read_stored(path)
+    tensors = {name: _aligned(tensor) for name, tensor in tensors.items()}
     with blaming(path):
-        return rebuilt(report, {name: _aligned(tensor) for name, tensor in tensors.items()}, factory), report
+        if is_by_name(report) and factory is not None:
+            return _named(*without_prefixes(report, tensors), factory)
+        return rebuilt(report, tensors, factory), report
+
+
+def _named(report: Report, tensors: Mapping[str, Tensor], factory: Factory) -> tuple[nn.Module, Report]:
+    """A file that knows weights by name alone, in its network; without a prefix of all names if it fits so only."""
+    try:
+        network = fitted(report, models.build(Architecture("factory", "factory"), factory))
+        return rebuilt(network, tensors, factory, buffers(report, tensors)), network
+    except (ArchitectureError, CheckpointError):
+        shorter = without_first_part(report, tensors)
+        if shorter is not None:
+            with suppress(ArchitectureError, CheckpointError):
+                return _named(*shorter, factory)
+        raise
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -368,8 +389,13 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
-def rebuilt(report: Report, tensors: Mapping[str, Tensor], factory: Factory | None) -> nn.Module:
+def rebuilt(
+    report: Report, tensors: Mapping[str, Tensor], factory: Factory | None, optional: Container[str] = ()
+) -> nn.Module:
     """The network that a file with this report and these tensors holds.
+
+    Args:
+        optional: names of tensors that the network may lack.
 
     Raises:
         CheckpointError: tensors that do not fit the report or the architecture.
@@ -396,6 +422,6 @@ def rebuilt(report: Report, tensors: Mapping[str, Tensor], factory: Factory | No
         return model
 
     try:
-        return _filled(build, state)
+        return _filled(build, state, optional)
     except PlanError as error:
         raise ArchitectureError(f"{architecture.name} builds another network: {error}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -15,7 +15,8 @@ from ttcompress.layers.base import TTLayer
 from ttcompress.layers.plain import Form, plain_forms
 from ttcompress.networks.replaceable import own_attributes
 from ttcompress.networks.running import Example, blaming, call, input_dtype, run
-from ttcompress.records.layers import ConvSpec
+from ttcompress.networks.surgery import restore_rebuilt
+from ttcompress.records.layers import ConvSpec, EmbeddingSpec
 
 Shape = tuple[int, ...]
 Pick = Callable[[TTLayer, Sequence[Form], Shape | None], Form]
@@ -53,11 +54,29 @@ def plain_network(
             vars(made[id(layer)]).update(own_attributes(layer))
         model = _put(model, fqn, made[id(layer)])
 
+    _share_equals(layers.values(), made)
+    restore_rebuilt(model)
+
     # Code of a network may read what rows of layers lack, such as a weight.
     if example is not None:
         with blaming("the network does not run with stock layers in the place of its TT layers"):
             _run_once(run, model, example.batch(model, 1))
     return model
+
+
+def _share_equals(layers: Iterable[TTLayer], made: Mapping[int, nn.Module]) -> None:
+    """Have what stands for layers with the same cores, as of a table and the output layer, share equal weights."""
+    groups: dict[int, list[TTLayer]] = {}
+    for layer in layers:
+        groups.setdefault(id(layer.cores), []).append(layer)
+
+    for first, *others in groups.values():
+        known = [*made[id(first)].parameters()]
+        for module in (each for other in others for each in made[id(other)].modules()):
+            for name, own in [*module.named_parameters(recurse=False)]:
+                twin = next((each for each in known if torch.equal(each, own)), None)
+                if twin is not None:
+                    setattr(module, name, twin)
 
 
 def tt_layers(model: nn.Module) -> dict[str, TTLayer]:
@@ -70,9 +89,9 @@ def cheapest(layer: TTLayer, forms: Sequence[Form], shape: Shape | None) -> Form
     """What takes least time by the cost model; of a layer that does not run, its factors, as they are smaller."""
     if shape is None:
         return forms[-1]
-    channels = layer.spec.view_shape[1] * layer.spec.groups
-    pixels = max(1, prod(shape) // channels)
-    return min(forms, key=lambda form: form.cost(pixels))
+    is_table = isinstance(layer.spec, EmbeddingSpec)
+    pixels = prod(shape) // (1 if is_table else layer.spec.view_shape[1] * layer.spec.groups)
+    return min(forms, key=lambda form: form.cost(max(1, pixels)))
 
 
 def _input_shapes(

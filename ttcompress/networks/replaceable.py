@@ -10,7 +10,7 @@ from torch import nn
 
 from ttcompress.errors import shortlist
 from ttcompress.layers.kinds import tt_layer
-from ttcompress.layers.spec import Replaceable, empty_layer, layer_spec
+from ttcompress.layers.spec import CONVOLUTIONS, Replaceable, empty_layer, layer_spec
 from ttcompress.networks.held import COMPILED, held_layers
 from ttcompress.networks.matrices import MATRIX_TYPES
 from ttcompress.records.layers import ConvSpec, EmbeddingSpec, LayerSpec, LinearSpec
@@ -57,7 +57,8 @@ def own_attributes(module: nn.Module) -> dict[str, object]:
 def _usual(kind: Any) -> frozenset[str]:
     """The attributes that a layer of this kind has of itself."""
     for spec in SMALLEST:
-        dense, ours = empty_layer(spec), tt_layer(spec)
+        dense = empty_layer(spec)
+        ours: Any = tt_layer(spec)
         if issubclass(kind, ours):
             view = tensorize_shape("lowrank", spec.view_shape)
             return frozenset(vars(ours(spec, view, 1, device="meta")))
@@ -108,6 +109,20 @@ def _is_ours(replacement: type, name: str) -> bool:
     return hasattr(replacement, name) and not hasattr(nn.Module, name)
 
 
+def is_plain(module: nn.Module, own_name: str) -> bool:
+    """Whether a parameter is the weight of a layer of torch's own, for which there is one that runs by cores."""
+    has_layer = type(module) in (nn.Linear, nn.Embedding, *CONVOLUTIONS.values()) and own_name == "weight"
+    return has_layer and not is_depthwise(module)
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether each channel has a window of its own, and nothing else."""
+    if not isinstance(module, tuple(CONVOLUTIONS.values())) or module.groups == 1:
+        return False
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.shape[1] == 1
+
+
 def owners_of(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
     """By id of a parameter all its places: the fqn of a module, the module, and its own name for it."""
     owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
@@ -128,8 +143,7 @@ def shared_otherwise(model: nn.Module, reasons: Mapping[str, str]) -> set[int]:
     stuck = {id(modules[fqn]) for fqn in reasons}
 
     def runs(module: nn.Module, own_name: str) -> bool:
-        is_plain = type(module) in (nn.Linear, nn.Embedding, nn.Conv2d) and own_name == "weight"
-        return is_plain and id(module) not in stuck and getattr(module, "groups", 1) == 1
+        return is_plain(module, own_name) and id(module) not in stuck
 
     found = set[int]()
     for parameter, owners in owners_of(model).items():

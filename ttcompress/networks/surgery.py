@@ -228,7 +228,8 @@ def install_fresh(
         return
 
     dense = model.get_submodule(layer.fqn)
-    made = tt_layer(layer.spec)(layer.spec, layer.tensorization, layer.tt_ranks, device, dtype)
+    kind: Any = tt_layer(layer.spec)
+    made: TTLayer = kind(layer.spec, layer.tensorization, layer.tt_ranks, device, dtype)
     made.execution = layer.execution
     _freeze_like(made, dense)
     _swap_all(model, model, layer, made.train(dense.training), aliases)
@@ -246,13 +247,18 @@ def expand_layers(model: nn.Module) -> nn.Module:
                 weights[module.cores] = denses[module].weight  # type: ignore[assignment]
             swap(model, fqn, denses[module])
 
+    restore_rebuilt(model)
+    return model
+
+
+def restore_rebuilt(model: nn.Module) -> None:
+    """Give modules the parameters back that they compute from TT-cores."""
     made: dict[TTWeight, nn.Parameter] = {}
     for module in [*model.modules()]:
         for parameter, weight in rebuilt_in(module).items():
             if weight not in made:
                 made[weight] = weight.dense()
             restore(module, parameter, made[weight])
-    return model
 
 
 def dense_layer(layer: TTLayer, weight: nn.Parameter | None = None) -> Replaceable:

@@ -30,17 +30,22 @@ def fewest_params(options: LayerOptions, eps: float) -> Choice:
 
     The least over the formats of what the price finds, with single ranks lowered while the bound allows it.
     """
-    choices = [_fewest_params(candidate, eps**2 * candidate.squared_norm) for candidate in options.candidates]
+    tried = [_fewest_params(candidate, eps**2 * candidate.squared_norm) for candidate in options.candidates]
+    choices = [choice for choice in tried if choice is not None]
     return min([options.dense, *choices], key=lambda choice: choice.cost)
 
 
-def _fewest_params(candidate: Candidate, allowed: float) -> Choice:
+def _fewest_params(candidate: Candidate, allowed: float) -> Choice | None:
     def fits(price: float) -> Choice | None:
         choice = candidate.best_at(price)
         return choice if choice.error <= allowed else None
 
     # A high price buys few parameters: the highest at which the error is still allowed is wanted.
-    best = _bisect_price(fits, rising=False) or candidate.choice(candidate.tensorization.max_ranks())
+    best = _bisect_price(fits, rising=False)
+    if best is None and candidate.limit is not None:
+        return None
+
+    best = best or candidate.choice(candidate.tensorization.max_ranks())
     while True:
         lower = [step for step in candidate.steps(best.tt_ranks, -1) if step.error <= allowed]
         if not lower:
@@ -73,6 +78,12 @@ def within_budget(layers: Sequence[LayerOptions], budget: int) -> list[Choice]:
             choices = [_best_format(layer, now) for layer, now in zip(layers, spent, strict=True)]
             results.append(_spend(layers, choices, budget - total_cost(choices)))
     return min(results, key=lambda choices: sum(choice.error for choice in choices))
+
+
+def least_error(layer: LayerOptions, budget: int) -> float:
+    """Squared error of a layer at a cost that its smallest form keeps to, as near as prices come to the best."""
+    below, _ = _bracket([layer], budget)
+    return below[0].error
 
 
 def _best_format(layer: LayerOptions, now: Choice) -> Choice:

@@ -23,15 +23,15 @@ def assemble(
     plans = [plan for plan in decided if isinstance(plan, LayerPlan)]
     replaced = {plan.weight_name for plan in plans}
     dense = {
-        layer.weight_name: (layer.kept or str(decision), layer.spec.kind)
+        layer.weight_name: (layer.kept or str(decision), layer.spec.kind, bool(layer.obstacle))
         for layer, decision in zip(layers, decided, strict=True)
     }
 
     kept = []
     for name, parameter in model.named_parameters():
         if name not in replaced:
-            reason, kind = dense.get(name) or (_kept_reason(model, name), "")
-            kept.append(KeptParameter(name, parameter.numel(), reason, kind))
+            reason, kind, is_fixed = dense.get(name) or (_kept_reason(model, name), "", False)
+            kept.append(KeptParameter(name, parameter.numel(), reason, kind, is_fixed))
     return CompressionPlan(tuple(plans), tuple(kept), tuple(notes))
 
 

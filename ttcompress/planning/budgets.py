@@ -51,6 +51,13 @@ class Counting:
         """Whether cores may cost less than the weight: what is rebuilt runs as ever, a lookup costs nothing dense."""
         return self.unit is None or not isinstance(layer.spec, WeightSpec | EmbeddingSpec)
 
+    def of_dense(self, layer: Layer) -> int:
+        """What a layer costs as it is."""
+        costs = self.costs(layer)
+        if costs is None:
+            return layer.weight.numel()
+        return int(costs.unit.total(costs.dense())) if self.can_save(layer) else 0
+
     def saved(self, plan: LayerPlan) -> int:
         """What a layer saves by being replaced."""
         costs = self.costs(plan)
@@ -80,10 +87,13 @@ class Budget:
         return cls(f"{asked} {ratio:g}", counting, floor(counting.dense / exact))
 
 
-def choices_within(budget: Budget, fixed: int, options: Sequence[LayerOptions]) -> tuple[list[Choice], int]:
+def choices_within(
+    budget: Budget, fixed: int, options: Sequence[LayerOptions], exhaustive: bool = True
+) -> tuple[list[Choice], int]:
     """Choices within a budget of the whole network, and what it comes to with them.
 
-    `fixed` of the budget is spent on what is not chosen here.
+    `fixed` of the budget is spent on what is not chosen here. Where the budget is missed by more than 2 %, an
+    `exhaustive` search looks for what comes nearest, at whatever error.
 
     Raises:
         PlanError: the budget is out of reach, naming the most that can be reached, or asks for nothing.
@@ -94,7 +104,7 @@ def choices_within(budget: Budget, fixed: int, options: Sequence[LayerOptions]) 
     most = budget.most - fixed
     choices = within_budget(options, most)
     # Small networks have few rank choices, and greedy moves may end far from the budget: then all of them are tried.
-    if (fixed + total_cost(choices)) * WINDOW < budget.most:
+    if exhaustive and (fixed + total_cost(choices)) * WINDOW < budget.most:
         choices = nearest_below(options, choices, most)
     return choices, fixed + total_cost(choices)
 

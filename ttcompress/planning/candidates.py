@@ -24,6 +24,12 @@ GRID_STEP = 1.06
 NUMERICALLY_ZERO = 1e-15
 
 
+Limit = Callable[[tuple[int, ...]], bool]
+"""Says of TT-ranks whether they are allowed; where some are, smaller ones are, too.
+
+With three cuts and more it may only bound each of them."""
+
+
 class Costs(Protocol):
     """What a tensorization of one weight costs at given TT-ranks, and what each core adds to it."""
 
@@ -107,18 +113,23 @@ class Candidate:
         squared_norm: float = 1.0,
         costs: Costs | None = None,
         rank_multiple: int = 1,
+        limit: Limit | None = None,
     ) -> None:
         """`spectra`: squared singular values of the d - 1 unfoldings over ||A||^2, descending.
 
         `squared_norm` is ||A||^2 in whatever unit all layers that are weighed against each other share; by
-        default `costs` are parameters. TT-ranks are those of `ranks_on_grid`.
+        default `costs` are parameters. TT-ranks are those of `ranks_on_grid`, up to a `limit`, which has to
+        allow all TT-ranks 1.
         """
         self.tensorization = tensorization
         self._costs = costs or Parameters(tensorization)
         self.squared_norm = squared_norm
 
         self.tails = [squared_norm * _tails(spectrum) for spectrum in spectra]
+        self.limit = limit
         self.ranks = [ranks_on_grid(len(tail) - 1, rank_multiple) for tail in self.tails]
+        if limit:
+            self.ranks = [self._within_limit(cut, ranks) for cut, ranks in enumerate(self.ranks, 1)]
         pairs = zip(self.tails, self.ranks, strict=True)
         self.grids = [_searched(tail, ranks) for tail, ranks in pairs]
         self._tails_on_grid = [tail[grid] for tail, grid in zip(self.tails, self.grids, strict=True)]
@@ -128,6 +139,31 @@ class Candidate:
         for k, (left, right) in enumerate(pairwise([_ONE, *self.grids, _ONE])):
             of_core = partial(self._costs.of_core, k)
             self._core_costs.append(_on_pairs(of_core, tensorization.sizes[k], left, right))
+        if limit and len(self.grids) == 2:
+            self._core_costs[1].masked_fill_(~self._pairs_within_limit(), inf)
+
+    def allows(self, tt_ranks: Sequence[int]) -> bool:
+        """Whether TT-ranks keep to the limit, if there is one."""
+        return self.limit is None or self.limit(tuple(tt_ranks))
+
+    def _within_limit(self, cut: int, ranks: Sequence[int]) -> Sequence[int]:
+        """The ranks of a cut that the limit allows where all others are 1."""
+
+        def is_beyond(rank: int) -> bool:
+            inner = [rank if at == cut else 1 for at in range(1, len(self.tails) + 1)]
+            return not self.allows((1, *inner, 1))
+
+        return ranks[: max(1, bisect_left(ranks, True, key=is_beyond))]
+
+    def _pairs_within_limit(self) -> Tensor:
+        """For two cuts: which pairs of their ranks the limit allows."""
+        first, second = self.grids
+        columns = second.tolist()
+        allowed = torch.zeros(len(first), len(second), dtype=torch.bool)
+        for row, left in enumerate(first.tolist()):
+            count = bisect_left(columns, True, key=lambda right: not self.allows((1, left, right, 1)))
+            allowed[row, :count] = True
+        return allowed
 
     def choice(self, tt_ranks: Sequence[int]) -> Choice:
         """What these TT-ranks cost and lose."""
@@ -166,7 +202,7 @@ class Candidate:
                 continue
 
             ranks = (*tt_ranks[:cut], allowed[at], *tt_ranks[cut + 1 :])
-            if feasible_ranks(sizes, ranks) == ranks:
+            if feasible_ranks(sizes, ranks) == ranks and self.allows(ranks):
                 yield self.choice(ranks)
 
 
@@ -201,7 +237,7 @@ def _searched(tail: Tensor, allowed: Sequence[int]) -> Tensor:
     """All small ranks of those that are allowed, then a geometric ladder, up to the numerical rank."""
     matters = tail > NUMERICALLY_ZERO * tail[0]
     top = max(1, int(matters.sum()))
-    last = bisect_left(allowed, top)
+    last = min(bisect_left(allowed, top), len(allowed) - 1)
 
     at = min(last, bisect_right(allowed, EVERY_RANK_UP_TO) - 1)
     found = [*allowed[: at + 1]]

@@ -71,5 +71,5 @@ def _all_choices(candidate: Candidate) -> Iterator[Choice]:
         return
     for inner in product(*candidate.ranks):
         ranks = (1, *inner, 1)
-        if feasible_ranks(sizes, ranks) == ranks:
+        if feasible_ranks(sizes, ranks) == ranks and candidate.allows(ranks):
             yield candidate.choice(ranks)

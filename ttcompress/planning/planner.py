@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +15,12 @@ from torch import Tensor, nn
 from ttcompress.errors import PlanError, ShapeError
 from ttcompress.layers.spec import viewed
 from ttcompress.measure.multiply_adds import Usage
-from ttcompress.planning.allocate import fewest_params
 from ttcompress.planning.assemble import Decisions, assemble
-from ttcompress.planning.budgets import WINDOW, Budget, Counting, OutOfReachError, choices_within, reach_text
-from ttcompress.planning.candidates import Candidate, Choice, LayerOptions, Running
+from ttcompress.planning.budgets import Budget, Counting, OutOfReachError, reach_text
+from ttcompress.planning.candidates import Choice
+from ttcompress.planning.choosing import AUTO, Chooser
 from ttcompress.planning.doubts import including, out_of_reach, out_of_reach_note
+from ttcompress.planning.pace import Pace
 from ttcompress.planning.prediction import error_shares, predicted_curve, prediction_of
 from ttcompress.planning.requests import LayerRequest, check_eps, layer_requests, planned_by_hand, rank_option
 from ttcompress.planning.selection import Layer, find_layers
@@ -37,11 +37,6 @@ Metrics = Callable[[str, Tensorization], Sequence[ModeMetric]]
 """By fqn and tensorization: the metric of each mode in which errors count."""
 
 
-AUTO = "auto"
-ALIGNED_RANKS, ALIGNED_SIDES = 8, 128
-"""By default TT-ranks are multiples of this where both sides of a weight are at least so long."""
-
-
 Results = Callable[[Sequence[int], Callable[[int], LayerSpectra]], list[LayerSpectra]]
 """Called with the sizes of weights and a function that finds spectra by index: all that it finds.
 
@@ -52,7 +47,7 @@ class Planner:
     """Plans of one network; the spectra are computed once, however many targets are planned.
 
     `metrics` says by fqn and tensorization what errors cost; without it, weights count as they are. `results`
-    may compute the spectra elsewhere.
+    may compute the spectra elsewhere. `pace` says which forms are slow, by what the layers do where that is known.
     """
 
     def __init__(
@@ -72,6 +67,7 @@ class Planner:
         self.results: Results = lambda sizes, compute: [compute(index) for index in range(len(sizes))]
         self._model, self._device, self._progress = model, device, progress
         self._rank_multiple = recipe.rank_multiple or AUTO
+        self.pace = None if recipe.any_time else Pace(training=recipe.epochs is not None)
 
         if recipe.target == "ranks" and recipe.rank_multiple is not None:
             raise PlanError(
@@ -165,10 +161,9 @@ class Planner:
 
     def _to_eps(self, eps: float) -> CompressionPlan:
         check_eps(eps, self._searched)
-        options = self._options(self.parameters)
-        choices = [fewest_params(each, eps) for each in options]
-        decisions = _decisions(self._searched, choices, "within eps")
-        return self._assembled({**self._by_hand, **decisions})
+        chosen = self._chooser(self.parameters).to_eps(eps)
+        decisions = _decisions(self._searched, chosen.choices, "within eps")
+        return self._assembled({**self._by_hand, **decisions}, chosen.notes)
 
     def _assembled(self, decisions: Decisions, notes: Sequence[str] = ()) -> CompressionPlan:
         more = out_of_reach_note(self._model, self._layers)
@@ -199,45 +194,32 @@ class Planner:
         """
         counting = budget.counting
         try:
-            choices, after = self._choices_within(budget)
+            chosen = self._chooser(counting).within(budget)
         except OutOfReachError as error:
             raise OutOfReachError(f"{error}{self._more_than_that()}") from error
-        decisions = _decisions(self._searched, choices, "pays under this budget")
+        decisions = _decisions(self._searched, chosen.choices, "pays under this budget")
 
-        notes = []
-        if after * WINDOW < budget.most:
+        notes = [*chosen.notes]
+        if not chosen.meets(budget):
             on_grid = "" if self._rank_multiple in (AUTO, 1) else f" by multiples of {self._rank_multiple}"
-            notes = [
+            notes.append(
                 f"no rank choice{on_grid} lies within 2 % of {budget.asked}; "
-                f"the nearest above it is taken, {after:,} {counting.what}"
-            ]
+                f"the nearest above it is taken, {chosen.cost:,} {counting.what}"
+            )
         plan = self._assembled({**self._by_hand, **decisions}, notes)
         if counting.unit != MULTIPLY_ADDS:
             return plan
 
         # The second of a layer's executions is that by its cores, which was counted: what is promised runs.
         by_cores = [replace(layer, execution=layer.executions[1]) for layer in plan.layers]
-        return replace(plan.with_layers(by_cores), multiply_adds=(counting.dense, after))
-
-    def _choices_within(self, budget: Budget) -> tuple[list[Choice], int]:
-        """What each layer becomes, and what it comes to; off the grid of ranks only where `auto` meets no budget."""
-        options = self._options(budget.counting)
-        fixed = self._fixed(options, budget.counting)
-        choices, after = choices_within(budget, fixed, options)
-        if after * WINDOW >= budget.most or self._rank_multiple != AUTO:
-            return choices, after
-
-        options = self._options(budget.counting, on_grid=False)
-        others = choices_within(budget, fixed, options)
-        return max((choices, after), others, key=itemgetter(1))
+        return replace(plan.with_layers(by_cores), multiply_adds=(counting.dense, chosen.cost))
 
     def prediction(self, plan: CompressionPlan) -> Json | None:
         """The curve of size against error, and whose error a plan's is; None where no spectra were needed."""
         if "_spectra" not in vars(self) or not self._searched:
             return None
-        options = self._options(self.parameters)
-        fixed = self._fixed(options, self.parameters)
-        points = predicted_curve(options, fixed, self.parameters.dense)
+        chooser = self._chooser(self.parameters)
+        points = predicted_curve(chooser.options(), chooser.spent, self.parameters.dense)
 
         pairs = zip(self._searched, self._spectra, strict=True)
         known = {request.layer.fqn: (request.tensorizations, spectra) for request, spectra in pairs}
@@ -256,38 +238,16 @@ class Planner:
     def most(self, counting: Counting | None = None) -> float:
         """The largest ratio that a budget can reach; by default of parameters."""
         counting = counting or self.parameters
-        options = self._options(counting)
-        least = self._fixed(options, counting) + sum(each.smallest().cost for each in options)
+        chooser = self._chooser(counting)
+        least = chooser.spent + sum(each.smallest().cost for each in chooser.options())
         return counting.dense / max(1, least)
 
-    def _options(self, counting: Counting, on_grid: bool = True) -> list[LayerOptions]:
-        """What each layer can be and what that costs at what is counted.
-
-        Without metrics, errors are weighed against each other as they are, not relative to each weight: under
-        weight decay a weight is large where it matters (docs/cli.md has the measurement).
-        """
-        # In units of the largest, so that no network is out of range.
-        norms = [each.norm for layer in self._spectra for each in layer.tensorizations]
-        largest = max(norms, default=0.0) or 1.0
-
-        options = []
-        for request, spectra in zip(self._searched, self._spectra, strict=True):
-            multiple = self._multiple_of(request.layer) if on_grid else 1
-            options.append(_layer_options(request, spectra, counting, largest, multiple))
-        return options
-
-    def _multiple_of(self, layer: Layer) -> int:
-        """The number that the TT-ranks of a layer are multiples of."""
-        if isinstance(self._rank_multiple, int):
-            return self._rank_multiple
-        is_large = min(layer.spec.weight_shape[:2]) >= ALIGNED_SIDES
-        return ALIGNED_RANKS if is_large else 1
-
-    def _fixed(self, options: Sequence[LayerOptions], counting: Counting) -> int:
-        """What is spent whatever the choices are: by other layers, and by those with ranks given by hand."""
+    def _chooser(self, counting: Counting) -> Chooser:
+        """What is spent whatever is chosen: by other layers, and by those with TT-ranks given by hand."""
         by_hand = [plan for plan in self._by_hand.values() if isinstance(plan, LayerPlan)]
-        saved = sum(counting.saved(plan) for plan in by_hand)
-        return counting.dense - saved - sum(each.dense.cost for each in options)
+        spent = counting.dense - sum(counting.saved(plan) for plan in by_hand)
+        spent -= sum(counting.of_dense(request.layer) for request in self._searched)
+        return Chooser(self._searched, self._spectra, counting, spent, self._rank_multiple, self.pace)
 
 
 def make_plan(
@@ -300,28 +260,6 @@ def make_plan(
         reached). ShapeError: modes or TT-ranks that do not fit a layer.
     """
     return Planner(model, recipe, device, progress).plan(recipe)
-
-
-def _layer_options(
-    request: LayerRequest, spectra: LayerSpectra, counting: Counting, unit_norm: float, rank_multiple: int
-) -> LayerOptions:
-    layer, costs = request.layer, counting.costs(request.layer)
-    if not counting.can_save(layer):
-        return LayerOptions(layer.weight.numel(), (), 0)
-
-    has_others = len(request.tensorizations) > 1
-
-    candidates = []
-    for tensorization, each in zip(request.tensorizations, spectra.tensorizations, strict=True):
-        if costs and tensorization.format == "naive" and has_others:
-            continue  # `lowrank` runs the same convolutions with fewer parameters.
-        running = costs and Running(tensorization, costs)
-        squared_norm = (each.norm / unit_norm) ** 2
-        candidates.append(Candidate(tensorization, each.cuts, squared_norm, running, rank_multiple))
-
-    params = layer.weight.numel()
-    dense_cost = int(costs.unit.total(costs.dense())) if costs else params
-    return LayerOptions(params, tuple(candidates), dense_cost)
 
 
 def _decisions(requests: Sequence[LayerRequest], choices: Sequence[Choice], why: str) -> Decisions:

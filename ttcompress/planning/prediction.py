@@ -43,7 +43,7 @@ def predicted_curve(options: Sequence[LayerOptions], fixed: int, dense: int) -> 
         return _Point(log_price, total_cost(choices), sum(choice.error for choice in choices))
 
     # All of every weight, in units of the largest: what an error of everything would be.
-    whole = sum(max(each.squared_norm for each in layer.candidates) for layer in options)
+    whole = sum(max((each.squared_norm for each in layer.candidates), default=0.0) for layer in options)
     # The widest gap in size is halved again and again, as far as there are choices in it.
     points = [at(exponent) for exponent in LOG_PRICES]
     while len(points) < POINTS:

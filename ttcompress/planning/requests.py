@@ -6,13 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from ttcompress.errors import PlanError, ShapeError, shortlist
 from ttcompress.planning.plan_file import clip_note, inner_ranks
-from ttcompress.planning.selection import Layer, matches, require_match, why_each
+from ttcompress.planning.selection import ADDING, Layer, matches, require_match, why_each
 from ttcompress.recipe import LayerRule, Recipe
 from ttcompress.records.plan import LayerPlan
 from ttcompress.tt.decompose import smallest_eps
 from ttcompress.tt.shapes import FORMATS, Tensorization, feasible_ranks, tensorize_shape
+
+OF_WINDOWS = ("chain", "naive")
+"""Formats that are another one without a window."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ def layer_requests(layers: Sequence[Layer], recipe: Recipe, out_of_reach: str = 
     """
     for rule in recipe.layers:
         _check_rule(rule, layers)
+    _check_tables(layers, recipe)
 
     chosen = [layer for layer in layers if not layer.kept]
     if not chosen:
@@ -58,6 +64,19 @@ def _check_rule(rule: LayerRule, layers: Sequence[Layer]) -> None:
     if all(layer.kept for layer in matched):
         reasons = shortlist(dict.fromkeys(f"{layer.fqn}: {layer.kept}" for layer in matched))
         raise PlanError(f"[[layers]] {rule.match!r} matches only layers that stay dense ({reasons})")
+
+
+def _check_tables(layers: Sequence[Layer], recipe: Recipe) -> None:
+    """See that nobody asks for tables in a form of convolutions."""
+    asked = [(pattern.removeprefix(ADDING), recipe.format) for pattern in recipe.include]
+    asked += [(rule.match, rule.format) for rule in recipe.layers]
+    for pattern, name in asked:
+        named = [each for each in layers if any(matches(pattern, fqn) for fqn in each.names)]
+        if name in OF_WINDOWS and named and all(map(is_table, named)):
+            tables = shortlist(layer.fqn for layer in named)
+            raise PlanError(
+                f"format {name} is one of convolutions, {tables} a table that is looked up: it takes lowrank or matrix"
+            )
 
 
 def _request(layer: Layer, recipe: Recipe) -> LayerRequest:
@@ -115,6 +134,11 @@ def planned_by_hand(request: LayerRequest, as_given: bool = False) -> LayerPlan 
     if plan.params_after < plan.params_before:
         return plan
     return f"{tensorization.format} form with TT-ranks {inner_ranks(taken)} would not be smaller"
+
+
+def is_table(layer: Layer) -> bool:
+    """Whether rows of a weight are looked up."""
+    return isinstance(layer.module, nn.Embedding | nn.EmbeddingBag)
 
 
 def is_matrix(layer: Layer) -> bool:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
@@ -19,7 +19,7 @@ from ttcompress.layers.rebuilt import TTWeight
 from ttcompress.layers.spec import has_inputs_first, layer_spec
 from ttcompress.networks.held import held_tensors
 from ttcompress.networks.matrices import MATRIX_TYPES, Weights
-from ttcompress.networks.replaceable import obstacles, owners_of, shared_otherwise
+from ttcompress.networks.replaceable import is_depthwise, is_plain, obstacles, owners_of, shared_otherwise
 from ttcompress.records.layers import LayerSpec, WeightSpec, cores_name
 from ttcompress.records.plan import weight_name
 
@@ -62,7 +62,9 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         """The parameter."""
-        weight: Tensor = getattr(self.module, self.spec.parameter)
+        # Past attributes that a module of a checkpoint without classes may have under the same name.
+        own = self.module._parameters.get(self.spec.parameter)
+        weight: Tensor = getattr(self.module, self.spec.parameter) if own is None else own
         return weight
 
     @property
@@ -230,6 +232,9 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     if isinstance(module, (*NORMS, parametrize.ParametrizationList)):
         return
     for own_name, parameter in module.named_parameters(recurse=False):
+        if isinstance(module, Weights) and module.kept_reason(own_name):
+            continue
+
         is_known = isinstance(module, (nn.Linear, *CONVOLUTIONS)) and own_name == "weight"
         if is_known or sum(size > 1 for size in parameter.shape) > 1:
             yield own_name, parameter
@@ -245,11 +250,10 @@ def _layer(fqn: str, module: nn.Module, own_name: str, stays: bool) -> Layer:
 
     `stays` where the module has to remain the object that it is.
     """
-    has_layer = type(module) in (nn.Linear, nn.Embedding, *CONVOLUTIONS) and own_name == "weight"
-    parameter: Tensor = module._parameters[own_name]  # type: ignore[assignment]
-    if has_layer and not stays and not _is_depthwise(module, parameter):
+    if is_plain(module, own_name) and not stays:
         return Layer(fqn, module, layer_spec(module))  # type: ignore[arg-type]
 
+    parameter: Tensor = module._parameters[own_name]  # type: ignore[assignment]
     spec = WeightSpec(tuple(parameter.shape), own_name, has_inputs_first(module))
     return Layer(listed_name(fqn, own_name), module, spec)
 
@@ -258,12 +262,6 @@ def listed_name(fqn: str, own_name: str) -> str:
     """The name under which plans list a parameter."""
     name = f"{fqn}.{own_name}".removeprefix(".")
     return name.removesuffix(".weight") if fqn else name.removesuffix("weight")
-
-
-def _is_depthwise(module: nn.Module, weight: Tensor) -> bool:
-    """Whether each channel has a window of its own, and nothing else."""
-    groups: Any = getattr(module, "groups", 1)
-    return isinstance(module, CONVOLUTIONS) and groups > 1 and weight.shape[1] == 1
 
 
 def _obstacle(module: nn.Module, own_name: str) -> str:
@@ -276,10 +274,12 @@ def _obstacle(module: nn.Module, own_name: str) -> str:
             return "max_norm changes the rows that are looked up, which cores share"
         if module.sparse:
             return "sparse=True asks for sparse gradients, which cores do not have"
+    if weight.layout != torch.strided:
+        return f"its weight is sparse ({str(weight.layout).removeprefix('torch.')}); .to_dense() makes it one that is not"
     if weight.dtype not in MATRIX_TYPES:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
 
-    if _is_depthwise(module, weight):
+    if is_depthwise(module):
         return f"depthwise (groups={module.groups}), which no TT form makes smaller"
     if hasattr(module, cores_name(own_name)):
         return f"its module has something called {cores_name(own_name)} already"

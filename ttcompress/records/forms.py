@@ -151,6 +151,7 @@ class KeptLayerForm(Struct):
     params_before: Count
     parameter: str = "weight"
     params_after: Count | None = None
+    fixed: bool = False
 
 
 class KeptParameterForm(Struct):

@@ -15,6 +15,7 @@ from ttcompress.records.decoding import FieldError, check_values, decode, refusi
 from ttcompress.records.forms import (
     CONV_FORMS,
     ArchitectureForm,
+    EmbeddingForm,
     LinearForm,
     PreprocessingForm,
     Size,
@@ -36,6 +37,7 @@ class ContractedForm(Struct, forbid_unknown_fields=True):
 
 ARGUMENTS: Mapping[str, type[Struct]] = {
     "Linear": LinearForm,
+    "Embedding": EmbeddingForm,
     **{f"Conv{dims}d": form for dims, form in CONV_FORMS.items()},
     **{f"ConvTranspose{dims}d": form for dims, form in CONV_FORMS.items()},
     "ContractedLinear": ContractedForm,

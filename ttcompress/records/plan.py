@@ -264,12 +264,16 @@ def _check_modes(fqn: str, spec: LayerSpec, stated: Tensorization) -> None:
 
 @dataclass(frozen=True)
 class KeptParameter:
-    """A parameter that stays as it is, and why; `kind` is that of its layer where that could take TT form."""
+    """A parameter that stays as it is, and why; `kind` is that of its weight, where it is one.
+
+    It is `fixed` where no choice of candidates could replace it.
+    """
 
     name: str
     params: int
     reason: str
     kind: str = ""
+    fixed: bool = False
 
     @property
     def fqn(self) -> str:
@@ -279,7 +283,7 @@ class KeptParameter:
     def to_json(self) -> Json:
         """A `layers` entry where this is the weight of a layer, else a `kept_parameters` entry."""
         if not self.kind:
-            return vars(self).copy()
+            return {"name": self.name, "params": self.params, "reason": self.reason}
         own_name = self.name.rpartition(".")[2]
         return {
             "fqn": self.fqn,
@@ -288,6 +292,7 @@ class KeptParameter:
             "params_before": self.params,
             "params_after": self.params,
             **({} if own_name == "weight" else {"parameter": own_name}),
+            **({"fixed": True} if self.fixed else {}),
         }
 
     @classmethod
@@ -298,7 +303,8 @@ class KeptParameter:
             FieldError: a field of a wrong type or value.
         """
         form = decode(data, KeptLayerForm, where)
-        return cls(weight_name(form.fqn, form.parameter), form.params_before, form.kept, form.kind)
+        name = weight_name(form.fqn, form.parameter)
+        return cls(name, form.params_before, form.kept, form.kind, form.fixed)
 
 
 @dataclass(frozen=True)
@@ -323,6 +329,12 @@ class CompressionPlan:
     def params_after(self) -> int:
         """Parameters of the compressed network."""
         return sum(layer.params_after for layer in self.layers) + sum(kept.params for kept in self.kept)
+
+    @property
+    def params_able(self) -> int:
+        """Parameters of the dense network that could take TT form, whether they are to or not."""
+        able = sum(kept.params for kept in self.kept if kept.kind and not kept.fixed)
+        return able + sum(layer.params_before for layer in self.layers)
 
     @property
     def compression(self) -> float:

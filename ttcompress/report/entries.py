@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -42,6 +43,19 @@ def found_at(data: Any, path: str) -> Any:
         else:
             return None
     return data
+
+
+def ordered(*lists: Sequence[str]) -> list[str]:
+    """Names of several lists, each in the order of a network, as one: by their numbers where all lists are."""
+    names = list(dict.fromkeys(name for each in lists for name in each))
+    if all(list(each) == sorted(each, key=_by_numbers) for each in lists):
+        names.sort(key=_by_numbers)
+    return names
+
+
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def step_of(key: str) -> str:
@@ -203,7 +217,7 @@ class Entry:
     def layers(self) -> list[Json]:
         """The weights of layers, replaced or kept, with where each is in the JSON."""
         shares = (self.data.get("prediction") or {}).get("shares", {})
-        rows = []
+        rows: list[Json] = []
         for place, layer in enumerate(self.data.get("layers", ())):
             rows.append({
                 "fqn": layer["fqn"],
@@ -216,7 +230,11 @@ class Entry:
                 "place": place,
                 "json": layer,
             })  # fmt: skip
-        return rows
+        replaced, kept = (
+            [row["fqn"] for row in rows if bool(row["kept"]) == is_kept] for is_kept in (False, True)
+        )
+        place_of = {name: place for place, name in enumerate(ordered(replaced, kept))}
+        return sorted(rows, key=lambda row: place_of[row["fqn"]])
 
     @cached_property
     def largest_layer(self) -> int:

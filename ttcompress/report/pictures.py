@@ -23,7 +23,7 @@ from ttcompress.report.canvas import (
     Picture,
     picture,
 )
-from ttcompress.report.entries import Entry, cut_name, heat_of
+from ttcompress.report.entries import Entry, cut_name, heat_of, ordered
 
 RATIOS = (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 70, 100)
 """Where an axis of compression may have its marks, and at a hundred, ten thousand ... times as much."""
@@ -88,6 +88,8 @@ def _measured(axes: Axes, entries: Sequence[Entry]) -> None:
             ha="right", va="bottom", color=MUTED, fontsize=9,
         )  # fmt: skip
 
+    for line in _sweeps(entries):
+        axes.plot(*zip(*line, strict=True), color=MUTED, linewidth=1.4, alpha=0.7, zorder=2)
     for entry in entries:
         for point in entry.points:
             chosen = point["chosen"]
@@ -111,11 +113,23 @@ def _measured(axes: Axes, entries: Sequence[Entry]) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5))
 
 
+def _sweeps(entries: Sequence[Entry]) -> list[list[tuple[float, float]]]:
+    """Points of a sweep in the same format, which a line joins."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for entry in entries:
+        if entry.has("page/format") and entry.points:
+            result = entry.points[-1]
+            lines.setdefault(entry.text("page/format"), []).append((result["compression"], result["quality"]))
+    return [sorted(line) for line in lines.values() if len(line) > 1]
+
+
 def _predicted(axes: Axes, entries: Sequence[Entry], farthest: float) -> None:
     largest = 0.0
-    for entry in entries:
-        points = entry.prediction["points"]
-        axes.plot(*zip(*points, strict=True), color=colour_of(entry), zorder=2)
+    curves = [entry.prediction["points"] for entry in entries]
+    for entry, points in zip(entries, curves, strict=True):
+        # Files of one network have one curve.
+        shared = curves.count(points) > 1
+        axes.plot(*zip(*points, strict=True), color=MUTED if shared else colour_of(entry), zorder=2)
         largest = max(largest, _between(points, farthest))
         at = entry.compression
         if points[0][0] <= at <= points[-1][0]:
@@ -175,7 +189,7 @@ def _spread(marks: Sequence[float], farthest: float, most: int) -> list[float]:
 
 def layers(entries: Sequence[Entry]) -> Picture | None:
     """Parameters of every layer before, as outlines, and after: those replaced in the order of the network, then the rest."""
-    names = list(dict.fromkeys(row["fqn"] for entry in entries for row in entry.layers))
+    names = ordered(*([row["fqn"] for row in entry.layers] for entry in entries))
     if not names:
         return None
 

@@ -15,9 +15,12 @@ from rich.text import Text
 from ttcompress.files.compressed import stored_report
 from ttcompress.files.shards import stored_bytes
 from ttcompress.records.common import Json, compression, format_compression, printable
+from ttcompress.records.layers import WeightSpec
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.records.report import Report
 
+KINDS = {"embedding": " (embedding)", "weight": " (would be rebuilt)"}
+"""What is said of a kept weight that no Linear or convolution runs by."""
 WIDTH = 200
 """Columns where the output is no terminal: wide enough that nothing is cut."""
 
@@ -217,11 +220,15 @@ def _summary(report: Report) -> list[str]:
         after = sum(layer.params_after for layer in plan.layers)
         lines.append(f"replaced weights  {_fewer(before, after)}")
     lines.append(f"all parameters    {_fewer(plan.params_before, plan.params_after)}")
+    if plan.params_able:
+        share = 100 * plan.params_able / plan.params_before
+        lines.append(f"could be touched  {plan.params_able:,}  {share:.1f} % of all parameters")
     size_before, size_after = format_bytes(report.bytes_before), format_bytes(report.bytes_after)
     lines.append(f"tensors           {size_before} -> {size_after}")
     if types := sorted({layer.core_dtype for layer in plan.layers if layer.core_dtype}):
         lines.append(f"cores             {', '.join(types)}")
     lines += _running_lines(plan)
+    lines += _rebuilt_lines(plan)
 
     if report.file_bytes is not None:
         lines.append(f"file              {report.file}, {format_bytes(report.file_bytes)}")
@@ -251,6 +258,15 @@ def _running_lines(plan: CompressionPlan) -> list[str]:
         times = f"{_time(latency['dense'])} -> {_time(latency['compressed'])}"
         lines.append(f"latency           {times}  {latency['ratio']:.2f}x (one input, {latency['device']})")
     return lines
+
+
+def _rebuilt_lines(plan: CompressionPlan) -> list[str]:
+    rebuilt = [layer for layer in plan.layers if isinstance(layer.spec, WeightSpec)]
+    if not rebuilt:
+        return []
+    params = sum(layer.params_before for layer in rebuilt)
+    what = f"{params:,} parameters of {_some([layer.fqn for layer in rebuilt])}"
+    return [f"rebuilt to run    {what}: fewer bytes on disk and in transit, not less time"]
 
 
 def _accuracy_lines(accuracy: Json | None) -> list[str]:
@@ -419,12 +435,12 @@ def _search_lines(report: Report) -> list[str]:
 
 
 def _dense_lines(report: Report) -> list[str]:
-    """Weights of Linear and Conv2d layers that stay dense, grouped by reason."""
-    groups: dict[str, list[str]] = {}
+    """Weights that stay dense, grouped by reason and kind."""
+    groups: dict[tuple[str, str], list[str]] = {}
     for kept in report.plan.kept:
         if kept.kind:
-            groups.setdefault(kept.reason, []).append(kept.fqn)
-    return [f"{_some(names)}: {reason}" for reason, names in groups.items()]
+            groups.setdefault((kept.reason, KINDS.get(kept.kind, "")), []).append(kept.fqn)
+    return [f"{_some(names)}{kind}: {reason}" for (reason, kind), names in groups.items()]
 
 
 def _some(names: Sequence[str]) -> str:

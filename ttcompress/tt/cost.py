@@ -85,13 +85,14 @@ TIME = Unit(CHANNEL_BLOCK, ELEMENT_COST, CONVOLUTION)
 class ContractionPlan(NamedTuple):
     """How an input meets the cores: bounds of the groups that are merged first, from which end, and the cost.
 
-    `per_row` is the cost for one input vector, `merging` that of merging the groups.
+    `per_row` is the cost for one input vector, `merging` that of merging the groups, whose entries are `merged`.
     """
 
     bounds: tuple[int, ...]
     from_last: bool
     per_row: Cost
     merging: Cost
+    merged: int
 
     def cost(self, rows: int, merged: bool = False) -> Cost:
         """Return the cost for `rows` input vectors; `merged` if the groups are at hand."""
@@ -124,7 +125,8 @@ def _plan(shapes: Sequence[Shape], bounds: tuple[int, ...], from_last: bool) -> 
     merged = [_merged_shape(group) for group in groups]
     merging = sum((merge_cost(group) for group in groups), NOTHING)
     contracted = merged if from_last else _mirrored(merged)
-    return ContractionPlan(bounds, from_last, _contraction_cost(contracted), merging)
+    entries = sum(prod(shape) for shape in merged)
+    return ContractionPlan(bounds, from_last, _contraction_cost(contracted), merging, entries)
 
 
 def _groupings(count: int) -> Iterator[tuple[int, ...]]:
@@ -264,6 +266,30 @@ class LayerCosts(NamedTuple):
         # All cores before the last become one kernel, but in a chain, where each is a kernel by itself.
         head = shapes[:1] if tensorization.format == "chain" else shapes[:-1]
         return cost if cached else cost + merge_cost(head)
+
+    def step_ratio(self, tensorization: Tensorization, tt_ranks: Sequence[int], training: bool) -> float:
+        """Return the cost of a step by the cores over that of the dense layer.
+
+        A step is an inference, with what is made of the cores at hand, or a forward and backward pass, which
+        makes it anew; each product has two more of its size in the backward pass. Other than in `by_cores`,
+        reading the cores counts, too: with few inputs it is what a dense layer takes its time for.
+        """
+        form = tensorization, tt_ranks
+        dense = self.unit.total(self.dense())
+        if not is_contracted(self.weight_shape, tensorization):
+            return float(self.unit.total(self.by_cores(*form, cached=not training)) / dense)
+
+        shapes = tensorization.core_shapes(tt_ranks)
+        plan = contraction_plan(contracted_shapes(shapes), training)
+        # In training an intermediate is also saved, brought into another order, and has a gradient.
+        more = TRAINING_TRAFFIC - 1 if training else 0
+        moved = Cost(0, plan.merged + more * self.calls.pixels * plan.per_row.elements)
+        return float(self.unit.total(self.by_cores(*form, not training, plan) + moved) / dense)
+
+    def rebuilt_ratio(self, tensorization: Tensorization, tt_ranks: Sequence[int]) -> float:
+        """Return the cost of a step of training with the dense weight made of the cores, over the dense one."""
+        rebuilt = self.unit.total(self.rebuilt(tensorization, tt_ranks))
+        return float(rebuilt / self.unit.total(self.dense()))
 
     def core(self, tensorization: Tensorization, index: int, left: Any, right: Any) -> Cost:
         """Return what the core between these TT-ranks, numbers or arrays, adds to `by_cores`.
