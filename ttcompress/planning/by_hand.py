@@ -47,7 +47,7 @@ def with_better_format(layer: LayerPlan, weight: Tensor) -> LayerPlan:
 
 def _others(layer: LayerPlan, weight: Tensor) -> Iterator[Choice]:
     """The best choices of other formats with as many parameters, and those of as large a TT-rank."""
-    shape = layer.spec.weight_shape
+    shape = layer.spec.view_shape
     made = [tensorize_shape(name, shape) for name in FORMATS]
     distinct = {each.modes: each for each in made if each.modes != layer.tensorization.modes}
     others = list(distinct.values())
