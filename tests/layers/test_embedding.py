@@ -209,3 +209,16 @@ def test_an_output_layer_runs_by_the_cores_of_the_table() -> None:
 def test_other_layers_are_refused() -> None:
     with pytest.raises(PlanError, match="another kind"):
         TTEmbedding.from_dense(nn.Linear(4, 4))
+
+
+def test_rows_have_the_type_of_the_table_whatever_that_of_the_cores() -> None:
+    dense = table().float()
+    cores = [core.half() for core in TTEmbedding.from_dense(dense, "lowrank").cores]
+    layer = TTEmbedding.from_cores(dense, tensorize_shape("lowrank", (12, 97)), cores)
+    assert layer.cores[0].dtype == torch.float16
+    wide = [core.float() for core in cores]
+    expected = TTEmbedding.from_cores(dense, layer.tensorization, wide)(IDS)
+    assert torch.equal(layer(IDS), expected)
+    layer.execution = "dense"  # type: ignore[assignment]
+    torch.testing.assert_close(layer(IDS), expected)
+    assert copy.deepcopy(layer).to(torch.float64)(IDS).dtype == torch.float64

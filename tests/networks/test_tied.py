@@ -99,7 +99,7 @@ def test_no_call_rebuilds_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @BUILDERS
-@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("dtype", [None, "int8", "float16"])
 def test_stored_once_and_loaded_bit_for_bit(
     make: Callable[[], nn.Module], dtype: str | None, tmp_path: Path
 ) -> None:

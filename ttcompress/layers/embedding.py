@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ttcompress.errors import ShapeError
@@ -62,6 +63,22 @@ class TTEmbedding(TTLayer):
     ) -> None:
         super().__init__(spec, tensorization, tt_ranks, device, dtype)
         self._lookup = lookup_plan(tensorization.core_shapes(self.tt_ranks), spec.num_embeddings)
+        self.dtype = self.cores[0].dtype
+        """Of the rows, that of the dense table: cores may be stored in a narrower one."""
+
+    @classmethod
+    def from_cores(cls, dense: nn.Module, tensorization: Tensorization, cores: Sequence[Tensor]) -> Self:
+        """See `TTLayer.from_cores`."""
+        layer = super().from_cores(dense, tensorization, cores)
+        layer.dtype = dense.weight.dtype  # type: ignore[assignment]
+        return layer
+
+    @classmethod
+    def sharing(cls, dense: nn.Module, source: TTLayer) -> Self:
+        """See `TTLayer.sharing`."""
+        layer = super().sharing(dense, source)
+        layer.dtype = dense.weight.dtype  # type: ignore[assignment]
+        return layer
 
     def forward(self, input: Tensor) -> Tensor:
         """Look the rows up.
@@ -84,9 +101,9 @@ class TTEmbedding(TTLayer):
         # Tables are looked up in their own type.
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
-                rows = look_up(cores, ids, self._lookup, is_recorded())
+                rows = look_up(cores, ids, self._lookup, self.dtype, is_recorded())
         else:
-            rows = look_up(cores, ids, self._lookup, is_recorded())
+            rows = look_up(cores, ids, self._lookup, self.dtype, is_recorded())
 
         if rows.requires_grad and (self.padding_idx is not None or self.scale_grad_by_freq):
             rows = _with_gradient(rows, self._share_of_gradient(ids))
@@ -102,17 +119,23 @@ class TTEmbedding(TTLayer):
 
     def _made_table(self, cores: list[Tensor]) -> Tensor:
         with torch.autocast(cores[0].device.type, enabled=False):
-            return unviewed(dense_weight(cores, self.spec.view_shape), self.spec).contiguous()
+            wide = [core.to(self.dtype) for core in cores]
+            return unviewed(dense_weight(wide, self.spec.view_shape), self.spec).contiguous()
 
     def _share_of_gradient(self, ids: Tensor) -> Tensor:
         """What of the gradient of each row counts: nothing at the padding, one over its count if that is wanted."""
-        share = torch.ones(ids.shape[0], 1, dtype=self.cores[0].dtype, device=ids.device)
+        share = torch.ones(ids.shape[0], 1, dtype=self.dtype, device=ids.device)
         if self.scale_grad_by_freq:
             _, places, counts = torch.unique(ids, return_inverse=True, return_counts=True)
             share = share / counts[places, None]
         if self.padding_idx is not None:
             share = share.masked_fill((ids == self.padding_idx)[:, None], 0)
         return share
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # What a change of types makes of the table shows on an empty one.
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.cores[0].device)).dtype
+        return super()._apply(fn, recurse)
 
 
 def _with_gradient(rows: Tensor, share: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ttcompress.errors import DataError, ShapeError, TTCompressError, is_out_of_memory
 from ttcompress.layers.base import TTLayer
+from ttcompress.layers.embedding import TTEmbedding
 from ttcompress.layers.rebuilt import TTWeight
 
 NetworkInput = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -194,7 +195,9 @@ class Example:
         Raises:
             DataError: inputs that it does not take.
         """
-        has_tables = any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in model.modules())
+        has_tables = any(
+            isinstance(module, nn.Embedding | nn.EmbeddingBag | TTEmbedding) for module in model.modules()
+        )
         if self.inputs is not None or not has_tables:
             return self
 

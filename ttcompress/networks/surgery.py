@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ttcompress.errors import PlanError, ShapeError, shortlist
 from ttcompress.layers.base import TTLayer
+from ttcompress.layers.embedding import TTEmbedding
 from ttcompress.layers.kinds import tt_layer
 from ttcompress.layers.rebuilt import TTWeight, rebuild, rebuilt_in, restore
 from ttcompress.layers.spec import Replaceable, empty_layer, layer_spec
@@ -149,6 +150,10 @@ def _swap_all(
     for module in owners.values():
         if id(module) not in twins:
             twins[id(module)] = _sharing(module, made, layer)
+
+    for each in twins.values():
+        if isinstance(each, TTEmbedding):
+            each.dtype = getattr(torch, layer.weight_dtype)
 
     swap(model, layer.fqn, made)
     for name, module in owners.items():

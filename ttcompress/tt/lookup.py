@@ -68,13 +68,20 @@ def _multiply_adds(shapes: Sequence[Shape], split: int) -> int:
     return left + right + (0 if is_one_side else prod(outs) * shapes[split][0])
 
 
-def look_up(cores: Sequence[Tensor], ids: Tensor, plan: LookupPlan, at_once: bool = False) -> Tensor:
+def look_up(
+    cores: Sequence[Tensor],
+    ids: Tensor,
+    plan: LookupPlan,
+    dtype: torch.dtype | None = None,
+    at_once: bool = False,
+) -> Tensor:
     """Return the rows of a table at these indices, (B,) to (B, M), with the padding of the outputs.
 
     Args:
         cores: window-less, of the shapes that were planned for.
         ids: whole numbers from 0 to num_rows - 1.
         plan: see `lookup_plan`.
+        dtype: of the rows, into which slices are brought before they are multiplied; by default that of the cores.
         at_once: never in parts, so that a recorded graph is one for any number of indices.
 
     Raises:
@@ -87,12 +94,12 @@ def look_up(cores: Sequence[Tensor], ids: Tensor, plan: LookupPlan, at_once: boo
         [[9.0, 9.0, 9.0, 9.0], [1.0, 1.0, 1.0, 1.0]]
     """
     if at_once or ids.shape[0] <= plan.most:
-        return _rows(cores, ids, plan)
-    return torch.cat([_rows(cores, part, plan) for part in torch.split(ids, plan.most)])
+        return _rows(cores, ids, plan, dtype)
+    return torch.cat([_rows(cores, part, plan, dtype) for part in torch.split(ids, plan.most)])
 
 
-def _rows(cores: Sequence[Tensor], ids: Tensor, plan: LookupPlan) -> Tensor:
-    slices = [_slices(core, ids, plan, k) for k, core in enumerate(cores)]
+def _rows(cores: Sequence[Tensor], ids: Tensor, plan: LookupPlan, dtype: torch.dtype | None) -> Tensor:
+    slices = [_slices(core, ids, plan, k).to(dtype or core.dtype) for k, core in enumerate(cores)]
     split = plan.split
     if split == 0:
         rows = _from_last(slices)
