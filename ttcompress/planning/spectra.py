@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,10 @@ two), which knows nothing of correlations between modes. Where its norm is below
 sweeps would not reach (measured in docs/calibration.md)."""
 
 
+BOUNDED_ABOVE = 2048
+"""Unfoldings with a longer short side may have bounds instead of singular values."""
+
+
 Metric = Callable[[Tensorization], Sequence[ModeMetric]]
 """By tensorization of one weight: the metric of each mode in which its errors count."""
 
@@ -33,6 +37,8 @@ class TensorizationSpectra:
 
     cuts: tuple[Tensor, ...]
     norm: float
+    is_bound: bool = False
+    """Whether the singular values of large unfoldings are bounds, by which errors look smaller than they are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,23 +70,40 @@ def _cuts(tensors: Mapping[str, Tensor], number: int) -> tuple[Tensor, ...]:
 
 
 def layer_spectra(
-    weight: Tensor, tensorizations: Sequence[Tensorization], metric: Metric | None = None
+    weight: Tensor,
+    tensorizations: Sequence[Tensorization],
+    metric: Metric | None = None,
+    bounded: Collection[int] = (),
 ) -> LayerSpectra:
     """The spectra of a weight in these tensorizations, as it is or in the metric of each.
+
+    Of those whose places are `bounded`, unfoldings that take long have bounds instead.
 
     Raises:
         ShapeError: NaN or Inf in the weight.
     """
     if metric is None:
         norm = frobenius_norm(weight)
-        plain = [TensorizationSpectra(tuple(squared_spectra(weight, each)), norm) for each in tensorizations]
+        plain = []
+        for place, each in enumerate(tensorizations):
+            most = BOUNDED_ABOVE if place in bounded else None
+            cuts = tuple(squared_spectra(weight, each, most))
+            plain.append(TensorizationSpectra(cuts, norm, place in bounded))
         return LayerSpectra(tuple(plain))
 
     # A matrix has one mode for all inputs and one for all outputs, so that no correlation is lost.
     whole = tensorize_shape("lowrank", tuple(weight.shape))
     least = TRUSTED * frobenius_norm(whitened(weight, whole, metric(whole)))
     found = []
-    for each in tensorizations:
+    for place, each in enumerate(tensorizations):
         tensor = whitened(weight, each, metric(each))
-        found.append(TensorizationSpectra(tuple(squared_spectra(tensor)), max(least, frobenius_norm(tensor))))
+        most = BOUNDED_ABOVE if place in bounded else None
+        cuts = tuple(squared_spectra(tensor, bounded_above=most))
+        norm = max(least, frobenius_norm(tensor))
+        found.append(TensorizationSpectra(cuts, norm, place in bounded))
     return LayerSpectra(tuple(found))
+
+
+def worth_bounding(tensorization: Tensorization) -> bool:
+    """Whether the spectra of a tensorization take so long that bounds are looked at first."""
+    return len(tensorization.modes) > 2 and max(tensorization.max_ranks()) > BOUNDED_ABOVE
