@@ -218,3 +218,30 @@ def test_those_that_lose_least_go_first() -> None:
         assert [*found] == [] or sorted(found) == sorted(order[len(losses) - len(found) :])
         fewer = frozenset(order[len(losses) - len(found) + 1 :])
         assert not fewer or not is_good(fewer)
+
+
+# ------------------------------------------------------------------------------------------------------------ bounds
+
+
+@pytest.mark.parametrize("target", [{"ratio": 3.0}, {"ratio": 10.0}, {"eps": 0.6}, {"eps": 0.05}], ids=str)
+@pytest.mark.parametrize("any_time", [None, True])
+@pytest.mark.parametrize(
+    "net", [random_net(1024, 256, 512), structured(48), structured(3)], ids=["flat", "48", "3"]
+)
+def test_bounds_of_spectra_change_no_plan(
+    net: nn.Module, any_time: bool | None, target: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = planned(net, any_time=any_time, **target)
+    monkeypatch.setattr("ttcompress.planning.spectra.BOUNDED_ABOVE", 20)
+    assert planned(net, any_time=any_time, **target) == exact
+
+
+def test_spectra_that_no_choice_rests_on_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ttcompress.planning.spectra.BOUNDED_ABOVE", 20)
+    recipe = Recipe(include=("*",), ratio=10)
+    bounded = []
+    for net in (random_net(1024, 256), structured(48)):
+        planner = Planner(net, recipe)
+        planner.plan(recipe)
+        bounded += [each.is_bound for each in planner._spectra[0].tensorizations]
+    assert bounded == [True, False, False, False]

@@ -70,14 +70,14 @@ class TTEmbedding(TTLayer):
     def from_cores(cls, dense: nn.Module, tensorization: Tensorization, cores: Sequence[Tensor]) -> Self:
         """See `TTLayer.from_cores`."""
         layer = super().from_cores(dense, tensorization, cores)
-        layer.dtype = dense.weight.dtype  # type: ignore[assignment]
+        layer.dtype = dense.weight.dtype
         return layer
 
     @classmethod
     def sharing(cls, dense: nn.Module, source: TTLayer) -> Self:
         """See `TTLayer.sharing`."""
         layer = super().sharing(dense, source)
-        layer.dtype = dense.weight.dtype  # type: ignore[assignment]
+        layer.dtype = dense.weight.dtype
         return layer
 
     def forward(self, input: Tensor) -> Tensor:

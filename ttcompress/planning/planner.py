@@ -5,7 +5,7 @@ Reads a model, never changes it. Hand-given ranks need shapes only, so a model o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -18,13 +18,13 @@ from ttcompress.measure.multiply_adds import Usage
 from ttcompress.planning.assemble import Decisions, assemble
 from ttcompress.planning.budgets import Budget, Counting, OutOfReachError, reach_text
 from ttcompress.planning.candidates import Choice
-from ttcompress.planning.choosing import AUTO, Chooser
+from ttcompress.planning.choosing import AUTO, Chooser, Chosen
 from ttcompress.planning.doubts import including, out_of_reach, out_of_reach_note
 from ttcompress.planning.pace import Pace
 from ttcompress.planning.prediction import error_shares, predicted_curve, prediction_of
 from ttcompress.planning.requests import LayerRequest, check_eps, layer_requests, planned_by_hand, rank_option
 from ttcompress.planning.selection import Layer, find_layers
-from ttcompress.planning.spectra import LayerSpectra, layer_spectra
+from ttcompress.planning.spectra import LayerSpectra, layer_spectra, worth_bounding
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Json, Progress
 from ttcompress.records.layers import LayerSpec
@@ -64,7 +64,7 @@ class Planner:
             PlanError, ShapeError: see `make_plan`.
         """
         self.metrics: Metrics | None = None
-        self.results: Results = lambda sizes, compute: [compute(index) for index in range(len(sizes))]
+        self.results: Results | None = None
         self._model, self._device, self._progress = model, device, progress
         self._rank_multiple = recipe.rank_multiple or AUTO
         self.pace = None if recipe.any_time else Pace(training=recipe.epochs is not None)
@@ -99,9 +99,39 @@ class Planner:
         weights = [request.layer.weight for request in self._searched]
         if any(weight.is_meta for weight in weights):
             raise PlanError("--eps and budgets need the weights: give a checkpoint")
-        return self.results([weight.numel() for weight in weights], self._spectra_of)
+        if self.results is not None:
+            return self.results([weight.numel() for weight in weights], self._spectra_of)
+        return [self._first_spectra_of(index) for index in range(len(weights))]
 
-    def _spectra_of(self, index: int) -> LayerSpectra:
+    def _first_spectra_of(self, index: int) -> LayerSpectra:
+        """The spectra of a layer, with bounds for tensorizations that take long and may not be chosen at all."""
+        tensorizations = self._searched[index].tensorizations
+        places = [place for place, each in enumerate(tensorizations) if worth_bounding(each)]
+        return self._spectra_of(index, () if len(places) == len(tensorizations) else places)
+
+    def _settled(self, choose: Callable[[Chooser], Chosen], counting: Counting) -> Chosen:
+        """What is chosen by the spectra themselves, once no choice rests on bounds of them.
+
+        By a bound a tensorization looks better than it is. One that is not even chosen so never is; one that is
+        gets its spectra, and all is chosen again.
+        """
+        while True:
+            chosen = choose(self._chooser(counting))
+            doubtful = [
+                index for index, choice in enumerate(chosen.choices) if self._rests_on_bound(index, choice)
+            ]
+            if not doubtful:
+                return chosen
+            for index in doubtful:
+                self._spectra[index] = self._spectra_of(index)
+
+    def _rests_on_bound(self, index: int, choice: Choice) -> bool:
+        if choice.candidate is None:
+            return False
+        place = self._searched[index].tensorizations.index(choice.candidate.tensorization)
+        return self._spectra[index].tensorizations[place].is_bound
+
+    def _spectra_of(self, index: int, bounded: Collection[int] = ()) -> LayerSpectra:
         request = self._searched[index]
         fqn = request.layer.fqn
         if self._progress:
@@ -110,7 +140,7 @@ class Planner:
         weight = viewed(request.layer.weight.detach(), request.layer.spec).to(self._device)
         metric = self.metrics and partial(self.metrics, fqn)
         try:
-            return layer_spectra(weight, request.tensorizations, metric)
+            return layer_spectra(weight, request.tensorizations, metric, bounded)
         except ShapeError as error:
             raise ShapeError(f"{fqn}: {error}") from error
 
@@ -161,7 +191,7 @@ class Planner:
 
     def _to_eps(self, eps: float) -> CompressionPlan:
         check_eps(eps, self._searched)
-        chosen = self._chooser(self.parameters).to_eps(eps)
+        chosen = self._settled(lambda chooser: chooser.to_eps(eps), self.parameters)
         decisions = _decisions(self._searched, chosen.choices, "within eps")
         return self._assembled({**self._by_hand, **decisions}, chosen.notes)
 
@@ -194,7 +224,7 @@ class Planner:
         """
         counting = budget.counting
         try:
-            chosen = self._chooser(counting).within(budget)
+            chosen = self._settled(lambda chooser: chooser.within(budget), counting)
         except OutOfReachError as error:
             raise OutOfReachError(f"{error}{self._more_than_that()}") from error
         decisions = _decisions(self._searched, chosen.choices, "pays under this budget")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import hypot
 
@@ -21,6 +21,10 @@ two), which knows nothing of correlations between modes. Where its norm is below
 sweeps would not reach (measured in docs/calibration.md)."""
 
 
+BOUNDED_ABOVE = 2048
+"""Unfoldings with a longer short side may have bounds instead of singular values."""
+
+
 Metric = Callable[[Tensorization], Sequence[ModeMetric]]
 """By tensorization of one weight: the metric of each mode in which its errors count."""
 
@@ -34,6 +38,8 @@ class TensorizationSpectra:
 
     cuts: tuple[Tensor, ...]
     norm: float
+    is_bound: bool = False
+    """Whether the singular values of large unfoldings are bounds, by which errors look smaller than they are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,16 +71,25 @@ def _cuts(tensors: Mapping[str, Tensor], number: int) -> tuple[Tensor, ...]:
 
 
 def layer_spectra(
-    weight: Tensor, tensorizations: Sequence[Tensorization], metric: Metric | None = None
+    weight: Tensor,
+    tensorizations: Sequence[Tensorization],
+    metric: Metric | None = None,
+    bounded: Collection[int] = (),
 ) -> LayerSpectra:
     """The spectra of a weight in these tensorizations, as it is or in the metric of each.
+
+    Of those whose places are `bounded`, unfoldings that take long have bounds instead.
 
     Raises:
         ShapeError: NaN or Inf in the weight.
     """
     if metric is None:
         norm = frobenius_norm(weight)
-        plain = [TensorizationSpectra(tuple(squared_spectra(weight, each)), norm) for each in tensorizations]
+        plain = []
+        for place, each in enumerate(tensorizations):
+            most = BOUNDED_ABOVE if place in bounded else None
+            cuts = tuple(squared_spectra(weight, each, most))
+            plain.append(TensorizationSpectra(cuts, norm, place in bounded))
         return LayerSpectra(tuple(plain))
 
     groups = tensorizations[0].groups if tensorizations else 1
@@ -84,11 +99,12 @@ def layer_spectra(
     whole = tensorize_shape("lowrank", tuple(blocks[0].shape))
     least = TRUSTED * hypot(*map(frobenius_norm, _whitened(blocks, whole, metric)))
     found = []
-    for each in tensorizations:
+    for place, each in enumerate(tensorizations):
         tensors = _whitened(blocks, each, metric)
         norms = [frobenius_norm(tensor) for tensor in tensors]
-        cuts = pooled_spectra([squared_spectra(tensor) for tensor in tensors], norms)
-        found.append(TensorizationSpectra(tuple(cuts), max(least, hypot(*norms))))
+        most = BOUNDED_ABOVE if place in bounded else None
+        cuts = pooled_spectra([squared_spectra(tensor, bounded_above=most) for tensor in tensors], norms)
+        found.append(TensorizationSpectra(tuple(cuts), max(least, hypot(*norms)), place in bounded))
     return LayerSpectra(tuple(found))
 
 
@@ -96,3 +112,8 @@ def _whitened(blocks: Sequence[Tensor], tensorization: Tensorization, metric: Me
     """Each group's weight in the metric, which is one for all of them."""
     metrics = metric(tensorization)
     return [whitened(block, tensorization, metrics) for block in blocks]
+
+
+def worth_bounding(tensorization: Tensorization) -> bool:
+    """Whether the spectra of a tensorization take so long that bounds are looked at first."""
+    return len(tensorization.modes) > 2 and max(tensorization.max_ranks()) > BOUNDED_ABOVE

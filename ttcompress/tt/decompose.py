@@ -22,6 +22,7 @@ from torch.nn import functional
 from ttcompress.errors import ShapeError
 from ttcompress.tt.arithmetic import rank_for, right_orthogonalize, times_two_to
 from ttcompress.tt.contract import dense_weight, merge_all
+from ttcompress.tt.estimate import bounded_spectrum
 from ttcompress.tt.quantize import as_stored
 from ttcompress.tt.shapes import Mode, Tensorization, feasible_ranks
 from ttcompress.tt.unfolding import BLOCK, Folded, Side, cut_order, fold, interleave, split
@@ -225,7 +226,9 @@ def _scaled_fold(weight: Tensor, tensorization: Tensorization, exponent: int) ->
 
 
 @torch.no_grad()
-def squared_spectra(tensor: Tensor, tensorization: Tensorization | None = None) -> list[Tensor]:
+def squared_spectra(
+    tensor: Tensor, tensorization: Tensorization | None = None, bounded_above: int | None = None
+) -> list[Tensor]:
     """Return the squared singular values of the d - 1 unfoldings over ||A||_F^2.
 
     Each is descending, in float64 on the CPU. Their tails bound the error of every choice of TT-ranks: err^2
@@ -234,6 +237,8 @@ def squared_spectra(tensor: Tensor, tensorization: Tensorization | None = None) 
     Args:
         tensor: a d-way tensor, or with a tensorization the weight (out, in[, kh, kw]) that it views as one; with
             groups in front where it has some, whose errors add up.
+        bounded_above: of unfoldings with a longer short side only bounds are taken (tt/estimate.py): their
+            leading sums are, but for the luck of random vectors, not below the true ones.
 
     Raises:
         ShapeError: an empty or non-finite tensor.
@@ -242,7 +247,8 @@ def squared_spectra(tensor: Tensor, tensorization: Tensorization | None = None) 
     if tensorization and tensorization.groups > 1:
         one = replace(tensorization, groups=1)
         return pooled_spectra(
-            [squared_spectra(block, one) for block in tensor], [frobenius_norm(b) for b in tensor]
+            [squared_spectra(block, one, bounded_above) for block in tensor],
+            [frobenius_norm(b) for b in tensor],
         )
     weight = tensor if tensorization else tensor.reshape(1, -1)
     view = tensorization or _plain(tensor)
@@ -252,6 +258,11 @@ def squared_spectra(tensor: Tensor, tensorization: Tensorization | None = None) 
     spectra = []
     for cut in range(1, len(folded.modes)):
         short = _short_side(folded, cut)
+        size = prod(folded.shape(cut, short))
+        if bounded_above is not None and size > bounded_above:
+            spectra.append(bounded_spectrum(folded, cut, short, size))
+            continue
+
         # Without a name, a Gram matrix is gone before the next one is made.
         values = _eigh(folded.gram(cut, short), torch.linalg.eigvalsh)
         values = values.flip(0).clamp_(min=0).cpu()
