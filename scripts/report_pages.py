@@ -40,7 +40,7 @@ def main(checkpoint: Path, data: Path) -> None:
             "--html",
             "report-2x.html",
         )
-        ratios = ("--ratios", "1.5,2,3,4,6", "--effort", "fast", "--max-drop", "2")
+        ratios = ("--ratios", "1.5,2,3,4,6", "--effort", "fast", "--max-drop", "2", "--limit", "2000")
         ttcompress(
             work, "sweep", checkpoint.name, *ratios, *images, "-o", "sizes", "--html", "report-sweep.html"
         )
@@ -59,7 +59,11 @@ def draw(page: Path, picture: Path) -> None:
     browser = next(filter(None, map(which, BROWSERS)))
     size = f"--window-size={','.join(map(str, SIZE))}"
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", size]
-    subprocess.run([browser, *options, f"--screenshot={picture}", page.absolute().as_uri()], check=True)
+    subprocess.run(
+        [browser, *options, f"--screenshot={picture}", page.absolute().as_uri()],
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
     with Image.open(picture) as drawn:
         small = drawn.convert("RGB").quantize(128)
     small.save(picture, optimize=True)

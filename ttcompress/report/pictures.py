@@ -82,10 +82,13 @@ def _named(entries: Sequence[Entry]) -> str:
 
 
 def _measured(axes: Axes, entries: Sequence[Entry]) -> None:
-    for dense in sorted({entry.dense for entry in entries if entry.dense is not None}):
+    found = sorted({entry.dense for entry in entries if entry.dense is not None})
+    for dense in found:
         axes.axhline(dense, color=MUTED, linestyle=(0, (5, 4)), linewidth=1.4)
+    if found:
+        # Networks measured on other samples have lines close to each other: one name does for all.
         axes.annotate(
-            "dense", (1, dense), (-2, 4), xycoords=("axes fraction", "data"), textcoords="offset points",
+            "dense", (1, found[-1]), (-2, 4), xycoords=("axes fraction", "data"), textcoords="offset points",
             ha="right", va="bottom", color=MUTED, fontsize=9,
         )  # fmt: skip
 
@@ -138,8 +141,8 @@ def _predicted(axes: Axes, entries: Sequence[Entry], farthest: float) -> None:
                 at, _between(points, at), marker_of(entry), color=colour_of(entry), markersize=9, zorder=4,
                 markeredgecolor=PAPER, markeredgewidth=1.5,
             )  # fmt: skip
-    of = "outputs" if entries[0].prediction["by"] == "outputs" else "weights"
-    axes.set_ylabel(f"predicted error\nof {of}")
+    kinds = " or ".join(dict.fromkeys(str(entry.prediction["by"]) for entry in entries))
+    axes.set_ylabel(f"predicted error\nof {kinds}")
     axes.set_ylim(0, 1.08 * largest or 1)
     axes.yaxis.set_major_locator(MaxNLocator(4))
 
