@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,11 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 from PIL import Image
+
+from ttcompress import terminal
+
+# Which stages have a line in a log hangs on how fast the machine is: here none has, but where that is tested.
+terminal.LOGGED_SECONDS = inf
 
 # Everybody's own runs look for new examples; those that decide over a change are the same each time.
 settings.register_profile("ci", derandomize=True)

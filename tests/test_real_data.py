@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,10 @@ def ttcompress(*arguments: object, cwd: Path) -> str:
     """What a process of its own prints: nothing of this one can help."""
     command = [sys.executable, "-m", "ttcompress", *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    assert all(re.fullmatch(r"ttcompress: \w+, \d+ s", line) for line in done.stderr.splitlines()), (
+        done.stderr
+    )
     return done.stdout
 
 

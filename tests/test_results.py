@@ -130,15 +130,20 @@ def test_published_counts_agree_with_ours(papers: ModuleType) -> None:
 def test_a_chart_has_its_points_where_they_belong(papers: ModuleType) -> None:
     plot = importlib.import_module("scripts.papers.plot")
     series = {"a & b": [(10, 2), (1000, 1)], "c": [(100, 99)]}
-    picture = ElementTree.fromstring(plot.chart("title <1>", "x", "y", series, most=4))
+    drawn = plot.chart("title <1>", "x", "y", series, most=4)
+    assert plot.chart("title <1>", "x", "y", series, most=4) == drawn
+    picture = ElementTree.fromstring(drawn)
     space = "{http://www.w3.org/2000/svg}"
-    points = [(float(each.get("cx", 0)), float(each.get("cy", 0))) for each in picture.iter(f"{space}circle")]
-    dots = [point for point in points if point[0] <= plot.WIDTH - plot.RIGHT]
-    bottom, height = plot.HEIGHT - plot.BOTTOM, plot.HEIGHT - plot.BOTTOM - plot.TOP
-    # What lies above the axis is at its end.
-    assert [y for _, y in dots] == [bottom - height / 2, bottom - height / 4, plot.TOP]
-    middle = (plot.LEFT + plot.WIDTH - plot.RIGHT) / 2
-    assert [x for x, _ in dots] == [plot.LEFT, plot.WIDTH - plot.RIGHT, middle]
+
+    def marks(number: int) -> list[tuple[float, float]]:
+        (group,) = (each for each in picture.iter(f"{space}g") if each.get("id") == f"series-{number}")
+        return [(float(each.get("x", 0)), float(each.get("y", 0))) for each in group.iter(f"{space}use")]
+
+    (left, middle), (right, low) = marks(0)
+    ((between, top),) = marks(1)
+    assert between == pytest.approx((left + right) / 2, abs=0.1)
+    # Of 4 in all: 2, 1, and what lies above the axis at its end.
+    assert low - middle == pytest.approx((middle - top) / 2, abs=0.1)
     assert {"title <1>", "a & b", "c"} <= {each.text for each in picture.iter(f"{space}text")}
 
 

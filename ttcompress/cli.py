@@ -19,6 +19,7 @@ from ttcompress.options import flag
 from ttcompress.records.common import WARNING, printable
 from ttcompress.terminal import (
     log_epoch,
+    logs_epochs,
     print_csv,
     print_json,
     print_lines,
@@ -100,7 +101,7 @@ def compress(
             force=force,
             resume=resume,
             progress=progress,
-            log=None if progress else log_epoch,
+            log=log_epoch if logs_epochs() else None,
             extras=page.extras if page else None,
         )
 
@@ -175,7 +176,7 @@ def finetune_command(
             force=force,
             resume=resume,
             progress=progress,
-            log=None if progress else log_epoch,
+            log=log_epoch if logs_epochs() else None,
             extras=page.extras if page else None,
         )
     _show(done, target, json, page)

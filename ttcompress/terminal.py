@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from ttcompress.records.common import Json, Progress
 
+LOGGED_SECONDS = 2.0
+"""Shorter stages have no line in a log."""
 WIDTH_OF_FILES = 200
 """Columns where output goes to a file or a pipe: wide enough that nothing is cut."""
 
@@ -70,15 +73,45 @@ def log_epoch(record: Json) -> None:
     click.echo(json.dumps(record), err=True)
 
 
+class StageLog:
+    """Lines that say how long stages took, for logs."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._since = time.monotonic()
+
+    def note(self, what: str, done: int, total: int) -> None:
+        """A stage goes on, or another one begins, known by the first word of what it does."""
+        stage, *_ = what.split()
+        # Epochs have lines of their own, which begin with their number.
+        if stage != self._stage and not stage[0].isdigit():
+            self.end()
+            self._stage = stage
+
+    def end(self) -> None:
+        """Say how long the stage took that has gone on until now, unless that was nothing."""
+        seconds = time.monotonic() - self._since
+        if self._stage and seconds >= LOGGED_SECONDS:
+            click.echo(f"ttcompress: {printable(self._stage)}, {seconds:.0f} s", err=True)
+        self._stage, self._since = "", time.monotonic()
+
+
+def logs_epochs() -> bool:
+    """Whether nobody sees a bar, so that epochs are to be lines of a log."""
+    return not sys.stderr.isatty()
+
+
 @contextmanager
 def working(shown: bool = True) -> Iterator[Progress | None]:
-    """Show a progress bar on standard error while something runs, if that is a terminal.
+    """Show a progress bar on standard error while something runs; in a log a line for each stage that took a while.
 
     What a user's own code prints meanwhile is no result, and goes to standard error.
     """
     if not shown or not sys.stderr.isatty():
+        log = StageLog()
         with redirect_stdout(sys.stderr):
-            yield None
+            yield log.note if shown else None
+        log.end()
         return
 
     from rich.console import Console

@@ -148,7 +148,7 @@ class Compressor:
         images = self._images
         if images is None:
             model = self.model if inplace else copied(self.model)
-            prediction = self._planner.prediction(plan)
+            prediction = self._predicted(plan)
             return Compressed(model, self._decomposed(model, plan), prediction=prediction)
         statistics = self._statistics({layer.fqn: layer.spec for layer in plan.layers})
         reference = Reference(self._dense, statistics, images, self.in_step)
@@ -156,16 +156,18 @@ class Compressor:
             reference, plan, self.settings.effort, self.settings.seed, self.progress
         )
         plan = self._doubted(plan)
+        # While the network still has all its parameters.
+        prediction = self._predicted(plan)
         model = self.model if inplace else copied(self.model)
         adopt(model, compressed, plan)
-        return Compressed(model, plan, self.calibrated_on(stages), prediction=self._planner.prediction(plan))
+        return Compressed(model, plan, self.calibrated_on(stages), prediction=prediction)
 
     def spectra(self, plan: CompressionPlan) -> list[Json]:
         """The singular values of the layers of a plan that matter most, for pictures; to be asked for before `apply`.
 
         Those that no budget needed are computed, of weights that are not too large.
         """
-        shares = (self._planner.prediction(plan) or {}).get("shares", {})
+        shares = (self._predicted(plan) or {}).get("shares", {})
         most = sorted(plan.layers, key=lambda layer: (-shares.get(layer.fqn, 0.0), -layer.params_before))
         chosen = {layer.fqn for layer in most[:MOST_SPECTRA]}
         return [
@@ -174,8 +176,16 @@ class Compressor:
             if layer.fqn in chosen and (cuts := self._cuts(layer)) is not None
         ]
 
+    def _predicted(self, plan: CompressionPlan) -> Json | None:
+        return self._planner.prediction(plan) if self._has_planned else None
+
+    @property
+    def _has_planned(self) -> bool:
+        """Whether there are spectra of a plan that was made here; one that was given needs none."""
+        return "_planner" in vars(self)
+
     def _cuts(self, layer: LayerPlan) -> Sequence[Tensor] | None:
-        known = self._planner.cuts_of(layer)
+        known = self._planner.cuts_of(layer) if self._has_planned else None
         if known is not None or layer.params_before > LARGEST_DRAWN:
             return known
         return squared_spectra(weight_of(self.model, layer), layer.tensorization)

@@ -134,7 +134,12 @@ def accuracy_on(
     """
     known = preprocessing or images.statistics()
     batches = partial(images.batches, known, settings.batch_size, workers=settings.workers)
-    metric = accuracy_of(batches, images.name, chosen_device(settings.device), progress)
+
+    def known_total(what: str, done: int, total: int) -> None:
+        if progress:
+            progress(what, done, len(images))
+
+    metric = accuracy_of(batches, images.name, chosen_device(settings.device), known_total)
     if extras is None:
         return metric
 

@@ -59,11 +59,12 @@ def predicted_curve(options: Sequence[LayerOptions], fixed: int, dense: int) -> 
 
     distinct = {point.cost: point for point in points}
     ordered = sorted(distinct.values(), key=lambda point: -point.cost)
-    return [
-        (_rounded(dense / max(1, fixed + point.cost)), _rounded(sqrt(min(1.0, point.error / whole))))
-        for point in ordered
-        if whole
-    ]
+    if not whole:
+        return []
+    # Tails of eigenvalues may be a rounding error below 0, their bound is above all.
+    shares = [min(1.0, max(0.0, point.error / whole)) for point in ordered]
+    ratios = [dense / max(1, fixed + point.cost) for point in ordered]
+    return [(_rounded(ratio), _rounded(sqrt(share))) for ratio, share in zip(ratios, shares, strict=True)]
 
 
 def _rounded(value: float) -> float:

@@ -88,8 +88,8 @@ def layer_spectra(
         plain = []
         for place, each in enumerate(tensorizations):
             most = BOUNDED_ABOVE if place in bounded else None
-            cuts = tuple(squared_spectra(weight, each, most))
-            plain.append(TensorizationSpectra(cuts, norm, place in bounded))
+            own = tuple(squared_spectra(weight, each, most))
+            plain.append(TensorizationSpectra(own, norm, place in bounded))
         return LayerSpectra(tuple(plain))
 
     groups = tensorizations[0].groups if tensorizations else 1

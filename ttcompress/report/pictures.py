@@ -29,6 +29,7 @@ RATIOS = (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 70, 100)
 """Where an axis of compression may have its marks, and at a hundred, ten thousand ... times as much."""
 NAMED_LAYERS = 40
 """More names than this have no room below bars."""
+FEW_LAYERS = 8
 SINGLE_BARS = 150
 """More layers than this have no bar of their own."""
 SPECTRUM_WIDTH = 340
@@ -81,10 +82,13 @@ def _named(entries: Sequence[Entry]) -> str:
 
 
 def _measured(axes: Axes, entries: Sequence[Entry]) -> None:
-    for dense in sorted({entry.dense for entry in entries if entry.dense is not None}):
+    found = sorted({entry.dense for entry in entries if entry.dense is not None})
+    for dense in found:
         axes.axhline(dense, color=MUTED, linestyle=(0, (5, 4)), linewidth=1.4)
+    if found:
+        # Networks measured on other samples have lines close to each other: one name does for all.
         axes.annotate(
-            "dense", (1, dense), (-2, 4), xycoords=("axes fraction", "data"), textcoords="offset points",
+            "dense", (1, found[-1]), (-2, 4), xycoords=("axes fraction", "data"), textcoords="offset points",
             ha="right", va="bottom", color=MUTED, fontsize=9,
         )  # fmt: skip
 
@@ -137,8 +141,8 @@ def _predicted(axes: Axes, entries: Sequence[Entry], farthest: float) -> None:
                 at, _between(points, at), marker_of(entry), color=colour_of(entry), markersize=9, zorder=4,
                 markeredgecolor=PAPER, markeredgewidth=1.5,
             )  # fmt: skip
-    of = "outputs" if entries[0].prediction["by"] == "outputs" else "weights"
-    axes.set_ylabel(f"predicted error\nof {of}")
+    kinds = " or ".join(dict.fromkeys(str(entry.prediction["by"]) for entry in entries))
+    axes.set_ylabel(f"predicted error\nof {kinds}")
     axes.set_ylim(0, 1.08 * largest or 1)
     axes.yaxis.set_major_locator(MaxNLocator(4))
 
@@ -248,13 +252,20 @@ def _colour(row: Json) -> str:
 
 def _layer_names(axes: Axes, names: Sequence[str], narrow: bool) -> None:
     axes.margins(x=0.01)
+    if len(names) < FEW_LAYERS:
+        # Bars as broad as the page say nothing more.
+        spare = (FEW_LAYERS - len(names)) / 2
+        axes.set_xlim(-0.6 - spare, len(names) - 0.4 + spare)
     most = NAMED_LAYERS // 2 if narrow else NAMED_LAYERS
     if len(names) > most:
         axes.set_xlabel(f"{len(names)} layers")
         axes.set_xticks([])
         return
     shown = [name if len(name) <= 24 else f"…{name[-23:]}" for name in names]
-    axes.set_xticks(range(len(names)), shown, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    if len(names) < FEW_LAYERS and max(map(len, names)) < FEW_LAYERS:
+        axes.set_xticks(range(len(names)), shown)
+    else:
+        axes.set_xticks(range(len(names)), shown, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     axes.tick_params(axis="x", length=0)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from io import StringIO
+from math import ceil
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +22,7 @@ from ttcompress.records.report import Report
 
 KINDS = {"embedding": " (embedding)", "weight": " (would be rebuilt)"}
 """What is said of a kept weight that no Linear or convolution runs by."""
+HEIGHTS = "▁▂▃▄▅▆▇█"
 WIDTH = 200
 """Columns where the output is no terminal: wide enough that nothing is cut."""
 
@@ -41,7 +43,7 @@ def with_file(report: Report, path: Path) -> Report:
 
 def as_text(report: Report) -> str:
     """What the command line prints where its output is no terminal."""
-    console = Console(file=StringIO(), highlight=False, width=WIDTH, color_system=None)
+    console = Console(file=StringIO(), highlight=False, width=WIDTH, color_system=None, force_terminal=False)
     with console.capture() as capture:
         console.print(render(report))
     return capture.get().removesuffix("\n")
@@ -52,8 +54,33 @@ def render(report: Report) -> RenderableType:
     parts: list[RenderableType] = []
     if report.layers:
         parts += [_layer_table(report.layers), Text()]
+        parts.append(Blocks([layer.params_after for layer in report.layers]))
     parts += map(_text, _summary(report))
     return Group(*parts)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A block a layer, as high as its share of what is left of all; on terminals that have room for them."""
+
+    sizes: Sequence[int]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """One line, or nothing where it would be broken or not be drawn."""
+        label = f"{'share of each':<18}"
+        has_room = len(label) + len(self.sizes) <= options.max_width
+        if console.is_terminal and has_room and not options.ascii_only:
+            yield Text(label + self.line)
+
+    @property
+    def line(self) -> str:
+        """The blocks, the largest share a whole one.
+
+        >>> Blocks([1, 4, 8]).line
+        '▁▄█'
+        """
+        largest = max(self.sizes, default=0) or 1
+        return "".join(HEIGHTS[max(0, ceil(size * len(HEIGHTS) / largest) - 1)] for size in self.sizes)
 
 
 def _text(words: str) -> Text:
