@@ -25,7 +25,7 @@ from ttcompress.calibrate.layer_statistics import LayerStatistics
 from ttcompress.calibrate.observe import layer_inputs, layer_outputs
 from ttcompress.calibrate.statistics import measure
 from ttcompress.data.calibration_images import Calibration, draw_calibration
-from ttcompress.layers.spec import viewed
+from ttcompress.layers.spec import unviewed, viewed
 from ttcompress.networks.running import map_tensors, tensors_of
 from ttcompress.planning.selection import find_layers
 from ttcompress.records.layers import LayerSpec
@@ -230,9 +230,10 @@ def thinned(model: nn.Module, rank: int) -> nn.Module:
     for layer in find_layers(thin, ("*",)):
         if not layer.kept:
             weight = viewed(layer.weight.detach(), layer.spec)
-            u, s, v = torch.linalg.svd(weight.flatten(1), full_matrices=False)
-            low = ((u[:, :rank] * s[:rank]) @ v[:rank]).reshape(weight.shape)
-            layer.weight.data.copy_(viewed(low, layer.spec))
+            axis = 2 if layer.spec.groups > 1 else 1
+            u, s, v = torch.linalg.svd(weight.flatten(axis), full_matrices=False)
+            low = (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]
+            layer.weight.data.copy_(unviewed(low.reshape(weight.shape), layer.spec))
     return thin
 
 

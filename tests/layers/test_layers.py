@@ -32,6 +32,7 @@ from ttcompress.layers.conv import (
 )
 from ttcompress.layers.linear import TTLinear
 from ttcompress.layers.spec import layer_spec
+from ttcompress.networks.surgery import dense_layer
 from ttcompress.records.layers import ConvSpec, LinearSpec
 from ttcompress.tt.cost import Calls
 from ttcompress.tt.decompose import decompose_weight
@@ -576,12 +577,11 @@ def test_under_autocast_cores_are_multiplied_in_float32(case: Any) -> None:
     """The weight is then rounded once, as a dense one is, whatever comes in; float64 stays float64."""
     layer, _, x = small(case)
     layer.execution = "dense"
-    weight = layer.weight.detach()
-    dense = nn.functional.linear if weight.dim() == 2 else layer._window
+    dense = dense_layer(layer)
     for images in (x, x.bfloat16()):
         with torch.autocast("cpu", torch.bfloat16):
             y = layer(images)
-            wanted = dense(images, weight.bfloat16(), layer.bias.bfloat16())
+            wanted = dense(images)
         assert torch.equal(y, wanted)
         y.float().square().sum().backward()
     assert {core.grad.dtype for core in layer.cores} == {torch.float32}

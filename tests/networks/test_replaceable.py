@@ -45,13 +45,14 @@ MARKS: dict[str, Callable[[Any], object]] = {
 
 
 @pytest.mark.parametrize("mark", MARKS)
-def test_a_layer_that_is_more_than_its_kind_stays_dense(mark: str) -> None:
+def test_a_layer_that_is_more_than_its_kind_stays_the_object_that_it_is(mark: str) -> None:
     model = net()
     MARKS[mark](model[2])
     assert obstacles(model).keys() == {"2"}
-    _, report = ttcompress.compress(model, ratio=1.2, include=["*"])
-    assert "2" not in {layer.fqn for layer in report.plan.layers}
-    assert {kept.name: kept.reason for kept in report.plan.kept}["2.weight"] == obstacles(model)["2"]
+    layer = model[2]
+    _, report = ttcompress.compress(model, ranks=2, include=["*"], inplace=True)
+    assert {each.fqn: each.spec.kind for each in report.plan.layers}["2"] == "weight"
+    assert model[2] is layer
 
 
 def test_a_shared_bias_stays_shared() -> None:
@@ -103,7 +104,7 @@ def test_what_is_frozen_stays_so_through_a_file(frozen: list[str], tmp_path: Pat
             model.get_parameter(name).requires_grad_(False)
         return model
 
-    small, report = ttcompress.compress(build(), ratio=1.8, include=["0", "2"])
+    small, report = ttcompress.compress(build(), ranks=2, include=["0", "2"])
     assert len(report.plan.layers) == 2
     ttcompress.save(small, report, tmp_path / "n.safetensors")
     again = ttcompress.load(tmp_path / "n.safetensors", factory=build)

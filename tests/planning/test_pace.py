@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ttcompress.planning.candidates import Candidate, Limit
+from ttcompress.layers.spec import layer_spec
 from ttcompress.planning.pace import FASTER, WORTH_TIME, Pace, fewest_slow
 from ttcompress.planning.planner import Planner, make_plan
 from ttcompress.planning.selection import Layer
@@ -22,8 +23,12 @@ from ttcompress.tt.shapes import Tensorization, feasible_ranks, tensorize_shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CONV = Layer("conv", nn.Conv2d(64, 48, 3, padding=1))
-WIDE = Layer("wide", nn.Linear(1024, 256))
+def listed(fqn: str, module: nn.Linear | nn.Conv2d) -> Layer:
+    return Layer(fqn, module, layer_spec(module))
+
+
+CONV = listed("conv", nn.Conv2d(64, 48, 3, padding=1))
+WIDE = listed("wide", nn.Linear(1024, 256))
 
 
 def pace_of(layer: Layer, pixels: int, training: bool = False) -> Pace:
@@ -134,7 +139,7 @@ def test_training_only_takes_forms_away() -> None:
 
 
 def test_a_form_that_is_never_faster_has_no_limit() -> None:
-    small = Layer("small", nn.Conv2d(8, 8, 3))
+    small = listed("small", nn.Conv2d(8, 8, 3))
     assert pace_of(small, 64).limit(small, tensorize_shape("chain", (8, 8, 3, 3))) is None
 
 

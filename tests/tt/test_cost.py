@@ -101,7 +101,7 @@ def test_the_cores_of_a_matrix_add_up_to_a_sweep_without_merging(
     parts = by_core(
         LayerCosts(layer.spec.weight_shape, calls, MULTIPLY_ADDS), layer.tensorization, layer.tt_ranks
     )
-    plan = ContractionPlan(tuple(range(len(layer.cores) + 1)), True, Cost(0, 0), Cost(0, 0))
+    plan = ContractionPlan(tuple(range(len(layer.cores) + 1)), True, Cost(0, 0), Cost(0, 0), 0)
     padded = torch.zeros(len(x), prod(layer.tensorization.in_modes))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         contract_groups(list(layer.cores), padded, plan)

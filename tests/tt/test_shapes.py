@@ -203,8 +203,6 @@ def test_rank_zero_is_refused_where_there_is_no_cut() -> None:
         ("matrix", (8, 6), (-2, -4), (2, 3), "out_modes -2,-4"),
         ("matrix", (8, 6), (), (), "multiply to 1"),
         ("matrix", (8,), None, None, "a weight is"),
-        ("matrix", (8, 6, 3), None, None, "a weight is"),
-        ("chain", (8, 6, 3, 3, 3), None, None, "a weight is"),
         ("matrix", (0, 6), None, None, "at least 1"),
         ("matrix", (8, 0), None, None, "at least 1"),
         ("chain", (8, 6, 0, 3), None, None, "at least 1"),

@@ -200,6 +200,8 @@ def sweep(
     exclude: Sequence[str] = (),
     layers: Sequence[LayerRule] = (),
     format: str | None = None,
+    rank_multiple: int | str | None = None,
+    any_time: bool | None = None,
     in_modes: Sequence[int] = (),
     out_modes: Sequence[int] = (),
     dtype: str | None = None,

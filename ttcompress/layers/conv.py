@@ -142,7 +142,8 @@ class TTConv(TTMap):
         pixels = pad_features(images.permute(0, *spatial, 1), padded_in).flatten(0, -2)
 
         mixed = contract_groups(merged, pixels, plan)
-        mixed = mixed.reshape(n, *size, -1, padded_out)[..., : self.spec.view_shape[0]]
+        rank = mixed.shape[-1] // padded_out
+        mixed = mixed.reshape(n, *size, rank, padded_out)[..., : self.spec.view_shape[0]]
         return mixed.movedim((-1, -2), (1, 2))
 
     def _window_and_groups(self, cores: list[Tensor], plan: ContractionPlan) -> tuple[Tensor, list[Tensor]]:

@@ -43,6 +43,8 @@ class StockForm:
     specs: tuple[LayerSpec, ...]
     bounds: tuple[int, ...]
     """Of the TT-cores of each layer."""
+    is_mirrored: bool = False
+    """Whether an input meets the last core first."""
 
     @property
     def is_dense(self) -> bool:
@@ -70,7 +72,8 @@ class StockForm:
         if self.is_dense:
             weights = [unviewed(dense_weight(cores, layer.spec.view_shape), layer.spec)]
         else:
-            merged = [merge_all(cores[first:last]) for first, last in pairwise(self.bounds)]
+            ordered = _mirrored(cores) if self.is_mirrored else cores
+            merged = [merge_all(ordered[first:last]) for first, last in pairwise(self.bounds)]
             weights = [_as_weight(core, spec) for core, spec in zip(merged, self.specs, strict=True)]
 
         made: list[nn.Module] = [empty_layer(spec) for spec in self.specs]
@@ -79,6 +82,11 @@ class StockForm:
         if layer.bias is not None:
             made[-1].register_parameter("bias", copied_bias(layer, dtype))
         return made[0] if self.is_dense else nn.Sequential(*made)
+
+
+def _mirrored(cores: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensor with its modes in the other order."""
+    return [core.permute(4, 1, 2, 3, 0) for core in reversed(cores)]
 
 
 def outputs_of(spec: LayerSpec, pixels: int) -> int:
@@ -233,23 +241,29 @@ def _linear_factors(layer: TTLayer) -> Iterator[Form]:
     """Two Linears where some cut has all inputs on one side and all outputs on the other, else a contraction."""
     modes, spec = layer.tensorization, layer.spec
     out_features, in_features = spec.view_shape
-    if cut := two_matrices(layer):
-        rank = layer.tt_ranks[cut]
-        specs = LinearSpec(in_features, rank, False), LinearSpec(rank, out_features, spec.bias)
-        yield StockForm(specs, (0, cut, len(layer.cores)))
-        return
+    count = len(layer.cores)
+    for is_mirrored in (False, True):
+        if cut := two_matrices(layer, is_mirrored):
+            rank = layer.tt_ranks[count - cut if is_mirrored else cut]
+            specs = LinearSpec(in_features, rank, False), LinearSpec(rank, out_features, spec.bias)
+            yield StockForm(specs, (0, cut, count), is_mirrored)
+            return
 
     if len(layer.cores) > 1:
         shapes = contracted_shapes(modes.core_shapes(layer.tt_ranks))
         yield ContractedForm(shapes, contraction_plan(shapes))
 
 
-def two_matrices(layer: TTLayer) -> int:
+def two_matrices(layer: TTLayer, is_mirrored: bool = False) -> int:
     """The cut with all inputs before it and all outputs behind it, 0 where there is none."""
     modes = layer.tensorization
-    is_exact = (prod(modes.out_modes), prod(modes.in_modes)) == layer.spec.view_shape
+    outs, ins = modes.out_modes, modes.in_modes
+    if is_mirrored:
+        outs, ins = outs[::-1], ins[::-1]
+
+    is_exact = (prod(outs), prod(ins)) == layer.spec.view_shape
     for cut in range(1, len(layer.cores)):
-        if is_exact and prod(modes.out_modes[:cut]) == prod(modes.in_modes[cut:]) == 1:
+        if is_exact and prod(outs[:cut]) == prod(ins[cut:]) == 1:
             return cut
     return 0
 

@@ -283,7 +283,7 @@ class KeptParameter:
     def to_json(self) -> Json:
         """A `layers` entry where this is the weight of a layer, else a `kept_parameters` entry."""
         if not self.kind:
-            return {"name": self.name, "params": self.params, "reason": self.reason}
+            return {"name": self.name, "params": self.params, "reason": self.reason, "kind": ""}
         own_name = self.name.rpartition(".")[2]
         return {
             "fqn": self.fqn,
