@@ -27,7 +27,7 @@ def tied_parameters(model: nn.Module, known: Container[str] = ()) -> dict[str, s
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
 
-    tied = {}
+    tied: dict[str, str] = {}
     for group in names.values():
         first = next((name for name in group if name in known), group[0])
         tied |= {name: first for name in group if name != first}
