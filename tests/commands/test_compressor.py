@@ -16,8 +16,6 @@ from ttcompress.commands import compressor as compression
 from ttcompress.commands.demo import train_digits
 from ttcompress.data.opening import open_data
 from ttcompress.errors import DataError, PlanError
-from ttcompress.layers.conv import TTConv2d
-from ttcompress.layers.linear import TTLinear
 from ttcompress.networks.zoo import CifarResNet
 from ttcompress.planning import spectra as planning
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from ttcompress.planning.candidates import Candidate, Limit
 from ttcompress.layers.spec import layer_spec
+from ttcompress.planning.candidates import Candidate, Limit
 from ttcompress.planning.pace import FASTER, WORTH_TIME, Pace, fewest_slow
 from ttcompress.planning.planner import Planner, make_plan
 from ttcompress.planning.selection import Layer
@@ -22,6 +22,7 @@ from ttcompress.tt.decompose import squared_spectra
 from ttcompress.tt.shapes import Tensorization, feasible_ranks, tensorize_shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def listed(fqn: str, module: nn.Linear | nn.Conv2d) -> Layer:
     return Layer(fqn, module, layer_spec(module))

@@ -52,8 +52,14 @@ WRONG: dict[Place, list[tuple[object, str]]] = {
         ("fc3", 'layers and kept_parameters must name "fc3.weight" once, not twice'),
     ],
     ("layers", 0, "kind"): [
-        ("lstm", 'layers[0].kind must be linear, embedding, conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d or weight, not "lstm"'),
-        ("linear\n", r'layers[0].kind must be linear, embedding, conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d or weight, not "linear\n"'),
+        (
+            "lstm",
+            'layers[0].kind must be linear, embedding, conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d or weight, not "lstm"',
+        ),
+        (
+            "linear\n",
+            r'layers[0].kind must be linear, embedding, conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d or weight, not "linear\n"',
+        ),
         (MISSING, "layers[0].kind is missing"),
     ],
     ("layers", 0, "format"): [("tucker", "layers[0]: unknown format 'tucker'")],

@@ -12,7 +12,7 @@ from torch.nn import functional
 from ttcompress.errors import ShapeError
 from ttcompress.layers.base import TTLayer, is_recorded
 from ttcompress.layers.spec import unviewed
-from ttcompress.records.layers import EmbeddingSpec, Execution
+from ttcompress.records.layers import EmbeddingSpec, Execution, LayerSpec
 from ttcompress.tt.contract import dense_weight
 from ttcompress.tt.lookup import look_up, lookup_plan
 from ttcompress.tt.shapes import Tensorization
@@ -55,14 +55,14 @@ class TTEmbedding(TTLayer):
 
     def __init__(
         self,
-        spec: EmbeddingSpec,
+        spec: LayerSpec,
         tensorization: Tensorization,
         tt_ranks: int | Sequence[int],
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(spec, tensorization, tt_ranks, device, dtype)
-        self._lookup = lookup_plan(tensorization.core_shapes(self.tt_ranks), spec.num_embeddings)
+        self._lookup = lookup_plan(tensorization.core_shapes(self.tt_ranks), spec.weight_shape[0])
         self.dtype = self.cores[0].dtype
         """Of the rows, that of the dense table: cores may be stored in a narrower one."""
 

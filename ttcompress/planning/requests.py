@@ -12,6 +12,7 @@ from ttcompress.errors import PlanError, ShapeError, shortlist
 from ttcompress.planning.plan_file import clip_note, inner_ranks
 from ttcompress.planning.selection import ADDING, Layer, matches, require_match, why_each
 from ttcompress.recipe import LayerRule, Recipe
+from ttcompress.records.layers import EmbeddingSpec
 from ttcompress.records.plan import LayerPlan
 from ttcompress.tt.decompose import smallest_eps
 from ttcompress.tt.shapes import FORMATS, Tensorization, feasible_ranks, tensorize_shape
@@ -100,6 +101,9 @@ def _formats(layer: Layer, rule: LayerRule, recipe: Recipe, has_ranks: bool) -> 
         return (str(stated),)
     if rule.in_modes:
         return ("matrix",)
+    if isinstance(layer.spec, EmbeddingSpec) and not has_ranks:
+        # Rows from the cores of `matrix` take hundreds of times as long (docs/speed.md).
+        return ("lowrank",)
     if has_ranks:
         # TT-ranks by hand belong to one format: each has another number of cuts.
         return ("matrix",) if is_matrix(layer) else ("chain",)

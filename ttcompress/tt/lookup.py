@@ -133,7 +133,7 @@ def _from_first(slices: Sequence[Tensor]) -> Tensor:
     for each in slices[1:]:
         r, m, s = each.shape[-3:]
         product = _product(z, each.reshape(*each.shape[:-3], r, m * s))
-        z = product.reshape(*product.shape[:-1], m, s).flatten(-3, -2)
+        z = torch.unflatten(product, -1, (m, s)).flatten(-3, -2)
     return z
 
 
@@ -143,14 +143,14 @@ def _from_last(slices: Sequence[Tensor]) -> Tensor:
     for each in reversed(slices[:-1]):
         r, m, s = each.shape[-3:]
         product = _product(each.reshape(*each.shape[:-3], r * m, s), z)
-        z = product.reshape(*product.shape[:-2], r, m, product.shape[-1]).flatten(-2)
+        z = torch.unflatten(product, -2, (r, m)).flatten(-2)
     return z
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """Of matrices, one of which may be the same for all indices: then it is one product for all of them."""
     if right.dim() == 2 and left.dim() == 3:
-        return (left.flatten(0, 1) @ right).reshape(*left.shape[:2], right.shape[1])
+        return torch.unflatten(left.flatten(0, 1) @ right, 0, left.shape[:2])
     if left.dim() == 2 and right.dim() == 3 and right.shape[2] == 1:
         return (right[:, :, 0] @ left.T)[:, :, None]
     return left @ right
