@@ -13,8 +13,6 @@ from pathlib import Path
 from shutil import which
 from tempfile import TemporaryDirectory
 
-from PIL import Image
-
 DOCS = Path(__file__).parents[1] / "docs"
 SIZE = 1280, 1150
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -55,7 +53,7 @@ def ttcompress(work: Path, *arguments: str) -> None:
 
 
 def draw(page: Path, picture: Path) -> None:
-    """The upper part of a page as a browser shows it, in few colours."""
+    """The upper part of a page as a browser shows it."""
     browser = next(filter(None, map(which, BROWSERS)))
     size = f"--window-size={','.join(map(str, SIZE))}"
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", size]
@@ -64,9 +62,6 @@ def draw(page: Path, picture: Path) -> None:
         check=True,
         stderr=subprocess.DEVNULL,
     )
-    with Image.open(picture) as drawn:
-        small = drawn.convert("RGB").quantize(128)
-    small.save(picture, optimize=True)
 
 
 def arguments(given: Sequence[str]) -> tuple[Path, Path]:

@@ -101,7 +101,7 @@ def sweep_file(
     """Compress a checkpoint to several sizes, a file each in a folder, each the one that `compress` would write.
 
     Points whose file is there already, as the same sweep wrote it, are not made again. `extras` gets the spectra and
-    samples of the first point that is made.
+    samples of the first point, if it is made now.
 
     Raises:
         TTCompressError: whatever does not fit, in one line.
@@ -117,16 +117,19 @@ def sweep_file(
     if missing := [key for key in wanted if done[key] is None]:
         settings = Settings.of(wanted[missing[0]])
         network = open_dense(source, recipe.arch, settings.key)
-        network, inputs = open_inputs(network, settings, progress)
+        # Every measurement fills these in; those of the first point are shown.
+        latest = Extras()
+        network, inputs = open_inputs(network, settings, progress, latest)
         sweep = _Sweep(network, inputs, progress)
         for number, key in enumerate(missing):
             with _saying_what_is_kept(folder, len(wanted) - len(missing) + number, len(wanted)):
-                made = sweep.point(Settings.of(wanted[key]), extras)
+                made = sweep.point(Settings.of(wanted[key]), latest)
                 example = inputs_to_prove_with(made.network, Settings.of(wanted[key]), inputs)
                 folder.mkdir(exist_ok=True)
                 write_compressed(files[key], made.network, made.report, recipe.arch, example)
             done[key] = made.report
-            extras = None
+            if extras is not None and key == next(iter(wanted)):
+                extras.spectra, extras.samples, extras.images = latest.spectra, latest.samples, latest.images
 
     points = [_point_of(*key, done[key], files[key]) for key in wanted]
     return marked(points, recipe.max_drop)
