@@ -262,7 +262,9 @@ def test_spectra_and_statistics_are_computed_once(
 ) -> None:
     counted: list[int] = []
     compute = planning.squared_spectra
-    monkeypatch.setattr(planning, "squared_spectra", lambda *given: counted.append(1) or compute(*given))
+    monkeypatch.setattr(
+        planning, "squared_spectra", lambda *given, **named: counted.append(1) or compute(*given, **named)
+    )
     monkeypatch.setattr(compression, "SEARCH_STEP", 1.5)
     calls: list[str] = []
     _, report = ttcompress.compress(
