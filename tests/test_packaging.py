@@ -34,6 +34,7 @@ for name in names:
 ours = [module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] == "ttcompress"]
 print(*ours, sep="\\n")
 """
+TEMPLATES = ROOT / "ttcompress/report/templates"
 
 
 def elsewhere() -> dict[str, str]:
@@ -93,7 +94,11 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         names = {
             name for name in archive.namelist() if not name.startswith(f"ttcompress-{__version__}.dist-info/")
         }
-    assert names == sources() | {"ttcompress/py.typed", "ttcompress/networks/torchvision_keys.json"}
+    templates = {f"ttcompress/report/templates/{each.name}" for each in TEMPLATES.iterdir()}
+    assert names == sources() | templates | {
+        "ttcompress/py.typed",
+        "ttcompress/networks/torchvision_keys.json",
+    }
 
 
 def test_what_the_package_imports_is_declared(wheel: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -53,18 +54,18 @@ def spectra_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real spectra of the real function, but those of each weight only the first time."""
     compute = Planner._spectra_of
 
-    def remembered(planner: Planner, index: int) -> LayerSpectra:
+    def remembered(planner: Planner, index: int, bounded: Collection[int] = ()) -> LayerSpectra:
         request = planner._searched[index]
         # The networks are kept alive by network(), so that an id stands for one weight.
-        key = id(request.layer.weight), request.tensorizations
+        key = id(request.layer.weight), request.tensorizations, tuple(bounded)
         if key not in _known:
-            _known[key] = compute(planner, index)
+            _known[key] = compute(planner, index, bounded)
         return _known[key]
 
     monkeypatch.setattr(Planner, "_spectra_of", remembered)
 
 
-_known: dict[tuple[int, Any], LayerSpectra] = {}
+_known: dict[tuple[int, Any, Any], LayerSpectra] = {}
 
 
 def count(model: nn.Module) -> int:

@@ -42,7 +42,7 @@ def test_plans_lie_on_the_curve() -> None:
         prediction = planner.prediction(plan)
         assert prediction is not None
         points = prediction["points"]
-        error = relative_error(net, plan.layers, planner.names)
+        error = relative_error(net, plan.layers, list(planner.specs))
         # A plan that is smaller than a point has no less error: points are the best of their size.
         assert error >= 0.98 * max(e for x, e in points if x <= plan.compression)
 

@@ -25,8 +25,8 @@ class LookupPlan(NamedTuple):
     """How rows are looked up; integers only.
 
     Index j has the digit j // step % n_k for core k; `steps` has 0 for cores that all indices share. The `leading`
-    digit is not cut, so that what is out of range shows there; `num_rows` is given where padded rows have to be told
-    from those of the table. Slices before `split` are multiplied from the first on, the others from the last on.
+    digit is not cut, so that what is out of range shows there; `num_rows` is given where there are padded rows besides
+    those of the table. Slices before `split` are multiplied from the first on, the others from the last on.
     """
 
     sizes: tuple[int, ...]
