@@ -258,7 +258,7 @@ def test_progress_is_told(toy: Toy) -> None:
     assert told == [
         *(f"decomposing {fqn}" for fqn in named),
         *(f"fitting {fqn}" for fqn in named),
-        "batch norm",
+        "recalibrating batch norms",
         "refining",
     ]
     assert all(0 <= number <= total for _, number, total in calls)

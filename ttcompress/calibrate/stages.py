@@ -101,7 +101,7 @@ def compress_calibrated(
     if amount.sweeps:
         stages.run("sweeps", lambda model: sweep_layers(reference, model, plan, amount.sweeps, progress))
     if progress:
-        progress("batch norm", 0, 0)
+        progress("recalibrating batch norms", 0, 0)
     stages.run("batch norm", lambda model: recalibrate_batch_norm(model, calibration))
     if amount.steps:
         stages.run("refinement", lambda model: refine(reference, model, amount.steps, seed, progress))
