@@ -63,7 +63,7 @@ class TTConv(TTMap):
         if execution is Execution.DENSE:
             kernel = unviewed(dense_weight(cores, self.spec.view_shape), self.spec)
             # A convolution brings it into order itself; done once it pays where the kernel is cached.
-            return _in_format_of(x, kernel) if keeps else kernel
+            return _in_format_of(x, kernel) if keeps else kernel.contiguous()
         if plan is None:
             return self._chain_kernels(cores, x)
         return plan, *self._window_and_groups(cores, plan)
@@ -129,7 +129,9 @@ class TTConv(TTMap):
         # For each output of a group one image, whose channels are the TT-ranks of all groups.
         n, outs, rank, *_ = mixed.shape
         ends = (rank, 1) if self.spec.transposed else (self.groups, -1)
-        y = self._window(mixed.flatten(0, 1), window.reshape(*ends, *self.kernel_size), added)
+        # Some of torch's kernels have no gradient for a weight in another order.
+        kernel = window.reshape(*ends, *self.kernel_size).contiguous()
+        y = self._window(mixed.flatten(0, 1), kernel, added)
         y = y.reshape(n, outs, *y.shape[1:]).transpose(1, 2).reshape(n, self.out_channels, *y.shape[2:])
         bias = self._bias_as(images)
         return y if bias is None else y + _beside(bias, y).to(y.dtype)
