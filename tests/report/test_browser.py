@@ -23,6 +23,7 @@ PAGES = {
         full_report(names=tuple(f"model.language_model.layers.{k}.self_attention.q_proj" for k in range(60))).to_json()
     ],
 }  # fmt: skip
+DOCS = Path(__file__).parents[2] / "docs"
 SEEN = """[...document.querySelectorAll("section, section *")].filter((each) => {
   if (each.closest(".scroll") || each.closest("svg")) return false;
   const box = each.getBoundingClientRect();
@@ -62,6 +63,13 @@ def test_nothing_is_wrong_and_nothing_cut_off(
     browser: Browser, pages: dict[str, Path], name: str, width: int
 ) -> None:
     seen = browser.look(pages[name], width, dark=width == 800, ask={"outside": SEEN})
+    assert (seen.complaints, seen.requests, seen.overflow, seen.values["outside"]) == ([], [], 0, [])
+
+
+@pytest.mark.parametrize("width", [400, 1600])
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.html")), ids=lambda page: page.stem)
+def test_pages_of_real_runs_are_whole_too(browser: Browser, page: Path, width: int) -> None:
+    seen = browser.look(page, width, dark=width == 400, ask={"outside": SEEN})
     assert (seen.complaints, seen.requests, seen.overflow, seen.values["outside"]) == ([], [], 0, [])
 
 
