@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -27,7 +28,7 @@ class Execution(StrEnum):
     __repr__ = str.__repr__
 
 
-class Spec:
+class Spec(ABC):
     """What all kinds of weights have in common: their shape, and how that is viewed as (out, in, window)."""
 
     kind: ClassVar[str]
@@ -40,9 +41,9 @@ class Spec:
     """Of channels, each with a weight of its own."""
 
     @property
+    @abstractmethod
     def weight_shape(self) -> tuple[int, ...]:
         """Of the parameter."""
-        raise NotImplementedError
 
     def to_json(self) -> Json:
         """The `spec` of plans, reports and files."""
