@@ -20,6 +20,7 @@ import ttcompress
 from ttcompress.calibrate import layer_statistics, observe, sweeps
 from ttcompress.calibrate import statistics as calibrate
 from ttcompress.calibrate.batch_norm import recalibrate_batch_norm
+from ttcompress.calibrate.calibration import DEFAULT_IMAGES, Calibration, draw_calibration
 from ttcompress.calibrate.decompose import decompose, weight_only
 from ttcompress.calibrate.held_out_errors import network_error, output_errors
 from ttcompress.calibrate.layer_statistics import LayerStatistics
@@ -28,7 +29,6 @@ from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.statistics import measure
 from ttcompress.calibrate.sweeps import fit_layer, input_pairs, sweep_layers
 from ttcompress.calibrate.uses import Kind, Use
-from ttcompress.data.calibration_images import DEFAULT_IMAGES, Calibration, draw_calibration
 from ttcompress.errors import DataError
 from ttcompress.layers.spec import layer_spec
 from ttcompress.networks.surgery import apply_plan

@@ -20,11 +20,11 @@ import ttcompress
 from ttcompress.calibrate import decompose as decomposing
 from ttcompress.calibrate import layer_statistics, observe, tables
 from ttcompress.calibrate import statistics as calibrate
+from ttcompress.calibrate.calibration import Calibration, draw_calibration
 from ttcompress.calibrate.held_out_errors import network_error
 from ttcompress.calibrate.layer_statistics import LayerStatistics
 from ttcompress.calibrate.observe import layer_inputs, layer_outputs
 from ttcompress.calibrate.statistics import measure
-from ttcompress.data.calibration_images import Calibration, draw_calibration
 from ttcompress.layers.spec import unviewed, viewed
 from ttcompress.networks.running import map_tensors, tensors_of
 from ttcompress.planning.selection import find_layers

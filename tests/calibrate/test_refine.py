@@ -16,15 +16,16 @@ from torch import Tensor, nn
 
 from ttcompress.calibrate import natural_gradient
 from ttcompress.calibrate import refine as refinement
+from ttcompress.calibrate.calibration import Calibration, draw_calibration
 from ttcompress.calibrate.held_out_errors import network_error
 from ttcompress.calibrate.layer_statistics import LayerStatistics, Statistics
 from ttcompress.calibrate.natural_gradient import NaturalGradient
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.refine import Schedule, augment, moved, refine
 from ttcompress.calibrate.statistics import measure
-from ttcompress.data.calibration_images import Calibration, draw_calibration
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
+from ttcompress.networks.answers import plain_answer
 from ttcompress.networks.surgery import apply_plan
 from ttcompress.planning.planner import make_plan
 from ttcompress.recipe import Recipe
@@ -244,7 +245,9 @@ def test_a_step_along_one_core_goes_to_the_least_loss() -> None:
                 core.requires_grad_(k == trained)
             target = torch.randn(layer(images).shape, generator=seeded(1)).double()
             start = [core.detach().clone() for core in layer.cores]
-            best = NaturalGradient({"layer": layer}, statistics).best_step(layer, images, target)
+            best = NaturalGradient({"layer": layer}, statistics).best_step(
+                layer, plain_answer, images, target
+            )
             for core, before in zip(layer.cores, start, strict=True):
                 torch.testing.assert_close(core.detach(), before, rtol=1e-12, atol=1e-12)
             core, direction = layer.cores[trained], layer.cores[trained].grad
@@ -264,7 +267,7 @@ def test_the_best_step_is_that_of_the_linearised_network(case: Case) -> None:
     images = torch.randn(10, *((case[1][1],) if len(case[1]) == 2 else (case[1][1], 6, 5))).double()
     model = nn.Sequential(layer, nn.Flatten(), nn.Softplus())
     target = torch.randn(model(images).shape).double()
-    best = NaturalGradient({"layer": layer}, statistics).best_step(model, images, target)
+    best = NaturalGradient({"layer": layer}, statistics).best_step(model, plain_answer, images, target)
     direction = {f"0.cores.{k}": core.grad for k, core in enumerate(layer.cores)}
     values = {name: value.detach() for name, value in model.named_parameters()}
     run = partial(torch.func.functional_call, model, args=images)
@@ -370,11 +373,13 @@ def test_steps_that_are_too_long_are_shortened(monkeypatch: pytest.MonkeyPatch) 
     before, rates = deepcopy(model.state_dict()), []
     descend = refinement._descend
 
-    def watched(model: nn.Module, natural: Any, answered: Any, schedule: Schedule, *rest: Any) -> bool:
+    def watched(
+        model: nn.Module, answer: Any, natural: Any, answered: Any, schedule: Schedule, *rest: Any
+    ) -> bool:
         rates.append(schedule.core_rate)
         assert schedule.adam_rate / schedule.core_rate == pytest.approx(refinement.ADAM_RATE / rates[0])
         assert_same(model, before)
-        return descend(model, natural, answered, schedule, *rest)
+        return descend(model, answer, natural, answered, schedule, *rest)
 
     monkeypatch.setattr(refinement, "_descend", watched)
     monkeypatch.setattr(refinement, "STEP", 1e4)
@@ -392,7 +397,10 @@ def test_steps_that_do_not_bring_the_error_down_have_failed(rate: float, down: b
     natural, answered = NaturalGradient(layers, statistics), repeat((images, dense(images)))
     errors = [network_error(dense, model, calibration)]
     assert (
-        refinement._descend(model.requires_grad_(), natural, answered, Schedule(30, rate, 0.0), None) == down
+        refinement._descend(
+            model.requires_grad_(), plain_answer, natural, answered, Schedule(30, rate, 0.0), None
+        )
+        == down
     )
     errors.append(network_error(dense, model, calibration))
     assert errors[1] < refinement.DIVERGED * errors[0]

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.calibrate import stages
+from ttcompress.calibrate.calibration import Calibration, draw_calibration
 from ttcompress.calibrate.held_out_errors import network_error, output_errors
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.stages import Effort, Stages, adopt, compress_calibrated
 from ttcompress.calibrate.statistics import measure
-from ttcompress.data.calibration_images import Calibration, draw_calibration
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
 from ttcompress.networks.surgery import apply_plan, store_cores

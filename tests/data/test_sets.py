@@ -13,8 +13,8 @@ import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 
+from ttcompress.calibrate.calibration import draw_calibration
 from ttcompress.data.augment import random_numbers
-from ttcompress.data.calibration_images import draw_calibration
 from ttcompress.data.opening import open_data
 from ttcompress.data.sets import Images
 from ttcompress.errors import DataError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ttcompress.data.calibration_images import Calibration
+from ttcompress.calibrate.calibration import Calibration
 from ttcompress.networks.running import batch_size, call, device_of, placed
 
 

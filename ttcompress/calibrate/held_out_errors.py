@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttcompress.calibrate.calibration import Calibration
 from ttcompress.calibrate.observe import Call, hooked
 from ttcompress.calibrate.uses import around_weight, modules_run
-from ttcompress.data.calibration_images import Calibration
-from ttcompress.networks.running import call, centred, device_of, forward, placed, tensors_of
+from ttcompress.networks.running import call, centred, device_of, finite, placed, tensors_of
 from ttcompress.records.plan import CompressionPlan
 
 
@@ -25,7 +25,7 @@ def network_error(dense: nn.Module, compressed: nn.Module, calibration: Calibrat
     missed = power = 0.0
     for batch in calibration.held_out():
         inputs = placed(batch, device_of(dense))
-        ours, theirs = forward(compressed, inputs).double(), forward(dense, inputs).double()
+        ours, theirs = (finite(calibration.answer(each, inputs)).double() for each in (compressed, dense))
         missed += float(centred(ours - theirs).square().sum())
         power += float(centred(theirs).square().sum())
     return _relative(missed, power)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ttcompress.calibrate.layer_statistics import Statistics
 from ttcompress.layers.base import TTLayer
 from ttcompress.layers.rebuilt import TTWeight
-from ttcompress.networks.running import NetworkInput, batch_size, call, centred
+from ttcompress.networks.answers import Answer
+from ttcompress.networks.running import NetworkInput, batch_size, centred
 from ttcompress.tt.quantize import is_grouped
 from ttcompress.tt.whiten import DAMPING, ModeMetric
 
@@ -64,13 +65,13 @@ class NaturalGradient:
         pairs = zip(self._layers, self._metrics, strict=True)
         self._frames = [_frames_of_groups(list(layer.cores), metrics) for layer, metrics in pairs]
 
-    def best_step(self, model: nn.Module, inputs: NetworkInput, target: Tensor) -> float:
+    def best_step(self, model: nn.Module, answer: Answer, inputs: NetworkInput, target: Tensor) -> float:
         """The step along the natural gradient that would minimise the squared error, were the network linear.
 
         Along a direction d the error is then a parabola: the step is its slope <gradient, d> over its
         curvature ||J d||^2, and J d, the change of the outputs, is measured by a small step.
         """
-        output = call(model, inputs)
+        output = answer(model, inputs)
         half_squared_error(output, target).backward()  # type: ignore[no-untyped-call]
         plain = [_gradient(core) for core in self.cores]
         self.apply()
@@ -80,7 +81,7 @@ class NaturalGradient:
         small = PROBE * _length(self.cores) / (_length(direction) or 1.0)
         with torch.no_grad():
             self._move(direction, -small)
-            change = (call(model, inputs) - output) / small
+            change = (answer(model, inputs) - output) / small
             self._move(direction, small)
         curvature = float(centred(change).square().sum()) / batch_size(inputs)
         return slope / curvature if curvature > 0 else 0.0

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ttcompress.calibrate.calibration import Calibration
 from ttcompress.calibrate.layer_statistics import Statistics
-from ttcompress.data.calibration_images import Calibration
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttcompress.calibrate.calibration import Calibration
 from ttcompress.calibrate.natural_gradient import NaturalGradient, half_squared_error
 from ttcompress.calibrate.observe import gradients_in_eval
 from ttcompress.calibrate.reference import Reference
 from ttcompress.data.augment import CROP, flipped, shifted
-from ttcompress.data.calibration_images import Calibration
+from ttcompress.networks.answers import Answer
 from ttcompress.networks.running import (
     NetworkInput,
     batch_size,
-    call,
     device_of,
     map_tensors,
     placed,
@@ -81,20 +81,22 @@ def refine(
 def _refine(
     reference: Reference, compressed: nn.Module, steps: int, seed: int, progress: Progress | None
 ) -> None:
+    answer = reference.calibration.answer
     natural = NaturalGradient(tt_parts(compressed), reference.statistics)
 
-    rate = STEP * natural.best_step(compressed, *next(_answered(reference, seed)))
+    rate = STEP * natural.best_step(compressed, answer, *next(_answered(reference, seed)))
     start = copy.deepcopy(compressed.state_dict())
     for attempt in range(ATTEMPTS):
         share = BACK_OFF**attempt
         schedule = Schedule(steps, rate * share, ADAM_RATE * share)
-        if _descend(compressed, natural, _answered(reference, seed), schedule, progress):
+        if _descend(compressed, answer, natural, _answered(reference, seed), schedule, progress):
             return
         compressed.load_state_dict(start)
 
 
 def _descend(
     model: nn.Module,
+    answer: Answer,
     natural: NaturalGradient,
     answered: Iterator[tuple[NetworkInput, Tensor]],
     schedule: Schedule,
@@ -106,7 +108,7 @@ def _descend(
 
     errors = list[float]()
     for step, (inputs, target) in enumerate(islice(answered, schedule.steps)):
-        loss = half_squared_error(call(model, inputs), target)
+        loss = half_squared_error(answer(model, inputs), target)
         errors.append(float(loss.detach()))
         # Also where it is NaN, which compares as false.
         if not errors[-1] <= DIVERGED * errors[0]:
@@ -143,8 +145,8 @@ def _answered(reference: Reference, seed: int) -> Iterator[tuple[NetworkInput, T
     """Augmented inputs, without end, and what the dense network says to them."""
     for inputs in _augmented(reference.calibration, seed, device_of(reference.dense)):
         with torch.no_grad():
-            answer: Tensor = call(reference.dense, inputs)
-        yield inputs, answer
+            target = reference.calibration.answer(reference.dense, inputs)
+        yield inputs, target
 
 
 def _augmented(calibration: Calibration, seed: int, device: torch.device) -> Iterator[NetworkInput]:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.calibrate.batch_norm import recalibrate_batch_norm
+from ttcompress.calibrate.calibration import Calibration
 from ttcompress.calibrate.decompose import decompose, swap_in, weight_only
 from ttcompress.calibrate.held_out_errors import network_error, output_errors
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.refine import refine
 from ttcompress.calibrate.sweeps import sweep_layers
 from ttcompress.calibrate.tables import Unseen, unseen_rows
-from ttcompress.data.calibration_images import Calibration
 from ttcompress.errors import DataError
 from ttcompress.networks.held import copied
 from ttcompress.networks.surgery import install, store_cores

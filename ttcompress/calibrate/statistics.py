@@ -11,13 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttcompress.calibrate.calibration import Calibration
 from ttcompress.calibrate.layer_statistics import Batch, LayerStatistics, Measured, Part
 from ttcompress.calibrate.observe import Call, gradients_in_eval, hooked
 from ttcompress.calibrate.uses import Use, around_weight, modules_run, parameter_named, uses_of
-from ttcompress.data.calibration_images import Calibration
 from ttcompress.errors import DataError
 from ttcompress.layers.spec import viewed
-from ttcompress.networks.running import batch_size, blaming, centred, device_of, forward, map_tensors, placed
+from ttcompress.networks.running import (
+    batch_size,
+    blaming,
+    centred,
+    device_of,
+    finite,
+    map_tensors,
+    placed,
+)
 from ttcompress.networks.weights import tied_names
 from ttcompress.records.common import Progress
 from ttcompress.records.layers import LayerSpec
@@ -111,7 +119,7 @@ def _fill(
 
     for number, batch in enumerate(calibration.fitting(0)):
         for inputs in _few(batch, most, group):
-            _backward(model, group, inputs, Batch(batch_size(inputs), number), generator)
+            _backward(model, group, calibration, inputs, Batch(batch_size(inputs), number), generator)
         done += batch_size(batch)
         if progress:
             progress("statistics", min(done, calibration.num_images), calibration.num_images)
@@ -119,9 +127,11 @@ def _fill(
     for further, batch in enumerate(calibration.held_out(), number + 1):
         if any(each.held_out_needs_gradients for each in group):
             for inputs in _few(batch, most, group):
-                _backward(model, group, inputs, Batch(batch_size(inputs), further, True), generator)
+                _backward(
+                    model, group, calibration, inputs, Batch(batch_size(inputs), further, True), generator
+                )
         else:
-            _watch(model, group, batch, Batch(batch_size(batch), further, True))
+            _watch(model, group, calibration, batch, Batch(batch_size(batch), further, True))
 
 
 def _few(batch: Any, most: int, group: Sequence[Measured]) -> list[Any]:
@@ -143,31 +153,38 @@ def _parts(group: Sequence[Measured]) -> dict[str, list[tuple[Use, Part]]]:
 
 
 @torch.no_grad()
-def _watch(model: nn.Module, group: Sequence[Measured], inputs: Any, at: Batch) -> None:
+def _watch(
+    model: nn.Module, group: Sequence[Measured], calibration: Calibration, inputs: Any, at: Batch
+) -> None:
     """Add what the weights see of a batch."""
     parts = _parts(group)
 
-    def observe(name: str, module: nn.Module, call: Call) -> None:
+    def observe(name: str, module: nn.Module, called: Call) -> None:
         for use, part in parts[name]:
-            part.add_inputs(use, module, call, at)
+            part.add_inputs(use, module, called, at)
 
     with hooked(model, parts, observe):
-        forward(model, placed(inputs, device_of(model)))
+        finite(calibration.answer(model, placed(inputs, device_of(model))))
 
 
 def _backward(
-    model: nn.Module, group: Sequence[Measured], inputs: Any, at: Batch, generator: torch.Generator
+    model: nn.Module,
+    group: Sequence[Measured],
+    calibration: Calibration,
+    inputs: Any,
+    at: Batch,
+    generator: torch.Generator,
 ) -> None:
     """Add what the weights see of a batch, and the gradients of a random projection of its outputs."""
     parts = _parts(group)
 
-    def observe(name: str, module: nn.Module, call: Call, output: Any) -> Any:
+    def observe(name: str, module: nn.Module, called: Call, output: Any) -> Any:
         if not torch.is_grad_enabled():
             raise DataError(
                 f"{name} runs without gradients, which calibration needs: exclude it, or leave out calib"
             )
         for use, part in parts[name]:
-            part.add_inputs(use, module, call, at)
+            part.add_inputs(use, module, called, at)
 
         shown = [(use, part) for use, part in parts[name] if use.shows_outputs]
         if not shown:
@@ -182,7 +199,7 @@ def _backward(
     own = [each for each in group if each.needs_own_gradient]
     parameters = [parameter_named(model, each.fqn, each.spec) for each in own]
     with hooked(model, parts, observe, after=True), _trained(parameters):
-        output = forward(model, placed(inputs, device_of(model)))
+        output = finite(calibration.answer(model, placed(inputs, device_of(model))))
         projection = torch.randn(output.shape, generator=generator).to(output)
         with blaming("the network has no gradients"):
             (output * centred(projection)).sum().backward()  # type: ignore[no-untyped-call]

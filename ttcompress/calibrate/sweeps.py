@@ -10,13 +10,13 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from ttcompress.calibrate.calibration import Calibration
 from ttcompress.calibrate.decompose import weight_only
 from ttcompress.calibrate.in_step import in_step
 from ttcompress.calibrate.layer_statistics import LayerStatistics
 from ttcompress.calibrate.observe import Call, hooked
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.uses import Kind, Use
-from ttcompress.data.calibration_images import Calibration
 from ttcompress.networks.running import NetworkInput, batch_size, call, device_of, placed, tensors_of
 from ttcompress.networks.weights import cores_of, weight_of
 from ttcompress.records.common import Progress

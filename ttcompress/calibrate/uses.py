@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ttcompress.calibrate.observe import Call, hooked, layer_inputs
 from ttcompress.layers.spec import has_inputs_first
-from ttcompress.networks.running import NetworkInput, device_of, forward, placed
+from ttcompress.networks.running import NetworkInput, call, device_of, placed
 from ttcompress.records.layers import LayerSpec
 from ttcompress.records.plan import weight_name
 
@@ -183,5 +183,5 @@ def modules_run(model: nn.Module, names: Iterable[str], inputs: NetworkInput) ->
         found[name] = Run(is_self and (before is None or before.is_self_attention))
 
     with hooked(model, names, see):
-        forward(model, placed(inputs, device_of(model)))
+        call(model, placed(inputs, device_of(model)))
     return found

@@ -10,12 +10,12 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
+from ttcompress.calibrate.calibration import Calibration
 from ttcompress.calibrate.layer_statistics import LayerStatistics
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.stages import adopt, compress_calibrated
 from ttcompress.calibrate.statistics import measure
 from ttcompress.commands.inputs import Score
-from ttcompress.data.calibration_images import Calibration
 from ttcompress.errors import DataError, PlanError, TTCompressError, shortlist
 from ttcompress.measure.latency import TimedNetwork, within_latency
 from ttcompress.measure.multiply_adds import Usage, usage_of

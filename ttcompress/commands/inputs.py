@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttcompress.calibrate.calibration import Calibration, draw_calibration
 from ttcompress.commands.samples import add_changed_samples
-from ttcompress.data.calibration_images import Calibration, draw_calibration
 from ttcompress.data.opening import open_data
 from ttcompress.data.sets import Images
 from ttcompress.errors import DataError

@@ -28,6 +28,7 @@ from ttcompress.networks.factories import Factory, load_factory
 from ttcompress.networks.held import held_tensors
 from ttcompress.networks.matrices import Weights
 from ttcompress.networks.plain import Pick, plain_network
+from ttcompress.networks.reader import Reader
 from ttcompress.networks.running import Example
 from ttcompress.networks.stored import core_values, read_stored, tied_parameters
 from ttcompress.networks.surgery import check_layers, insert_empty, swap
@@ -38,13 +39,14 @@ from ttcompress.records.report import Architecture, Preprocessing, Report
 
 @dataclass(frozen=True)
 class Network:
-    """A network with its weights, and what is known about where it came from."""
+    """A network with its weights, what is known about where it came from, and how it reads text, if it does."""
 
     model: nn.Module
     tensors: Mapping[str, Tensor]
     architecture: Architecture | None = None
     preprocessing: Preprocessing | None = None
     source: Json | None = None
+    reader: Reader | None = None
 
 
 def open_any(path: Path, arch: str | None = None, key: str = "") -> Network:

@@ -158,11 +158,29 @@ def forward(model: nn.Module, inputs: NetworkInput) -> Tensor:
     Raises:
         DataError: inputs that it does not take, an output that is no tensor, or one that is not finite.
     """
+    return finite(one_tensor(model, inputs))
+
+
+def one_tensor(model: nn.Module, inputs: NetworkInput) -> Tensor:
+    """What the network returns for a batch, where that is one tensor, finite or not.
+
+    Raises:
+        DataError: inputs that it does not take, or an output that is no tensor.
+    """
     output = call(model, inputs)
     if not isinstance(output, Tensor):
         raise DataError(
             f"accuracy, calibration and export need a tensor; the network returns {type(output).__name__}"
         )
+    return output
+
+
+def finite(output: Tensor) -> Tensor:
+    """The output, which can be measured.
+
+    Raises:
+        DataError: NaN or Inf in it.
+    """
     if not output.is_meta and not bool(output.isfinite().all()):
         raise DataError("the network returns NaN or Inf on this data")
     return output

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ttcompress.errors import DataError
+from ttcompress.networks.answers import Answer, plain_answer
 
 DEFAULT_IMAGES = 1024
 LEAST_IMAGES = 16
@@ -24,7 +25,7 @@ class Calibration:
     """Unlabelled images as batches of network input, on the CPU; any inputs count as images here.
 
     `fitting(number)` gives the `num_images` to learn from, in another order for every number; `held_out()`
-    those that decide.
+    those that decide. `answer` is what of the network's output is to stay as it is.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Calibration:
     num_held_out: int
     fitting: Callable[[int], Iterable[Any]]
     held_out: Callable[[], Iterable[Any]]
+    answer: Answer = plain_answer
 
     def mapped(self, change: Callable[[Any], Any]) -> Calibration:
         """The same images with every batch changed when it is read."""
