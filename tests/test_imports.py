@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"files"},
     "networks": {"layers", "files", "tt"},
     "train": {"layers", "data", "files", "processes"},
-    "measure": {"networks", "layers", "files", "tt"},
+    "measure": {"data", "networks", "layers", "files", "tt"},
     "calibrate": {"networks", "layers", "data", "tt"},
     "planning": {"measure", "networks", "layers", "files", "recipe", "tt"},
     "commands": {

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ttcompress.commands.inputs import Score, preprocessing_for
+from ttcompress.commands.inputs import preprocessing_for
 from ttcompress.commands.starting_point import StartingPoint
 from ttcompress.data.opening import open_data
 from ttcompress.data.sets import Images
@@ -33,6 +33,8 @@ HELD_OUT, MOST_HELD_OUT = 10, 5000
 NO_MIRROR = ("digits", "mnist")
 """Data sets whose images mean something else in a mirror."""
 EpochLog = Callable[[Json], None]
+Score = Callable[[nn.Module], float]
+"""What chooses the best epoch: a figure of a network, higher is better."""
 
 
 @dataclass(frozen=True)

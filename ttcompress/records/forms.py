@@ -200,11 +200,21 @@ class AccuracyForm(Struct):
 
 
 class MetricForm(Struct):
-    """The `accuracy` by a user's own metric."""
+    """The `accuracy` by another figure than accuracy: of texts, or a user's own.
+
+    `unit` is what `n` counts; `beside` holds further figures of the compressed network by their names.
+    """
 
     metric: str
     dense: float
     compressed: float
+    lower_is_better: bool = False
+    n: CountFromOne | None = None
+    unit: str = ""
+    interval: tuple[float, float] | None = None
+    dense_interval: tuple[float, float] | None = None
+    data: str = ""
+    beside: dict[str, float] = {}
 
 
 class StageForm(Struct):

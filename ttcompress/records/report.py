@@ -77,6 +77,17 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """What a network is worth by another figure than accuracy, on n of `unit`, with a 95 % interval where known."""
+
+    metric: str
+    value: float
+    n: int
+    unit: str
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Accuracy before and after on the same n images, and how often both say the same in percent, where known."""
 
@@ -98,6 +109,16 @@ class Comparison:
             "agreement": self.agreement,
             "data": self.data,
         }
+
+
+def fall(accuracy: Json) -> float:
+    """How much worse the compressed network is than the dense one, in the unit of what was measured.
+
+    >>> fall({"dense": 91.7, "compressed": 90.7}), fall({"dense": 20.0, "compressed": 21.0, "lower_is_better": True})
+    (1.0, 1.0)
+    """
+    lost = float(accuracy["dense"] - accuracy["compressed"])
+    return -lost if accuracy.get("lower_is_better") else lost
 
 
 @dataclass(frozen=True)

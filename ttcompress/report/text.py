@@ -300,7 +300,7 @@ def _accuracy_lines(accuracy: Json | None) -> list[str]:
     if accuracy is None:
         return ["accuracy          not measured (--data measures it)"]
     if "metric" in accuracy:
-        return [f"{accuracy['metric']:<17} {accuracy['dense']:.6g} -> {accuracy['compressed']:.6g}"]
+        return _metric_lines(accuracy)
 
     top1 = _change(accuracy["dense"], accuracy["compressed"])
     top5 = _change(accuracy["dense_top5"], accuracy["compressed_top5"])
@@ -312,6 +312,20 @@ def _accuracy_lines(accuracy: Json | None) -> list[str]:
     if agreement is not None:
         lines.append(f"agreement         {agreement:.2f} % of images get the same answer from both networks")
     return lines
+
+
+def _metric_lines(accuracy: Json) -> list[str]:
+    change = f"{accuracy['dense']:.6g} -> {accuracy['compressed']:.6g}"
+    about = []
+    if accuracy.get("interval"):
+        about.append("95 % interval {:.5g} to {:.5g}".format(*accuracy["interval"]))
+    if accuracy.get("n"):
+        about.append(f"n = {accuracy['n']:,} {accuracy.get('unit', '')}".rstrip())
+    if accuracy.get("data"):
+        about.append(accuracy["data"])
+
+    lines = [f"{accuracy['metric']:<17} {change}" + (f"  ({', '.join(about)})" if about else "")]
+    return lines + [f"{name:<17} {value:.4g}" for name, value in accuracy.get("beside", {}).items()]
 
 
 def _change(dense: float | None, compressed: float) -> str:
