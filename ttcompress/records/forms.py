@@ -342,10 +342,13 @@ class SourceForm(Struct):
 class ArchitectureForm(Struct):
     """What `architecture` holds."""
 
-    kind: Annotated[str, one_of("zoo", "torchvision", "factory")]
+    kind: Annotated[str, one_of("zoo", "torchvision", "factory", "transformers", "timm")]
     name: str
     arguments: dict[str, FromZero]
     sha256: str
+    config: Json = {}
+    generation: Json = {}
+    library: str = ""
 
 
 class PreprocessingForm(Struct):

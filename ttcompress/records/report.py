@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from math import isclose
+from typing import Any
 
 from msgspec.structs import asdict
 
@@ -29,23 +30,30 @@ VIEW = "ttcompress.report.text"
 
 @dataclass(frozen=True)
 class Architecture:
-    """A reference to a constructor: `kind` is zoo, torchvision or factory; `arguments` go to the constructor.
+    """A reference to a constructor: `kind` is zoo, torchvision, transformers, timm or factory.
 
-    For a factory only the base name (`net.py:build`) and the sha256 of its source are kept, never a path.
+    `arguments` go to the constructor. For a factory only the base name (`net.py:build`) and the sha256 of its source
+    are kept, never a path. For a class of transformers or a network of timm `config` is what config.json says of it,
+    `generation` what generation_config.json does, and `library` the version of the library that built it.
     """
 
     kind: str
     name: str
     arguments: Mapping[str, int] = field(default_factory=dict)
     sha256: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    library: str = ""
 
     def to_json(self) -> Json:
         """As the file records it."""
+        more = {"config": dict(self.config), "generation": dict(self.generation), "library": self.library}
         return {
             "kind": self.kind,
             "name": self.name,
             "arguments": dict(self.arguments),
             "sha256": self.sha256,
+            **{key: value for key, value in more.items() if value},
         }
 
 
