@@ -109,7 +109,7 @@ def test_training_options_agree_with_the_table() -> None:
 def test_python_keywords_are_the_options_that_mean_something_there(function: Any) -> None:
     in_memory_only = {"module", "metric", "example", "inplace", "progress", "layers", "unknown"}
     # Files and networks by name are of the command line; here a module and tensors are at hand.
-    of_files = {"arch", "key", "limit", "mean", "std", "workers"}
+    of_files = {"arch", "key", "limit", "mean", "seq_len", "std", "workers"}
     training = {option.name for option in TABLE if option.group == "Training"}
     wanted = RUN_OPTIONS.keys() - of_files - training
     named = set(inspect.signature(function).parameters) - in_memory_only
