@@ -14,6 +14,7 @@ from torch import nn
 from ttcompress.commands.inputs import preprocessing_for
 from ttcompress.commands.starting_point import StartingPoint
 from ttcompress.data.opening import open_data
+from ttcompress.data.resident import Shown
 from ttcompress.data.sets import Images
 from ttcompress.data.training_batches import Stream
 from ttcompress.errors import DataError, PlanError, TrainingError, shortlist
@@ -30,6 +31,8 @@ from ttcompress.train.setup import TrainingOptions, TrainingSetup
 
 HELD_OUT, MOST_HELD_OUT = 10, 5000
 """One training image in so many, and no more than so many, choose the best epoch where no --val is given."""
+SCORED_ON_GPU = 4
+"""So many times a batch is scored at a time there: what is kept for gradients takes more memory."""
 NO_MIRROR = ("digits", "mnist")
 """Data sets whose images mean something else in a mirror."""
 EpochLog = Callable[[Json], None]
@@ -175,17 +178,20 @@ def _score_on(
 ) -> Score:
     """Percent of images with the right class, or with the teacher's; each process looks at its share."""
     share = images.chosen(range(world.rank, len(images), world.size))
+    device = world.device
+    batch_size = settings.batch_size * (SCORED_ON_GPU if device.type == "cuda" else 1)
+    there = Shown(share, preprocessing, device)
 
     @torch.no_grad()
     def score(model: nn.Module) -> float:
-        counts = torch.zeros(2, dtype=torch.float64, device=world.device)
-        for batch, labels in share.batches(preprocessing, settings.batch_size, workers=settings.workers):
-            batch = batch.to(world.device)
+        counts = torch.zeros(2, dtype=torch.float64, device=device)
+        for batch, labels in there.batches(batch_size, settings.workers):
             targets = labels if teacher is None else forward(teacher, batch).argmax(1)
             if targets is None:
                 raise DataError(f"{images.name} has no labels to choose the best epoch by")
-            right = (forward(model, batch).argmax(1) == targets.to(world.device)).sum()
-            counts += torch.stack([right, right.new_tensor(len(batch))])
+            right = (forward(model, batch).argmax(1) == targets).sum()
+            # Filled on the device: a number that is sent there would wait for it.
+            counts += torch.stack([right, right.new_full((), len(batch))])
 
         right_of_all, seen = world.total(counts).tolist()
         return float(100 * right_of_all / seen)

@@ -27,6 +27,9 @@ def backward(
     Returns the number of images, their summed loss and how many were classified right, float64 (3,).
     """
     state.optimizer.zero_grad(set_to_none=True)
+    if options.compile and images.is_cuda:
+        # What graphs of the step before have put out may be overwritten from here on.
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
     images, partner_labels, own_share = mix_images(images, labels, options, state.epoch, state.step)
     if options.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
