@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": {"tt"},
     "report": {"files"},
     "networks": {"layers", "files", "tt"},
-    "train": {"layers", "data", "files", "processes"},
+    "train": {"networks", "layers", "data", "files", "processes"},
     "measure": {"data", "networks", "layers", "files", "tt"},
     "calibrate": {"networks", "layers", "data", "tt"},
     "planning": {"measure", "networks", "layers", "files", "recipe", "tt"},

@@ -16,7 +16,7 @@ from ttcompress.cli import commands
 from ttcompress.options import GROUPS, OPTIONS, RUN_OPTIONS, TABLE, Option, options_of
 from ttcompress.recipe import TARGETS, Recipe
 from ttcompress.settings import Settings
-from ttcompress.train.setup import TrainingOptions
+from ttcompress.train.options import TrainingOptions
 
 VERBS = sorted(commands.commands)
 

@@ -353,7 +353,7 @@ TABLE: tuple[Option, ...] = (
     # Training.
     Option(
         "train", TEXT, TRAINING, LEARNING,
-        "Training images (split train by default); without labels a teacher is needed.", metavar="DATA",
+        "Training images (split train by default) or texts; without labels a teacher is needed.", metavar="DATA",
     ),
     Option(
         "epochs", COUNT, TRAINING, LEARNING, "Passes over the training images.", default=30, metavar="N",

@@ -25,7 +25,7 @@ from ttcompress.processes import World
 from ttcompress.recipe import Recipe
 from ttcompress.train.batch_norm import ReducedBatchNorm
 from ttcompress.train.loop import train
-from ttcompress.train.setup import TrainingOptions
+from ttcompress.train.options import TrainingOptions
 from ttcompress.train.state import State
 
 pytestmark = pytest.mark.gpu

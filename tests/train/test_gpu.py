@@ -33,7 +33,7 @@ from ttcompress.errors import DataError
 from ttcompress.processes import World
 from ttcompress.records.report import Preprocessing
 from ttcompress.train.loop import all_finite, train
-from ttcompress.train.setup import TrainingOptions
+from ttcompress.train.options import TrainingOptions
 from ttcompress.train.state import State
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -103,14 +103,23 @@ def text_metric(
     texts = open_texts(reference)
     if limit is not None:
         texts = _first(texts, limit)
-    samples = token_samples(texts, reads, settings)
+    return metric_on(token_samples(texts, reads, settings), texts.scores, reads, settings, progress)
 
+
+def metric_on(
+    samples: TokenSamples,
+    scores: Sequence[float] | None,
+    reader: Reader,
+    settings: Settings,
+    progress: Progress | None,
+) -> Metric:
+    """The same on samples of tokens, neighbours of which are pairs where there are scores of them."""
     device = chosen_device(settings.device)
-    if reads.task is Task.CAUSAL:
+    if reader.task is Task.CAUSAL:
         return _perplexity(samples, settings, device, progress)
-    if reads.task is Task.CLASSIFIER:
+    if reader.task is Task.CLASSIFIER:
         return _accuracy(samples, settings, device, progress)
-    return _likeness(samples, texts, reads, settings, device, progress)
+    return _likeness(samples, scores, reader, settings, device, progress)
 
 
 def _first(texts: Texts, limit: int) -> Texts:
@@ -165,7 +174,7 @@ def _accuracy(
 
 def _likeness(
     samples: TokenSamples,
-    texts: Texts,
+    scores: Sequence[float] | None,
     reader: Reader,
     settings: Settings,
     device: torch.device,
@@ -197,13 +206,13 @@ def _likeness(
         }
 
     def correlation(dense: Tensor, compressed: Tensor) -> Json:
-        return {**_correlations(texts, dense, compressed), "beside": alike(dense, compressed)}
+        found = _correlations(scores or (), dense, compressed)
+        return {**found, "data": samples.name, "beside": alike(dense, compressed)}
 
-    return Metric(measure, cosine if texts.scores is None else correlation)
+    return Metric(measure, cosine if scores is None else correlation)
 
 
-def _correlations(texts: Texts, dense: Tensor, compressed: Tensor) -> Json:
-    scores = texts.scores or ()
+def _correlations(scores: Sequence[float], dense: Tensor, compressed: Tensor) -> Json:
     theirs, ours = (spearman(pair_cosines(vectors), scores) for vectors in (dense, compressed))
     theirs_interval, ours_interval = (
         [100 * end for end in correlation_interval(each, len(scores))] for each in (theirs, ours)
@@ -216,7 +225,6 @@ def _correlations(texts: Texts, dense: Tensor, compressed: Tensor) -> Json:
         "unit": "pairs",
         "interval": ours_interval,
         "dense_interval": theirs_interval,
-        "data": texts.name,
     }
 
 

@@ -13,10 +13,12 @@ from torch import nn
 
 from ttcompress.commands.inputs import preprocessing_for
 from ttcompress.commands.starting_point import StartingPoint
+from ttcompress.commands.text_training import text_setup
 from ttcompress.data.opening import open_data
 from ttcompress.data.resident import Shown
 from ttcompress.data.sets import Images
-from ttcompress.data.training_batches import Stream
+from ttcompress.data.text import names_texts
+from ttcompress.data.training_batches import Stream, TrainingBatches
 from ttcompress.errors import DataError, PlanError, TrainingError, shortlist
 from ttcompress.files.checkpoint import file_digest
 from ttcompress.networks.held import copied
@@ -27,7 +29,8 @@ from ttcompress.records.common import Json, Progress
 from ttcompress.records.report import Preprocessing
 from ttcompress.settings import Settings
 from ttcompress.torchrun import leads
-from ttcompress.train.setup import TrainingOptions, TrainingSetup
+from ttcompress.train.options import TrainingOptions
+from ttcompress.train.setup import TrainingSetup
 
 HELD_OUT, MOST_HELD_OUT = 10, 5000
 """One training image in so many, and no more than so many, choose the best epoch where no --val is given."""
@@ -42,13 +45,13 @@ Score = Callable[[nn.Module], float]
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The images of a training, in which normalisation, and what the report calls them and the teacher."""
+    """The images or texts of a training, in which normalisation, and what the report calls them and the teacher."""
 
-    stream: Stream
+    stream: TrainingBatches
     train: str
     val: str
     teacher: str | None
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | None
 
 
 def training_options(settings: Settings) -> TrainingOptions:
@@ -71,10 +74,17 @@ def training_setup(
         PlanError: a batch that the processes cannot share.
     """
     recipe = settings.recipe
+    teacher, teacher_name = _teacher(start, settings, world)
+    if names_texts(str(recipe.train)):
+        known = {**vars(training_options(settings)), "batch_size": settings.batch_size, "model": start.digest}
+        setup, texts, held_out = text_setup(
+            start, settings, checkpoint, world, (teacher, teacher_name), known, progress, log
+        )
+        return setup, TrainingData(setup.stream, texts, held_out, teacher_name, None)
+
     images = open_data(str(recipe.train), "train")
     preprocessing = preprocessing_for(settings, start.network.preprocessing, images) or images.statistics()
 
-    teacher, teacher_name = _teacher(start, settings, world)
     if teacher is None and not images.labelled:
         raise DataError(f"{images.name} has no labels: name a network to learn from with --teacher")
     if settings.batch_size % world.size:

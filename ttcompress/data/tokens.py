@@ -37,6 +37,11 @@ class TokenSamples:
         """Tokens of each sample."""
         return [len(row) for row in self.rows]
 
+    def chosen(self, indices: Sequence[int]) -> TokenSamples:
+        """The samples at these places, in this order."""
+        labels = self.labels and tuple(self.labels[index] for index in indices)
+        return TokenSamples(self.name, tuple(self.rows[index] for index in indices), labels)
+
     def indexed_batches(
         self, indices: Sequence[int], batch_size: int
     ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:

@@ -22,7 +22,7 @@ from ttcompress.records.report import Preprocessing
 
 
 class TrainingBatches(Protocol):
-    """What a training runs on: epochs of batches (images, labels or None) on the device."""
+    """What a training runs on: epochs of batches (inputs, labels or None) on the device."""
 
     @property
     def batch_size(self) -> int:
@@ -33,13 +33,13 @@ class TrainingBatches(Protocol):
         """Batches an epoch."""
 
     @property
-    def sample(self) -> tuple[Tensor, Tensor | None]:
+    def sample(self) -> tuple[Any, Tensor | None]:
         """A batch to try things on, which takes none from the training."""
 
-    def mean_count(self, images: Tensor) -> float:
-        """How many images the batches of one process have on average, for a batch like this one."""
+    def mean_count(self, images: Any) -> float:
+        """How many inputs the batches of one process have on average, for a batch like this one."""
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Any, Tensor | None]]:
         """The batches of an epoch, from batch `start` on."""
 
 

@@ -206,7 +206,7 @@ class MetricForm(Struct):
     """
 
     metric: str
-    dense: float
+    dense: float | None
     compressed: float
     lower_is_better: bool = False
     n: CountFromOne | None = None

@@ -315,7 +315,8 @@ def _accuracy_lines(accuracy: Json | None) -> list[str]:
 
 
 def _metric_lines(accuracy: Json) -> list[str]:
-    change = f"{accuracy['dense']:.6g} -> {accuracy['compressed']:.6g}"
+    dense, compressed = accuracy["dense"], accuracy["compressed"]
+    change = f"{compressed:.6g}" if dense is None else f"{dense:.6g} -> {compressed:.6g}"
     about = []
     if accuracy.get("interval"):
         about.append("95 % interval {:.5g} to {:.5g}".format(*accuracy["interval"]))

@@ -24,8 +24,9 @@ from ttcompress.processes import World
 from ttcompress.records.common import Json
 from ttcompress.train.batch_norm import parallel
 from ttcompress.train.optimize import Average, make_optimizer, not_finite, rate_at, tt_layers, update
+from ttcompress.train.options import TrainingOptions
 from ttcompress.train.precision import chosen_precision, lay_out, settled
-from ttcompress.train.setup import TrainingOptions, TrainingSetup
+from ttcompress.train.setup import TrainingSetup
 from ttcompress.train.state import State
 from ttcompress.train.step import backward
 from ttcompress.train.stopping import stop_requests
