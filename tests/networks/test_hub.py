@@ -7,15 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from model_folders import (
-    edit_json,
     save_folder,
     save_sentence_encoder,
-    small_bert,
     small_llama,
-    write_json,
 )
 
-from ttcompress.errors import ArchitectureError, CheckpointError, DataError, TTCompressError
 from ttcompress.networks.opening import open_any, open_dense
 from ttcompress.networks.reader import Pooling, Task
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -45,6 +45,7 @@ def open_folder(folder: ModelFolder, key: str = "") -> Opened:
         model, typed, unused = transformers_models.load(named, tensors)
     if unused:
         _say(f"{folder.path}: leaves out {shortlist(unused)}, which {folder.name} does not have")
+    checkpoint = replace(checkpoint, source={**checkpoint.source, "file": folder.title})
     return Opened(model, model.state_dict(), typed, checkpoint)
 
 
@@ -58,3 +59,12 @@ def known_reader(model: nn.Module, architecture: Architecture | None, path: Path
     if architecture is None or architecture.kind != "transformers":
         return None
     return reader_of(model, architecture, path if path.is_dir() else path.parent)
+
+
+def save(model: nn.Module, architecture: Architecture, folder: Path) -> None:
+    """Write a dense network into a folder that its library loads.
+
+    Raises:
+        CheckpointError: the library does not save it.
+    """
+    transformers_models.save(model, folder)

@@ -199,6 +199,16 @@ def _resolve(arch: str | None, checkpoint: Checkpoint | None) -> tuple[Architect
     return architecture, factory
 
 
+def of_tensors(architecture: Architecture, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A network that needs no factory, with these tensors as its state.
+
+    Raises:
+        CheckpointError: they do not fit.
+        ArchitectureError: it cannot be built.
+    """
+    return _filled(lambda device: models.build(architecture, None, device), tensors)
+
+
 def _filled(
     build: Callable[[str], nn.Module], state: Mapping[str, Tensor], optional: Container[str] = ()
 ) -> nn.Module:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -222,3 +223,18 @@ def _stored_dtype(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> t
     stated = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or ""), None)
     most = max(counts, key=lambda dtype: counts[dtype])
     return stated if stated in counts else most
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    """Write a dense network as the library does, under the names that its files have.
+
+    Raises:
+        CheckpointError: the library refuses, as it does where a configuration contradicts itself.
+    """
+    with quiet():
+        try:
+            model.save_pretrained(folder)  # type: ignore[operator]
+        except OSError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"transformers does not save the network: {one_line(error)}") from error
