@@ -148,7 +148,7 @@ def _check_number(where: Path | str, place: str, key: str, value: Any) -> None:
     for each in value if isinstance(value, list) else [value]:
         if not isinstance(each, int) or isinstance(each, bool):
             continue
-        most = MOST_REPEATS if is_count and "id" not in key else LARGEST_NUMBER
+        most = MOST_REPEATS if is_count else LARGEST_NUMBER
         if key == "num_labels":
             most = LARGEST_NUMBER // MOST_REPEATS
         if abs(each) > most:

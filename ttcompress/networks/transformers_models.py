@@ -115,8 +115,11 @@ def _blaming(what: str) -> Iterator[None]:
         raise ArchitectureError(f"{what}: {one_line(error)}") from error
 
 
-def build(architecture: Architecture) -> nn.Module:
+def build(architecture: Architecture, is_waiting: bool = True) -> nn.Module:
     """The network without weights: parameters on the meta device as torch makes them, buffers with their values.
+
+    Args:
+        is_waiting: without it parameters are random numbers.
 
     Raises:
         ArchitectureError: the library does not build it, or it would be larger than any network is.
@@ -132,6 +135,8 @@ def build(architecture: Architecture) -> nn.Module:
                 return made
 
             model = within_limits(architecture.name, construct, MOST_PARAMETERS)
+            if not is_waiting:
+                model = construct()
         _set_generation(model, architecture)
     return model.eval()
 
