@@ -56,6 +56,7 @@ OUTSIDE_ONLY_IN = {
     "jinja2": {"report.html"}, "matplotlib": {"report.canvas", "report.pictures"}, "rich": {"report.text", "terminal"},
     "onnx": {"networks.onnx_files"}, "onnx_ir": {"networks.onnx_files"}, "onnxruntime": {"networks.onnx_files"},
     "onnxscript": {"networks.onnx_files"}, "huggingface_hub": {"networks.transformers_models"},
+    "timm": {"networks.timm_models"},
     "transformers": {"networks.text_reading", "networks.transformers_models"},
 }  # fmt: skip
 WITHOUT_TORCH = {

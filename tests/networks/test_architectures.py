@@ -211,7 +211,7 @@ def test_resolve_names() -> None:
     [
         ("vgg61", "vgg16"),
         ("zoo:resnet18", "resnet"),
-        ("timm:resnet18", "resnet18"),
+        ("timm:resnet81", "resnet18"),
         ("xyzzy", "conv-fc"),
         ("mlp-784-0-10", "mlp"),
         ("mlp-", "mlp"),

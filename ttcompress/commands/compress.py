@@ -9,16 +9,17 @@ from ttcompress.calibrate.stages import adopt
 from ttcompress.commands.compressor import Compressed, Compressor
 from ttcompress.commands.finetune import ONLY_IN_TRAINING, check_inputs, finetune_file, state_file
 from ttcompress.commands.inputs import Inputs, calibration_name, measured_images, open_inputs
+from ttcompress.commands.outputs import check_network_output, default_name, library_folder, write_network
 from ttcompress.commands.reports import promised_bytes, recorded, report_of
 from ttcompress.commands.training import EpochLog
 from ttcompress.commands.weights_only import compress_weights, plan_weights
 from ttcompress.errors import CheckpointError, DataError, PlanError, differences
 from ttcompress.files.checkpoint import file_digest
 from ttcompress.files.compressed import stored_report
-from ttcompress.files.output import alone, check_output
+from ttcompress.files.model_folder import ModelFolder
+from ttcompress.files.output import alone
 from ttcompress.files.shards import read_index, stem
 from ttcompress.files.tensors import tensor_bytes
-from ttcompress.files.writing import write_safetensors
 from ttcompress.networks.factories import is_factory, load_factory
 from ttcompress.networks.opening import Network, open_dense, open_empty
 from ttcompress.networks.proof import prove
@@ -106,9 +107,10 @@ def _check_training_options(recipe: Recipe, resume: bool) -> None:
 
 
 def default_output(checkpoint: Path, recipe: Recipe) -> Path:
-    """Where a compressed checkpoint goes that nobody named a place for: one file, or a folder of shards."""
-    in_shards = recipe.is_weights_only and read_index(checkpoint) is not None
-    return Path(f"{stem(checkpoint)}-tt{'' if in_shards else '.safetensors'}")
+    """Where a compressed checkpoint goes that nobody named a place for: one file, or a folder like that it is in."""
+    if recipe.is_weights_only and read_index(checkpoint) is not None:
+        return Path(f"{stem(checkpoint)}-tt")
+    return default_name(checkpoint, library_folder(checkpoint, recipe.arch), "-tt")
 
 
 @alone
@@ -133,7 +135,8 @@ def compress_file(
     if recipe.is_weights_only:
         return compress_weights(source, output, recipe, plan, force=force, progress=progress)
 
-    check_output(output, force, source=source)
+    folder = library_folder(source, recipe.arch, output)
+    check_network_output(output, force, folder, source)
     if recipe.max_drop is not None and not _is_search(recipe, plan) and recipe.data is None:
         raise DataError(
             "--max-drop beside another target is a gate on accuracy: name labelled images, or texts, with --data"
@@ -144,12 +147,18 @@ def compress_file(
     network, inputs = open_inputs(network, settings, progress, extras)
     report = compress_network(network, settings, plan, inputs, progress, extras)
 
-    write_compressed(output, network, report, recipe.arch, inputs_to_prove_with(network, settings, inputs))
+    example = inputs_to_prove_with(network, settings, inputs)
+    write_compressed(output, network, report, recipe.arch, example, folder)
     return report
 
 
 def write_compressed(
-    output: Path, network: Network, report: Report, arch: str | None, example: Example | None
+    output: Path,
+    network: Network,
+    report: Report,
+    arch: str | None,
+    example: Example | None,
+    folder: ModelFolder | None = None,
 ) -> None:
     """Write a compressed network, once it has been proven on the example, if there is one.
 
@@ -160,7 +169,7 @@ def write_compressed(
     if example is not None:
         factory = load_factory(arch) if arch and is_factory(arch) else None
         prove(network.model, report, stored, factory, example)
-    write_safetensors(output, stored, file_metadata(report, stored))
+    write_network(output, stored, file_metadata(report, stored), folder)
 
 
 def inputs_to_prove_with(network: Network, settings: Settings, inputs: Inputs) -> Example | None:

@@ -9,22 +9,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ttcompress.commands.outputs import FILE_SUFFIXES, library_folder, write_dense_folder
 from ttcompress.errors import CheckpointError
 from ttcompress.files.compressed import dense_infos, stored_report
 from ttcompress.files.header import PLAIN_KEY, blaming
-from ttcompress.files.output import alone, check_output
+from ttcompress.files.model_folder import COMPRESSED, CONFIG, GENERATION, written_names
+from ttcompress.files.output import alone, check_folder_output, check_output
 from ttcompress.files.shards import Index, read_index
 from ttcompress.files.tensors import LazyTensors, tensor_infos
 from ttcompress.files.writing import write_dense, write_safetensors, write_shards
 from ttcompress.layers.plain import ContractedLinear, described
 from ttcompress.layers.spec import unviewed
 from ttcompress.measure.plain_forms import fastest
-from ttcompress.networks.opening import factory_for, in_stock_layers, open_compressed
+from ttcompress.networks.opening import factory_for, in_stock_layers, of_tensors, open_compressed
 from ttcompress.networks.plain import tt_layers
 from ttcompress.networks.stored import core_values, read_stored, stored_tensors
 from ttcompress.records.plain import PlainRecord
 from ttcompress.records.plan import LayerPlan
-from ttcompress.records.report import Report
+from ttcompress.records.report import LIBRARIES, Architecture, Report
 from ttcompress.tt.contract import dense_weight
 from ttcompress.version import __version__
 
@@ -33,12 +35,17 @@ from ttcompress.version import __version__
 def expand_file(source: Path, output: Path, force: bool = False) -> Report:
     """Turn a compressed file back into an ordinary dense checkpoint, with the original keys and types.
 
-    Shards become shards in a folder, unless `output` is named as one file.
+    Shards become shards in a folder, unless `output` is named as one file; a network of a library becomes a folder
+    that the library itself loads.
 
     Raises:
         CheckpointError: not a compressed file, or an output that cannot be written.
     """
-    index = None if output.suffix in (".pt", ".pth", ".safetensors") else read_index(source)
+    architecture = stored_report(source).architecture
+    in_one_file = output.suffix in FILE_SUFFIXES
+    if architecture is not None and architecture.kind in LIBRARIES and not in_one_file:
+        return _expand_to_folder(source, output, architecture, force)
+    index = None if in_one_file else read_index(source)
     check_output(output, force, index, source)
     report, tensors = read_stored(source)
     with blaming(source):
@@ -47,6 +54,18 @@ def expand_file(source: Path, output: Path, force: bool = False) -> Report:
         write_dense(output, dense)
     else:
         write_shards(output, _expanded_index(report, index), dense)
+    return report
+
+
+def _expand_to_folder(source: Path, output: Path, architecture: Architecture, force: bool) -> Report:
+    folder = library_folder(source, None)
+    names = written_names(folder.path) if folder else {COMPRESSED, CONFIG, GENERATION}
+    check_folder_output(output, names, force, folder.path if folder else None, compressed=False)
+
+    report, tensors = read_stored(source)
+    with blaming(source):
+        model = of_tensors(architecture, dict(_expanded(report, tensors)))
+    write_dense_folder(output, model, architecture, folder)
     return report
 
 

@@ -9,6 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ttcompress.commands.outputs import (
+    check_network_output,
+    default_name,
+    library_folder,
+    write_dense_folder,
+    write_network,
+)
 from ttcompress.commands.starting_point import StartingPoint, open_start, start_from_scratch
 from ttcompress.commands.training import EpochLog, say_frozen, training_options, training_setup
 from ttcompress.commands.training_report import trained_report
@@ -16,9 +23,10 @@ from ttcompress.data.opening import open_data
 from ttcompress.data.text import names_texts, open_texts
 from ttcompress.data.training_batches import Stream
 from ttcompress.errors import CheckpointError, DataError
+from ttcompress.files.checkpoint import is_compressed
+from ttcompress.files.model_folder import ModelFolder
 from ttcompress.files.output import alone, check_output
-from ttcompress.files.shards import stem
-from ttcompress.files.writing import write_dense, write_safetensors
+from ttcompress.files.writing import write_dense
 from ttcompress.networks.opening import open_any
 from ttcompress.networks.running import forward
 from ttcompress.networks.stored import file_metadata, stored_tensors, tied_parameters
@@ -58,8 +66,9 @@ def check_inputs(recipe: Recipe) -> None:
 
 def default_output(model: Path | None, recipe: Recipe) -> Path:
     """Where a trained network goes that nobody named a place for."""
-    name = stem(model) if model else str(recipe.arch).rpartition(":")[2]
-    return Path(f"{name}-ft.safetensors")
+    if model is None:
+        return Path(f"{str(recipe.arch).rpartition(':')[2]}-ft.safetensors")
+    return default_name(model, library_folder(model, recipe.arch), "-ft")
 
 
 def state_file(output: Path) -> Path:
@@ -90,7 +99,8 @@ def finetune_file(
     Raises:
         TTCompressError: whatever does not fit, in one line; `output` is then untouched.
     """
-    check_output(output, force)
+    folder = library_folder(source, recipe.arch, output)
+    check_network_output(output, force, folder, compressed=source is None or is_compressed(source))
     if recipe.train is None:
         raise DataError("name the training images, or texts, with --train")
     checkpoint = state_file(output)
@@ -101,7 +111,7 @@ def finetune_file(
     start = (
         start_from_scratch(settings, plan) if source is None else open_start(source, settings, plan, origin)
     )
-    if start.report is None and output.suffix not in DENSE_SUFFIXES:
+    if start.report is None and folder is None and output.suffix not in DENSE_SUFFIXES:
         raise CheckpointError(f"{output}: end the name in .pt, .pth or .safetensors")
 
     model = start.network.model
@@ -126,7 +136,7 @@ def finetune_file(
 
         report = trained_report(start, settings, setup, state, data, progress, extras)
         if world.leads:
-            _write(output, start, report)
+            _write(output, start, report, folder)
     return report
 
 
@@ -149,12 +159,15 @@ def _retype(model: nn.Module, types: Mapping[str, torch.dtype]) -> None:
         value.data = value.data.to(types[name]).contiguous()
 
 
-def _write(output: Path, start: StartingPoint, report: Report) -> None:
+def _write(output: Path, start: StartingPoint, report: Report, folder: ModelFolder | None) -> None:
     model = start.network.model
     plan = start.report.plan if start.report else None
     tensors = stored_tensors(model, start.network.tensors, plan)
     if start.report:
-        write_safetensors(output, tensors, file_metadata(report, tensors))
+        write_network(output, tensors, file_metadata(report, tensors), folder)
+        return
+    if folder is not None and start.network.architecture is not None:
+        write_dense_folder(output, model.cpu(), start.network.architecture, folder)
         return
 
     tied = {alias: tensors[name] for alias, name in tied_parameters(model).items()}

@@ -66,7 +66,7 @@ def _original(source: Path, report: Report, settings: Settings, origin: Path | N
     """
     known = report.source
     origin = origin or source.with_name(str(known.get("file") or source.name))
-    if not origin.is_file() or file_digest(origin) != known.get("sha256"):
+    if not origin.exists() or file_digest(origin) != known.get("sha256"):
         return None
 
     key = settings.key or known.get("key", "")

@@ -13,12 +13,14 @@ from torch import nn
 from ttcompress.commands.compress import check_repeats, compressor_for, inputs_to_prove_with, write_compressed
 from ttcompress.commands.compressor import Compressor
 from ttcompress.commands.inputs import Inputs, measured_images, open_inputs
+from ttcompress.commands.outputs import check_network_output, default_name, library_folder
 from ttcompress.commands.reports import report_of
 from ttcompress.data.sets import Images
 from ttcompress.errors import CheckpointError, DataError, PlanError, TTCompressError
 from ttcompress.files.compressed import stored_report
+from ttcompress.files.model_folder import ModelFolder
 from ttcompress.files.output import alone
-from ttcompress.files.shards import stem, stored_bytes
+from ttcompress.files.shards import stored_bytes
 from ttcompress.files.tensors import tensor_bytes
 from ttcompress.networks.opening import Network, open_dense
 from ttcompress.networks.stored import stored_sha256, stored_tensors
@@ -111,10 +113,15 @@ def sweep_file(
     wanted = _wanted(recipe, ratios, formats)
     _check_folder(folder)
     measured = measured_images(recipe)
-    files = {key: folder / _file_name(source, *key, several=bool(formats)) for key in wanted}
+    origin = library_folder(source, recipe.arch)
+    files = {key: folder / _file_name(source, origin, *key, several=bool(formats)) for key in wanted}
     done = {key: _finished(source, files[key], wanted[key], measured, force) for key in wanted}
 
-    if missing := [key for key in wanted if done[key] is None]:
+    missing = [key for key in wanted if done[key] is None]
+    for key in missing:
+        if files[key].exists():
+            check_network_output(files[key], force, origin)
+    if missing:
         settings = Settings.of(wanted[missing[0]])
         network = open_dense(source, recipe.arch, settings.key)
         # Every measurement fills these in; those of the first point are shown.
@@ -126,7 +133,7 @@ def sweep_file(
                 made = sweep.point(Settings.of(wanted[key]), latest)
                 example = inputs_to_prove_with(made.network, Settings.of(wanted[key]), inputs)
                 folder.mkdir(exist_ok=True)
-                write_compressed(files[key], made.network, made.report, recipe.arch, example)
+                write_compressed(files[key], made.network, made.report, recipe.arch, example, origin)
             done[key] = made.report
             if extras is not None and key == next(iter(wanted)):
                 extras.spectra, extras.samples, extras.images = latest.spectra, latest.samples, latest.images
@@ -198,8 +205,8 @@ def _check_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder}: {folder.parent} is not an existing folder")
 
 
-def _file_name(source: Path, ratio: float, form: str, several: bool) -> str:
-    return f"{stem(source)}-{ratio:g}x{f'-{form}' if several else ''}.safetensors"
+def _file_name(source: Path, origin: ModelFolder | None, ratio: float, form: str, several: bool) -> str:
+    return default_name(source, origin, f"-{ratio:g}x{f'-{form}' if several else ''}").name
 
 
 def _finished(

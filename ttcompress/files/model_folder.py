@@ -5,7 +5,8 @@ Nothing in such a folder is ever run, and what would need its own code is refuse
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -17,6 +18,8 @@ from ttcompress.records.common import Json
 from ttcompress.records.reading import parse_json, read_text
 
 CONFIG = "config.json"
+COMPRESSED = "model.safetensors"
+"""Where a folder that we write has its weights."""
 GENERATION = "generation_config.json"
 WEIGHTS = (
     "model.safetensors",
@@ -145,7 +148,7 @@ def _check_number(where: Path | str, place: str, key: str, value: Any) -> None:
     for each in value if isinstance(value, list) else [value]:
         if not isinstance(each, int) or isinstance(each, bool):
             continue
-        most = MOST_REPEATS if is_count and "id" not in key else LARGEST_NUMBER
+        most = MOST_REPEATS if is_count else LARGEST_NUMBER
         if key == "num_labels":
             most = LARGEST_NUMBER // MOST_REPEATS
         if abs(each) > most:
@@ -236,6 +239,19 @@ def read_modules(folder: Path) -> list[Module]:
         raise CheckpointError(f"{path}: does not list modules ({brief(error)})") from error
     # A path from elsewhere could name any folder of this machine.
     return [each for each in found if Path(each.path).name == each.path]
+
+
+def copy_carried(folder: Path, to: Path, besides: Collection[str] = ()) -> None:
+    """Copy what belongs to a network beside its weights, but for some files."""
+    for name in carried_files(folder):
+        if str(name) not in besides:
+            (to / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / name, to / name)
+
+
+def written_names(folder: Path) -> set[str]:
+    """What a folder that is made of this one has in it."""
+    return {name.parts[0] for name in carried_files(folder)} | {COMPRESSED, GENERATION}
 
 
 def _module_files(folder: Path) -> list[Path]:

@@ -7,7 +7,8 @@ import functools
 import hashlib
 import os
 import secrets
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Concatenate, ParamSpec, TypeVar
@@ -68,6 +69,47 @@ def _folder_problem(path: Path, force: bool, index: Index) -> str:
     if others:
         return f"holds what this command does not write: {shortlist(others)}; move it, or choose another --output"
     return problem
+
+
+def check_folder_output(
+    path: Path, names: Collection[str], force: bool, source: Path | None, compressed: bool
+) -> None:
+    """See, before any work, that a folder with these files and folders in it can be written.
+
+    Args:
+        source: the folder that is to be read, where it may not be replaced.
+        compressed: whether the weights that go there are compressed; a folder of others is not replaced.
+
+    Raises:
+        CheckpointError: it exists and `force` is not set, is the `source` or holds it, holds what this command does not
+            write, or its parent does not exist.
+    """
+    try:
+        problem = _model_folder_problem(path, names, force, source, compressed)
+    except (OSError, ValueError) as error:
+        problem = f"cannot be written: {getattr(error, 'strerror', None) or error}"
+    if problem:
+        raise CheckpointError(f"{path}: {problem}")
+
+
+def _model_folder_problem(
+    path: Path, names: Collection[str], force: bool, source: Path | None, compressed: bool
+) -> str:
+    if path.exists() and not path.is_dir():
+        return "is not a folder, as this network needs one; end the name in .safetensors for one file"
+    if not path.exists():
+        return _place_problem(path, force, os.path.lexists(path))
+
+    if source is not None and path.resolve() in (source.resolve(), *source.resolve().parents):
+        return "holds the network that is to be read; choose another --output"
+    problem = _place_problem(path, force, any(path.iterdir()))
+    if problem:
+        return problem
+    others = [each.name for each in path.iterdir() if each.name not in names]
+    others += [each.name for each in path.glob("*.safetensors") if _is_ours(each) != compressed]
+    if others:
+        return f"holds what this command does not write: {shortlist(sorted(set(others)))}; move it, or choose another --output"
+    return ""
 
 
 def _others_in(folder: Path, index: Index) -> list[str]:
@@ -195,6 +237,45 @@ def replacing(path: Path, mode: int | None = None) -> Iterator[Path]:
         raise CheckpointError(f"{path}: cannot be written: {str(error).splitlines()[0][:100]}") from error
     finally:
         _remove(temporary)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when the block ends well, and else vanishes.
+
+    A folder that was there is moved away first, and comes back where that fails. To be used by one process alone
+    (`writing_alone`), for those that killed runs left of the same path vanish too.
+
+    Raises:
+        CheckpointError: the file system refuses.
+    """
+    prefix = _temporary_prefix(path)
+    temporary = path.with_name(f"{prefix}{secrets.token_hex(8)}")
+    former = path.with_name(f"{prefix}{secrets.token_hex(8)}")
+    try:
+        for left in path.absolute().parent.iterdir():
+            if left.name.startswith(prefix) and left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        _take_place(temporary, path, former)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_place(temporary: Path, path: Path, former: Path) -> None:
+    if not path.exists():
+        temporary.replace(path)
+        return
+    path.replace(former)
+    try:
+        temporary.replace(path)
+    except BaseException:
+        former.replace(path)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def is_temporary(name: str) -> bool:

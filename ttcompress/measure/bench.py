@@ -17,6 +17,7 @@ from ttcompress.errors import PlanError
 from ttcompress.files.checkpoint import load_compressed
 from ttcompress.files.header import read_metadata
 from ttcompress.files.output import writing_alone
+from ttcompress.files.shards import resolve
 from ttcompress.files.writing import write_safetensors
 from ttcompress.layers.base import TTLayer
 from ttcompress.layers.rebuilt import TTWeight
@@ -105,7 +106,7 @@ def bench_file(
 
 def save_bench(source: Path, result: Json) -> None:
     """Write the figures into the report of the file that was measured, where a link leads to, for whom it was."""
-    file = source.resolve()
+    file = resolve(source).resolve()
     with writing_alone(file):
         metadata = read_metadata(file)
         mode = stat.S_IMODE(file.stat().st_mode)

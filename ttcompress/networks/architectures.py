@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from ttcompress.errors import ArchitectureError, shortlist
-from ttcompress.networks import known_keys, transformers_models
+from ttcompress.networks import known_keys, timm_models, transformers_models
 from ttcompress.networks.factories import Factory, built_by, is_factory, load_factory, one_line, split_factory
 from ttcompress.networks.known_keys import OPTIONAL
-from ttcompress.networks.limits import BUFFERS, MOST_PARAMETERS, WeightsOnMeta
+from ttcompress.networks.limits import BUFFERS, MOST_PARAMETERS, WeightsOnMeta, within_limits
 from ttcompress.networks.zoo import DEFAULT_CLASSES, ZOO, mlp_widths, named_widths, zoo_preprocessing
 from ttcompress.records.report import Architecture, Preprocessing
 
@@ -109,7 +109,7 @@ def build(architecture: Architecture, factory: Factory | None = None, device: st
     if architecture.kind == "factory":
         return built_by(architecture.name, factory).eval()
     if architecture.kind == "transformers":
-        model = transformers_models.build(architecture)
+        model = transformers_models.build(architecture, is_waiting=device in ("meta", BUFFERS))
         return _to_meta(model) if device == "meta" else model
     constructor, fixed = _constructor(architecture)
 
@@ -121,9 +121,7 @@ def build(architecture: Architecture, factory: Factory | None = None, device: st
         return made
 
     try:
-        with WeightsOnMeta():
-            model = construct()
-        _check_size(architecture, model)
+        model = _waiting(architecture, construct)
         if device == BUFFERS:
             return model.eval()
         if device != "meta":
@@ -138,13 +136,24 @@ def build(architecture: Architecture, factory: Factory | None = None, device: st
     return _to_meta(model).eval()
 
 
-def _check_size(architecture: Architecture, model: nn.Module) -> None:
+def _waiting(architecture: Architecture, construct: Callable[[], nn.Module]) -> nn.Module:
+    """What is constructed, with parameters on the meta device.
+
+    Raises:
+        ArchitectureError: there would be too many.
+    """
+    if architecture.kind == "timm":
+        # Its arguments come from a file.
+        return within_limits(_reference(architecture), construct, MOST_PARAMETERS)
+    with WeightsOnMeta():
+        model = construct()
     count = sum(parameter.numel() for parameter in model.parameters())
     if count > MOST_PARAMETERS:
         raise ArchitectureError(
             f"{_reference(architecture)} would have {count:,} parameters; networks built by name have at most "
             f"{MOST_PARAMETERS:,}"
         )
+    return model
 
 
 def _to_meta(model: nn.Module) -> nn.Module:
@@ -157,6 +166,8 @@ def _to_meta(model: nn.Module) -> nn.Module:
 
 def _constructor(architecture: Architecture) -> tuple[Callable[..., Any], dict[str, Any]]:
     kind, name = architecture.kind, architecture.name
+    if kind == "timm" and timm_models.has(name):
+        return timm_models.constructor(architecture), {}
     if name not in names(kind):
         raise ArchitectureError(_unknown(f"{kind}:{name}"))
     if kind == "zoo":
@@ -171,6 +182,8 @@ def names(kind: str) -> list[str]:
     """The networks of a kind."""
     if kind == "zoo":
         return list(ZOO)
+    if kind == "timm":
+        return timm_models.names()
     if kind != "torchvision":
         return []
     import torchvision
@@ -183,9 +196,9 @@ def _reference(architecture: Architecture) -> str:
 
 
 def resolve(reference: str, shapes: Shapes | None = None) -> Architecture:
-    """Turn `vgg16`, `zoo:resnet20`, `mlp-784-300-10`, `torchvision:resnet18` or `net.py:build` into an `Architecture`.
+    """Turn `vgg16`, `zoo:resnet20`, `mlp-784-300-10`, `torchvision:resnet18`, `timm:vit_tiny_patch16_224` or `net.py:build` into an `Architecture`.
 
-    A bare name is looked up in the zoo, then in torchvision. With `shapes` (a checkpoint's keys -> shapes) arguments
+    A bare name is looked up in the zoo, then in torchvision; those of timm are named so. With `shapes` (a checkpoint's keys -> shapes) arguments
     are filled in such that the network fits.
 
     Raises:
@@ -198,7 +211,7 @@ def resolve(reference: str, shapes: Shapes | None = None) -> Architecture:
     prefix, _, named = reference.rpartition(":")
     name, arguments = named_widths(named)
     kinds = [prefix] if prefix else list(_CLASSES)
-    kind = next((kind for kind in kinds if name in names(kind)), None)
+    kind = next((kind for kind in kinds if _has(kind, name)), None)
     if kind is None:
         raise ArchitectureError(_unknown(reference))
     if shapes is None:
@@ -207,6 +220,14 @@ def resolve(reference: str, shapes: Shapes | None = None) -> Architecture:
     if difference.keys:
         raise ArchitectureError(f"{reference} does not fit the checkpoint: {difference}")
     return architecture
+
+
+def _has(kind: str, name: str) -> bool:
+    return timm_models.has(name) if kind == "timm" else name in names(kind)
+
+
+def _default_classes(kind: str, name: str) -> int:
+    return timm_models.default_classes(name) if kind == "timm" else _CLASSES[kind]
 
 
 def _resolve_factory(reference: str, shapes: Shapes | None) -> Architecture:
@@ -223,11 +244,11 @@ def _resolve_factory(reference: str, shapes: Shapes | None) -> Architecture:
 
 def _unknown(reference: str) -> str:
     prefix, _, name = reference.rpartition(":")
-    kinds = [prefix] if prefix in _CLASSES else list(_CLASSES)
+    kinds = [prefix] if prefix in (*_CLASSES, "timm") else list(_CLASSES)
     known = [known for kind in kinds for known in names(kind)]
     nearest = get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"nearest are {shortlist(nearest)}" if nearest else f"the zoo has {shortlist(ZOO, len(ZOO))}"
-    return f"unknown architecture {reference!r}: {hint}; else name one of torchvision.models or path/to/net.py:factory"
+    return f"unknown architecture {reference!r}: {hint}; else name one of torchvision.models, timm:NAME or path/to/net.py:factory"
 
 
 def _fit(
@@ -248,7 +269,7 @@ def _fit_classes(
     kind: str, name: str, arguments: dict[str, int], shapes: Shapes
 ) -> tuple[Architecture, _Difference]:
     difference = _difference(shapes, _shapes_of(kind, name, **arguments))
-    classes = difference.classes(_CLASSES[kind])
+    classes = difference.classes(_default_classes(kind, name))
     if classes is not None:
         arguments = {**arguments, "num_classes": classes}
         difference = _difference(shapes, _shapes_of(kind, name, **arguments))
@@ -310,6 +331,8 @@ def preprocessing(architecture: Architecture) -> Preprocessing | None:
     """
     if architecture.kind == "zoo":
         return zoo_preprocessing(architecture.name, architecture.arguments)
+    if architecture.kind == "timm":
+        return timm_models.preprocessing(architecture)
     if architecture.kind != "torchvision":
         return None
     import torchvision

@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from ttcompress.errors import ArchitectureError, TTCompressError, shortlist
 
 Factory = Callable[[], nn.Module]
-KINDS = ("zoo", "torchvision")
+KINDS = ("zoo", "torchvision", "timm", "transformers")
 """Prefixes of references that are no modules."""
 
 

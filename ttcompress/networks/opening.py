@@ -144,6 +144,8 @@ def open_dense(path: Path, arch: str | None = None, key: str = "") -> Network:
 
 def _of_library(folder: ModelFolder, key: str) -> Network:
     """The network of a folder that a library wrote."""
+    if folder.library == "timm":
+        return _of_timm(folder, key)
     opened = hub.open_folder(folder, key)
     opened.checkpoint.say_notes()
     return Network(
@@ -152,8 +154,20 @@ def _of_library(folder: ModelFolder, key: str) -> Network:
         opened.architecture,
         source=opened.checkpoint.source,
         reader=hub.known_reader(opened.model, opened.architecture, folder.path),
+        preprocessing=hub.image_preprocessing(folder.path),
         folder=folder.path,
     )
+
+
+def _of_timm(folder: ModelFolder, key: str) -> Network:
+    architecture = hub.timm_architecture(folder)
+    checkpoint = load_checkpoint(folder.weights, key)
+    with blaming(folder.path):
+        model = of_tensors(architecture, checkpoint.tensors)
+    checkpoint.say_notes()
+    source = {**checkpoint.source, "file": folder.title}
+    known = models.preprocessing(architecture)
+    return Network(model, checkpoint.tensors, architecture, known, source, folder=folder.path)
 
 
 def _opened(checkpoint: Checkpoint, arch: str | None) -> tuple[Checkpoint, Network]:
@@ -197,6 +211,16 @@ def _resolve(arch: str | None, checkpoint: Checkpoint | None) -> tuple[Architect
     architecture = models.resolve(arch, shapes) if arch else models.infer(shapes or {})
     factory = load_factory(arch) if arch and architecture.kind == "factory" else None
     return architecture, factory
+
+
+def of_tensors(architecture: Architecture, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A network that needs no factory, with these tensors as its state.
+
+    Raises:
+        CheckpointError: they do not fit.
+        ArchitectureError: it cannot be built.
+    """
+    return _filled(lambda device: models.build(architecture, None, device), tensors)
 
 
 def _filled(

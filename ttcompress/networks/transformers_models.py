@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,8 +115,11 @@ def _blaming(what: str) -> Iterator[None]:
         raise ArchitectureError(f"{what}: {one_line(error)}") from error
 
 
-def build(architecture: Architecture) -> nn.Module:
+def build(architecture: Architecture, is_waiting: bool = True) -> nn.Module:
     """The network without weights: parameters on the meta device as torch makes them, buffers with their values.
+
+    Args:
+        is_waiting: without it parameters are random numbers.
 
     Raises:
         ArchitectureError: the library does not build it, or it would be larger than any network is.
@@ -131,6 +135,8 @@ def build(architecture: Architecture) -> nn.Module:
                 return made
 
             model = within_limits(architecture.name, construct, MOST_PARAMETERS)
+            if not is_waiting:
+                model = construct()
         _set_generation(model, architecture)
     return model.eval()
 
@@ -222,3 +228,18 @@ def _stored_dtype(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> t
     stated = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or ""), None)
     most = max(counts, key=lambda dtype: counts[dtype])
     return stated if stated in counts else most
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    """Write a dense network as the library does, under the names that its files have.
+
+    Raises:
+        CheckpointError: the library refuses, as it does where a configuration contradicts itself.
+    """
+    with quiet():
+        try:
+            model.save_pretrained(folder)  # type: ignore[operator]
+        except OSError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"transformers does not save the network: {one_line(error)}") from error

@@ -24,6 +24,8 @@ from ttcompress.records.forms import (
 from ttcompress.records.plan import CompressionPlan, KeptParameter, LayerPlan, decode_plan
 
 FILE_SCHEMA = "ttcompress/1"
+LIBRARIES = ("transformers", "timm")
+"""Kinds of architectures that come with a folder of their library."""
 VIEW = "ttcompress.report.text"
 """What shows a report; it is above this package, and so named and looked up only when one is printed."""
 
