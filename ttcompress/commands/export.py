@@ -27,7 +27,7 @@ from ttcompress.networks.onnx_files import (
 from ttcompress.networks.opening import example_of, open_any
 from ttcompress.networks.plain import plain_network
 from ttcompress.networks.reader import Reader
-from ttcompress.networks.running import call, finite, input_dtype, made_up
+from ttcompress.networks.running import call, finite, input_dtype, made_up, tensors_of
 from ttcompress.networks.stored import stored_tensors
 from ttcompress.networks.text_examples import answer_of, half_masked, output_name, text_example
 from ttcompress.records.common import Json
@@ -42,7 +42,10 @@ LARGEST = 2_000_000_000
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: `input_shape` is without the batch, `difference` is None where onnxruntime is missing."""
+    """What was written: `input_shape` is without the batch, `difference` is None where onnxruntime is missing.
+
+    Of texts the length is free like the batch; `input_shape` is what it was tried with, among others.
+    """
 
     file: str
     file_bytes: int
@@ -52,10 +55,17 @@ class Exported:
     input_shape: tuple[int, ...]
     operators: Mapping[str, int]
     difference: float | None
+    inputs: tuple[str, ...] = ("input",)
+    output: str = "output"
 
     def to_json(self) -> Json:
         """As `--json` prints it."""
-        return {**vars(self), "input_shape": list(self.input_shape), "operators": dict(self.operators)}
+        return {
+            **vars(self),
+            "input_shape": list(self.input_shape),
+            "operators": dict(self.operators),
+            "inputs": list(self.inputs),
+        }
 
 
 @alone
@@ -103,8 +113,13 @@ def export_file(
     with replacing(output) as temporary:
         write_program(program, temporary)
         difference = _difference(temporary, inputs, wanted)
-    dtype = str(input_dtype(model)).removeprefix("torch.")
-    return Exported(output.name, output.stat().st_size, stored, OPSET, dtype, shape, counts, difference)
+    dtype = str(tensors_of(inputs[0])[0].dtype).removeprefix("torch.")
+    names = tuple(inputs[0]) if network.reader is not None else ("input",)
+    return Exported(
+        *(output.name, output.stat().st_size, stored, OPSET, dtype, shape, counts, difference),
+        inputs=names,
+        output=name or "output",
+    )
 
 
 def _inputs(model: nn.Module, reader: Reader | None, shape: Sequence[int]) -> list[Any]:
