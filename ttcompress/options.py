@@ -302,7 +302,7 @@ TABLE: tuple[Option, ...] = (
     ),
     Option(
         "input_size", COUNTS, LAYERS, (*SHAPING, "expand", "export", "bench"),
-        "Of one input, such as 3,224,224, where something has to run: for export, bench, --macs-ratio, "
+        "Of one input, such as 3,224,224, or tokens of a text, where something has to run: for export, bench, --macs-ratio, "
         "--latency-ratio, --tune and --factors.",
         otherwise="what the file records, or the architecture is known for", metavar="A,B,..",
     ),
@@ -489,10 +489,10 @@ TABLE: tuple[Option, ...] = (
     # Input and output.
     Option(
         "arch", TEXT, FILES, (*OPENING, "expand", "export", "bench"),
-        "NAME, torchvision:NAME, zoo:NAME, mlp-784-300-10 (widths), path/to/net.py:factory, "
+        "NAME, torchvision:NAME, timm:NAME, zoo:NAME, mlp-784-300-10 (widths), path/to/net.py:factory, "
         "package.module:factory; or none: "
         "matrices by name.",
-        otherwise="found by keys and shapes", metavar="REF",
+        otherwise="what config.json says, else found by keys and shapes", metavar="REF",
     ),
     Option(
         "key", TEXT, FILES, (*OPENING, "export"), "Which state dict of a checkpoint that holds several.",

@@ -25,6 +25,7 @@ from ttcompress.networks.opening import Network, open_dense, open_empty
 from ttcompress.networks.proof import prove
 from ttcompress.networks.running import Example
 from ttcompress.networks.stored import file_metadata, stored_sha256, stored_tensors
+from ttcompress.networks.text_examples import text_example
 from ttcompress.planning.plan_file import is_made_by
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Progress
@@ -186,9 +187,24 @@ def inputs_to_prove_with(network: Network, settings: Settings, inputs: Inputs) -
         )
         return Example(inputs=batch)
 
+    if network.reader is not None:
+        return text_example(network.model, network.reader, tokens_of(settings))
     known = network.preprocessing.input_size if network.preprocessing else None
     size = settings.input_size or known
     return Example(size) if size else None
+
+
+def tokens_of(settings: Settings) -> int | None:
+    """Tokens of a text, as --input-size says.
+
+    Raises:
+        PlanError: it says the size of something else.
+    """
+    if len(settings.input_size or ()) > 1:
+        raise PlanError(
+            "the network reads texts, of which --input-size says the number of tokens, such as 128"
+        )
+    return settings.input_size[0] if settings.input_size else None
 
 
 def plan_file(
@@ -336,6 +352,9 @@ def compressor_for(
         raise DataError("--val is what --max-drop without another target searches by: leave it out")
 
     known = network.preprocessing.input_size if network.preprocessing else None
+    example = inputs.example
+    if example is None and inputs.calibration is None and network.reader is not None:
+        example = text_example(network.model, network.reader, tokens_of(settings)).zeros(network.model)
     return Compressor(
         network.model,
         settings,
@@ -343,5 +362,5 @@ def compressor_for(
         inputs.calibration,
         progress,
         input_shape=settings.input_size or known or (),
-        example=inputs.example,
+        example=example,
     )

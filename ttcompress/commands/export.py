@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ttcompress.errors import ExportError
 from ttcompress.files.header import canonical_json
@@ -23,23 +24,28 @@ from ttcompress.networks.onnx_files import (
     program_of,
     write_program,
 )
-from ttcompress.networks.opening import input_shape, open_any
+from ttcompress.networks.opening import example_of, open_any
 from ttcompress.networks.plain import plain_network
-from ttcompress.networks.running import Example, forward, input_dtype, made_up
+from ttcompress.networks.reader import Reader
+from ttcompress.networks.running import call, finite, input_dtype, made_up, tensors_of
 from ttcompress.networks.stored import stored_tensors
+from ttcompress.networks.text_examples import answer_of, half_masked, output_name, text_example
 from ttcompress.records.common import Json
 
 BATCHES = (1, 5)
 """Sizes at which onnxruntime is compared with torch."""
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2}
-"""Largest difference, over the largest output, by type of the input."""
+"""Largest difference, over the largest output, by its type."""
 LARGEST = 2_000_000_000
 """Bytes of tensors: a protobuf message ends at 2 GiB."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: `input_shape` is without the batch, `difference` is None where onnxruntime is missing."""
+    """What was written: `input_shape` is without the batch, `difference` is None where onnxruntime is missing.
+
+    Of texts the length is free like the batch; `input_shape` is what it was tried with, among others.
+    """
 
     file: str
     file_bytes: int
@@ -49,10 +55,17 @@ class Exported:
     input_shape: tuple[int, ...]
     operators: Mapping[str, int]
     difference: float | None
+    inputs: tuple[str, ...] = ("input",)
+    output: str = "output"
 
     def to_json(self) -> Json:
         """As `--json` prints it."""
-        return {**vars(self), "input_shape": list(self.input_shape), "operators": dict(self.operators)}
+        return {
+            **vars(self),
+            "input_shape": list(self.input_shape),
+            "operators": dict(self.operators),
+            "inputs": list(self.inputs),
+        }
 
 
 @alone
@@ -66,10 +79,10 @@ def export_file(
     layers: str | None = None,
     force: bool = False,
 ) -> Exported:
-    """Write a compressed file or a dense checkpoint as one ONNX file with a free batch axis.
+    """Write a compressed file or a dense checkpoint as one ONNX file with a free batch axis, and a free length of texts.
 
     Args:
-        input_size: of one input, without the batch; by default what the file records or the architecture is known for.
+        input_size: of one input, without the batch, or tokens of a text; by default what the file records or the architecture is known for.
         layers: `plain` to write the network in stock layers, `tt` as it is loaded.
 
     Raises:
@@ -79,19 +92,20 @@ def export_file(
     check_installed()
     check_output(output, force, source=source)
     network = open_any(source, arch, key or "")
-    shape = input_shape(source, network, input_size)
+    example, shape = example_of(source, network, input_size)
     opened = network.model
     if layers == "plain":
-        opened = plain_network(opened, Example(shape))
+        opened = plain_network(opened, example)
     model = computable(opened)
     stored = tensor_bytes(stored_tensors(model, network.tensors))
     if stored > LARGEST:
         raise ExportError(
             f"{source}: has {stored:,} bytes of tensors; an ONNX file holds {LARGEST:,} at most"
         )
-    inputs = [_random(batch, shape, input_dtype(model)) for batch in BATCHES]
+    inputs = _inputs(model, network.reader, shape)
+    name = output_name(model, inputs[0])
     with torch.inference_mode():
-        wanted = [forward(model, x) for x in inputs]
+        wanted = [finite(answer_of(call(model, x), name)) for x in inputs]
     program = program_of(model, inputs[-1])
     counts = operators(program.model)
     if network.preprocessing:
@@ -99,15 +113,31 @@ def export_file(
     with replacing(output) as temporary:
         write_program(program, temporary)
         difference = _difference(temporary, inputs, wanted)
-    dtype = str(input_dtype(model)).removeprefix("torch.")
-    return Exported(output.name, output.stat().st_size, stored, OPSET, dtype, shape, counts, difference)
+    dtype = str(tensors_of(inputs[0])[0].dtype).removeprefix("torch.")
+    names = tuple(inputs[0]) if network.reader is not None else ("input",)
+    return Exported(
+        *(output.name, output.stat().st_size, stored, OPSET, dtype, shape, counts, difference),
+        inputs=names,
+        output=name or "output",
+    )
+
+
+def _inputs(model: nn.Module, reader: Reader | None, shape: Sequence[int]) -> list[Any]:
+    """Batches to compare by: of several sizes, and for texts of several lengths, some masked in part."""
+    if reader is None:
+        return [_random(batch, shape, input_dtype(model)) for batch in BATCHES]
+    lengths = sorted({max(2, shape[0] // 3), min(shape[0] + 5, reader.longest), shape[0]})
+    examples = [text_example(model, reader, length) for length in lengths]
+    batches = [example.batch(model, batch) for example in examples for batch in BATCHES]
+    masked = half_masked(examples[0].batch(model, BATCHES[-1]))
+    return [*batches, masked, examples[-1].batch(model, BATCHES[-1])]
 
 
 def _random(batch: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return made_up(torch.randn, (batch, *shape), generator=torch.Generator().manual_seed(batch)).to(dtype)
 
 
-def _difference(path: Path, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> float | None:
+def _difference(path: Path, inputs: Sequence[Any], wanted: Sequence[Tensor]) -> float | None:
     """Of onnxruntime from torch, the largest over the largest output; None where onnxruntime is not installed.
 
     Raises:
@@ -118,7 +148,7 @@ def _difference(path: Path, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) 
     found = _run(path, inputs)
     differences = [_relative(one, other) for one, other in zip(found, wanted, strict=True)]
     # Unlike Python's, torch's maximum keeps NaN, and the comparison is written so that it fails.
-    difference, most = float(torch.tensor(differences).max()), TOLERANCE[inputs[0].dtype]
+    difference, most = float(torch.tensor(differences).max()), TOLERANCE[wanted[0].dtype]
     if not difference <= most:
         raise ExportError(
             f"onnxruntime differs from torch by {difference:.2g} of the largest output, more than {most:g}"
@@ -126,7 +156,7 @@ def _difference(path: Path, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) 
     return difference
 
 
-def _run(path: Path, inputs: Sequence[Tensor]) -> list[Tensor]:
+def _run(path: Path, inputs: Sequence[Any]) -> list[Tensor]:
     session = Session(path)
     return [session.run(x) for x in inputs]
 

@@ -26,10 +26,20 @@ from ttcompress.measure.plain_forms import fastest
 from ttcompress.measure.runtimes import check_runtime, made_ready
 from ttcompress.measure.timing import NOISE, Received, by_turns, device_name, received_by, runner
 from ttcompress.networks.held import copied
-from ttcompress.networks.opening import input_shape, open_any
+from ttcompress.networks.opening import example_of, open_any
 from ttcompress.networks.plain import plain_network
-from ttcompress.networks.running import Example, blaming, forward, input_dtype
+from ttcompress.networks.running import (
+    NetworkInput,
+    batch_size,
+    blaming,
+    call,
+    finite,
+    input_dtype,
+    run,
+    tensors_of,
+)
 from ttcompress.networks.surgery import expand_layers
+from ttcompress.networks.text_examples import answer_of, output_name
 from ttcompress.networks.weights import tt_parts
 from ttcompress.records.common import Json, Progress
 
@@ -69,7 +79,7 @@ def bench_file(
     check_runtime(runtime, where, training)
     as_layers = layers or ("tt" if training else "plain")
     network = open_any(source, arch)
-    shape = input_shape(source, network, input_size)
+    example, shape = example_of(source, network, input_size)
     compressed = network.model.to(where).train(training)
     parts = tt_parts(compressed)
     # What is rebuilt has no calls of its own to be timed.
@@ -82,13 +92,13 @@ def bench_file(
     for number, batch in enumerate(batch_sizes):
         if progress:
             progress(f"batch size {batch}", number, len(batch_sizes))
-        images = Example(shape).batch(dense, batch)
+        images = example.batch(dense, batch)
         with blaming(f"a batch of {batch} inputs of shape {shape}"):
             ours = compressed
             if as_layers == "plain":
-                ours = plain_network(copied(compressed), Example(shape), batch, fastest if tune else None)
+                ours = plain_network(copied(compressed), example, batch, fastest if tune else None)
             with torch.no_grad():
-                forward(ours, images)
+                finite(answer_of(call(ours, images), output_name(ours, images)))
             measured = _Measured({"dense": dense, "compressed": ours}, images, training, runtime)
             entries.append(measured.entry(names if with_layers else ()))
     return {
@@ -121,10 +131,10 @@ def is_slower(result: Json) -> bool:
 class _Measured:
     """Both networks on one batch in one runtime."""
 
-    def __init__(self, models: dict[str, nn.Module], images: Tensor, training: bool, runtime: str) -> None:
+    def __init__(self, models: dict[str, nn.Module], images: Any, training: bool, runtime: str) -> None:
         self._models, self._training, self._runtime = models, training, runtime
-        self._device = images.device
-        self._batch = len(images)
+        self._device = tensors_of(images)[0].device
+        self._batch = batch_size(images)
         self._ready = {side: made_ready(runtime, model, images, training) for side, model in models.items()}
 
     def entry(self, names: Sequence[str]) -> Json:
@@ -182,25 +192,28 @@ def _made_up(received: Tensor | Received) -> Tensor:
     return received.made_up() if isinstance(received, Received) else received
 
 
-def peak_memory(model: nn.Module, images: Tensor) -> int:
+def peak_memory(model: nn.Module, images: NetworkInput) -> int:
     """Bytes of weights, of what layers keep, and of the tensors of a forward pass that are alive together."""
     with torch.no_grad():
-        model(images)
+        run(model, images)
     held = [
         *model.parameters(),
         *model.buffers(),
         *(tensor for layer in model.modules() for tensor in _cached(layer)),
     ]
     fixed = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
-    if images.device.type == "cuda":
+    given = tensors_of(images)
+    device = given[0].device
+    if device.type == "cuda":
         # The other network, which is there too, does not count.
-        before = torch.cuda.memory_allocated(images.device)
-        torch.cuda.reset_peak_memory_stats(images.device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         with torch.no_grad():
-            model(images)
-        return sum(fixed.values()) + int(torch.cuda.max_memory_allocated(images.device)) - before
-    with torch.no_grad(), _LiveTensors({*fixed, images.untyped_storage().data_ptr()}) as live:
-        model(images)
+            run(model, images)
+        return sum(fixed.values()) + int(torch.cuda.max_memory_allocated(device)) - before
+    known = {*fixed, *(each.untyped_storage().data_ptr() for each in given)}
+    with torch.no_grad(), _LiveTensors(known) as live:
+        run(model, images)
     return sum(fixed.values()) + int(live.peak)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ttcompress.layers.spec import Convolution
-from ttcompress.networks.running import Example, call
+from ttcompress.networks.running import Example, NetworkInput, call, run
 from ttcompress.tt.cost import Calls
 
 
@@ -62,10 +62,10 @@ def _positions(module: nn.Linear | Convolution, x: Tensor) -> int:
 
 
 @torch.no_grad()
-def multiply_adds(module: nn.Module, x: Tensor) -> int:
+def multiply_adds(module: nn.Module, x: NetworkInput) -> int:
     """Of products of matrices and convolutions in a forward pass, as torch counts them."""
     # What layers keep is made in the first call and not counted; the second one has all at hand.
-    module(x)
+    run(module, x)
     with FlopCounterMode(display=False) as counter:
-        module(x)
+        run(module, x)
     return int(counter.get_total_flops()) // 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from ttcompress.networks.onnx_files import (
     quantize_to_int8,
     write_program,
 )
-from ttcompress.networks.running import blaming
+from ttcompress.networks.running import NetworkInput, batch_size, blaming, map_tensors, placed
 
 IN_ONNXRUNTIME = ("onnx", "onnx-int8")
 
@@ -32,7 +33,7 @@ class Ready:
 
     run: Run
     memory_format: str
-    images: Tensor
+    images: Any
     """In that memory format."""
     file_bytes: int | None = None
     """Of the file that the runtime reads, if it reads one."""
@@ -55,7 +56,7 @@ def check_runtime(runtime: str, device: torch.device, training: bool) -> None:
         raise ExportError("--runtime onnx needs onnxruntime: pip install 'ttcompress[onnx]'")
 
 
-def made_ready(runtime: str, model: nn.Module, images: Tensor, training: bool) -> Ready:
+def made_ready(runtime: str, model: nn.Module, images: NetworkInput, training: bool) -> Ready:
     """A network at its best in a runtime: in the memory format that is faster for it, with torch's number of threads.
 
     Raises:
@@ -76,12 +77,16 @@ def made_ready(runtime: str, model: nn.Module, images: Tensor, training: bool) -
     return Ready(run, memory_format, inputs)
 
 
-def _in_onnxruntime(model: nn.Module, images: Tensor, is_quantized: bool) -> Ready:
+def _twice(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, tensor])
+
+
+def _in_onnxruntime(model: nn.Module, images: NetworkInput, is_quantized: bool) -> Ready:
     model = computable(copied(model)).eval()
     dtype = next(model.parameters()).dtype
-    x = (images.to(dtype) if images.is_floating_point() else images).contiguous()
+    x = map_tensors(Tensor.contiguous, placed(images, "cpu", dtype))
     # A batch of one would be taken for a size that is always one.
-    sample = torch.cat([x, x]) if len(x) == 1 else x
+    sample = map_tensors(_twice, x) if batch_size(x) == 1 else x
 
     with TemporaryDirectory(prefix="ttcompress-bench-") as folder:
         path = Path(folder) / "network.onnx"

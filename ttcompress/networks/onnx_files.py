@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from math import prod
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ttcompress.errors import ExportError, shortlist
 from ttcompress.networks.running import input_dtype
+from ttcompress.networks.text_examples import Answering, output_name
 
 OPSET = 18
 """What torch's exporter writes without converting; any runtime since 2023 reads it."""
@@ -48,22 +49,33 @@ def computable(model: nn.Module) -> nn.Module:
     return model if input_dtype(model) in DTYPES else model.float()
 
 
-def program_of(model: nn.Module, sample: Tensor) -> Any:
+def program_of(model: nn.Module, sample: Tensor | Mapping[str, Tensor]) -> Any:
     """The network as a torch.onnx.ONNXProgram with a free batch axis, optimized but no larger than it has to be.
+
+    Of a network that reads texts the inputs have their names and the length is free too; the output is what counts of
+    what it returns, under its name.
 
     Raises:
         ExportError: torch cannot export it.
     """
+    inputs = {"input": sample} if isinstance(sample, Tensor) else dict(sample)
+    axes: dict[int, Any] = {0: torch.export.Dim("batch")}
+    output = output_name(model, sample)
+    if not isinstance(sample, Tensor):
+        axes[1] = torch.export.Dim("sequence")
+        model = Answering(model, output)
+    elif output is not None:
+        raise ExportError("the network returns several tensors, of which a file has one")
     with torch.no_grad(), _silence():
         try:
             program: Any = torch.onnx.export(
                 model,
-                (sample,),
+                tuple(inputs.values()),
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=["input"],
-                output_names=["output"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=list(inputs),
+                output_names=[output or "output"],
+                dynamic_shapes=tuple(axes for _ in inputs),
                 optimize=False,
                 verbose=False,
             )
@@ -171,14 +183,16 @@ class Session:
         with _blaming_runtime():
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-    def run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor | Mapping[str, Tensor]) -> Tensor:
         """The output for a batch.
 
         Raises:
             ExportError: onnxruntime fails.
         """
+        inputs = {"input": x} if isinstance(x, Tensor) else x
         with _blaming_runtime():
-            return torch.from_numpy(self._session.run(None, {"input": x.numpy()})[0])
+            arrays = {name: each.numpy() for name, each in inputs.items()}
+            return torch.from_numpy(self._session.run(None, arrays)[0])
 
 
 @contextmanager

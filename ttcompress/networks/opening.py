@@ -33,9 +33,10 @@ from ttcompress.networks.limits import BUFFERS
 from ttcompress.networks.matrices import Weights
 from ttcompress.networks.plain import Pick, plain_network
 from ttcompress.networks.reader import Reader
-from ttcompress.networks.running import Example
+from ttcompress.networks.running import Example, tensors_of
 from ttcompress.networks.stored import core_values, read_stored, tied_parameters
 from ttcompress.networks.surgery import check_layers, insert_empty, swap
+from ttcompress.networks.text_examples import text_example
 from ttcompress.records.common import Json
 from ttcompress.records.plain import PlainRecord
 from ttcompress.records.report import Architecture, Preprocessing, Report
@@ -99,6 +100,26 @@ def input_shape(source: Path, network: Network, given: Sequence[int] | None = No
     if min(shape) < 1:
         raise ArchitectureError(f"--input-size takes numbers from 1 on, not {','.join(map(str, shape))}")
     return shape
+
+
+def example_of(
+    source: Path, network: Network, given: Sequence[int] | None = None
+) -> tuple[Example, tuple[int, ...]]:
+    """Inputs to run a network on, made up in the size that is given or known, and that size: of a text, its tokens.
+
+    Raises:
+        ArchitectureError: no size is known, or what is given is none.
+        DataError: a text that is longer than the network takes.
+    """
+    if network.reader is None:
+        shape = input_shape(source, network, given)
+        return Example(shape), shape
+    if given is not None and (len(given) != 1 or given[0] < 1):
+        raise ArchitectureError(
+            f"{source}: reads texts, of which --input-size says the number of tokens, such as 128"
+        )
+    example = text_example(network.model, network.reader, given[0] if given else None)
+    return example, tuple(tensors_of(example.batch(network.model, 1))[0].shape[1:])
 
 
 def open_empty(arch: str) -> Network:

@@ -54,11 +54,13 @@ def export_lines(done: Json, output: Path) -> list[str]:
     """What was written for other runtimes, and how far it computes the same."""
     operators = ", ".join(f"{count} {name}" for name, count in done["operators"].items())
     size, tensors = format_bytes(done["file_bytes"]), format_bytes(done["tensor_bytes"])
-    shape = ", ".join(map(str, done["input_shape"]))
+    reads_texts = done["inputs"] != ["input"]
+    shape = "sequence" if reads_texts else ", ".join(map(str, done["input_shape"]))
+    named = f"{', '.join(done['inputs'])} of " if reads_texts else ""
 
     lines = [
         f"file        {output}, {size} (tensors of the network {tensors})",
-        f"input       {done['dtype']} (batch, {shape})",
+        f"input       {named}{done['dtype']} (batch, {shape})",
         f"operators   opset {done['opset']}: {operators}",
     ]
     if done["difference"] is None:
