@@ -64,13 +64,19 @@ def run(checkpoint: Path, arguments: argparse.Namespace, ratio: float, epochs: i
     source = arguments.folder / f"{name}.safetensors" if ratio > 1 else checkpoint
     start = time.perf_counter()
     if not source.exists():
-        compress_file(
-            checkpoint, source, Recipe(ratio=ratio, calib=data, data=data, seed=seed, device=device)
-        )
+        effort = getattr(arguments, "effort", None)
+        goal = Recipe(ratio=ratio, calib=data, data=data, seed=seed, device=device, effort=effort)
+        compress_file(checkpoint, source, goal)
     label = "".join(f"-{key}{value}" for key, value in arguments.options.items())
     output = arguments.folder / f"{name}-{epochs}{label}.safetensors"
     recipe = Recipe(train=data, data=data, epochs=epochs, seed=seed, device=device, **arguments.options)
     resume = output.with_name(f"{output.name}.training").exists()
+    seconds: list[float] = []
+
+    def log(epoch: Row) -> None:
+        print(name, epoch, flush=True)
+        seconds.extend([epoch["seconds"]] if epoch["seconds"] else [])
+
     report = finetune_file(
         source,
         output,
@@ -78,7 +84,7 @@ def run(checkpoint: Path, arguments: argparse.Namespace, ratio: float, epochs: i
         force=True,
         resume=resume,
         origin=checkpoint,
-        log=lambda each: print(name, each, flush=True),
+        log=log,
     ).to_json()
     training = report["finetuning"]
     return {
@@ -88,6 +94,7 @@ def run(checkpoint: Path, arguments: argparse.Namespace, ratio: float, epochs: i
         "best": training["best"],
         "precision": training["precision"],
         "val": [epoch["val"] for epoch in training["history"]],
+        "epoch_seconds": round(median(seconds), 2) if seconds else None,
         "minutes": (time.perf_counter() - start) / 60,
         "resumed": resume,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() and device != "cpu" else "cpu",

@@ -58,6 +58,12 @@ class OnGpu(Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def data_ptr(self) -> int:
+        return self.values.data_ptr()
+
+    def untyped_storage(self) -> Any:
+        return self.values.untyped_storage()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return computed(func, args, kwargs or {})
@@ -119,6 +125,8 @@ def _values(each: Any) -> Any:
 @contextmanager
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    # Tensors that wrap others cannot be those of inference mode.
+    monkeypatch.setattr(torch._C, "_InferenceMode", lambda wanted: torch.set_grad_enabled(not wanted))
     lifts = torch._C._only_lift_cpu_tensors()
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
     # A parameter on the CPU cannot become one of another class in place.

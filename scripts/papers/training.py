@@ -15,6 +15,9 @@ from ttcompress.records.common import Json
 from ttcompress.records.report import Report
 from ttcompress.report.text import read_report
 
+HOW: dict[str, Any] = {}
+"""Options of all trainings of this process that say how they run (precision, compile, device), not what they do."""
+
 
 def trained(output: Path, recipe: Recipe, source: Path | None = None, origin: Path | None = None) -> Report:
     """`finetune`, going on with what an interrupted call has left."""
@@ -22,7 +25,7 @@ def trained(output: Path, recipe: Recipe, source: Path | None = None, origin: Pa
     return finetune_file(
         source,
         output,
-        recipe,
+        replace(recipe, **HOW),
         force=True,
         resume=state_file(output).exists(),
         origin=origin,

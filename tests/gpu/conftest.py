@@ -7,26 +7,33 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from pretended_gpu import GPU, pretended_gpu
 
 from ttcompress.measure import timing
 
 ON = "TTCOMPRESS_GPU_TESTS_ON"
-"""Names another device than `cuda`, of which `cpu` is the only one that makes sense."""
+"""Says where else they run: `cpu`, or `pretended`, a GPU that is none (tests/pretended_gpu.py)."""
 
 
 @pytest.fixture(scope="session")
-def device() -> torch.device:
+def device() -> Iterator[torch.device]:
     """The GPU."""
-    wanted = torch.device(os.environ.get(ON, "cuda"))
-    if wanted.type == "cuda" and not torch.cuda.is_available():
+    where = os.environ.get(ON, "cuda")
+    if where == "pretended":
+        with pytest.MonkeyPatch.context() as patch, pretended_gpu(patch):
+            yield GPU
+    elif where == "cpu":
+        yield torch.device("cpu")
+    elif torch.cuda.is_available():
+        yield torch.device("cuda", torch.cuda.current_device())
+    else:
         pytest.skip(f"needs a GPU, which torch does not see here ({ON}=cpu tries these tests on the CPU)")
-    return torch.device("cuda", torch.cuda.current_device()) if wanted.type == "cuda" else wanted
 
 
 @pytest.fixture(scope="session")
 def gpu(device: torch.device) -> torch.device:
     """The GPU, for what no other device has."""
-    if device.type != "cuda":
+    if device.type != "cuda" or os.environ.get(ON):
         pytest.skip("only a GPU has this")
     return device
 
