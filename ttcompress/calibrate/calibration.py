@@ -25,7 +25,8 @@ class Calibration:
     """Unlabelled images as batches of network input, on the CPU; any inputs count as images here.
 
     `fitting(number)` gives the `num_images` to learn from, in another order for every number; `held_out()`
-    those that decide. `answer` is what of the network's output is to stay as it is.
+    those that decide. `answer` is what of the network's output is to stay as it is,
+    `unit` what reports call what is counted.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Calibration:
     fitting: Callable[[int], Iterable[Any]]
     held_out: Callable[[], Iterable[Any]]
     answer: Answer = plain_answer
+    unit: str = "images"
 
     def mapped(self, change: Callable[[Any], Any]) -> Calibration:
         """The same images with every batch changed when it is read."""

@@ -215,6 +215,7 @@ class Compressor:
         return {
             "data": self.calibration.name,
             "images": self.calibration.num_images,
+            "unit": self.calibration.unit,
             "held_out": self.calibration.num_held_out,
             "effort": self.settings.effort,
             "stages": list(stages),

@@ -84,7 +84,7 @@ def text_calibration(reference: str, reader: Reader | None, settings: Settings) 
 
     batches = partial(_batches, samples, settings.batch_size)
     drawn = draw_calibration(texts.name, len(samples), settings.recipe.calib_images, settings.seed, batches)
-    return replace(drawn, answer=answer_of(reads))
+    return replace(drawn, answer=answer_of(reads), unit="samples" if reads.task is Task.CAUSAL else "texts")
 
 
 def _batches(samples: TokenSamples, size: int, indices: Sequence[int]) -> Any:

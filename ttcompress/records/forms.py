@@ -233,6 +233,7 @@ class CalibrationForm(Struct):
     held_out: Count
     effort: str
     stages: list[StageForm]
+    unit: str = "images"
 
 
 class PointForm(Struct):

@@ -170,6 +170,11 @@ class Entry:
         return self.has("accuracy/metric")
 
     @property
+    def unit(self) -> str:
+        """What was calibrated on."""
+        return self.text("calibration/unit") if self.has("calibration/unit") else "images"
+
+    @property
     def quality(self) -> str:
         """What quality is measured in."""
         return self.text("accuracy/metric") if self.is_metric else "top-1 accuracy"

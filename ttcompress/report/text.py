@@ -336,13 +336,14 @@ def _change(dense: float | None, compressed: float) -> str:
 def _calibration_lines(calibration: Json | None) -> list[str]:
     if calibration is None:
         return ["decomposed by     weight error (--calib takes output error instead)"]
-    images = f"{calibration['images']:,} images of {calibration['data']}"
+    unit = calibration.get("unit", "images")
+    images = f"{calibration['images']:,} {unit} of {calibration['data']}"
     lines = [f"decomposed by     output error on {images}, effort {calibration['effort']}"]
 
     stages = ", ".join(f"{stage['stage']} {_stage_error(stage)}" for stage in calibration["stages"])
     if stages:
         held_out = f"n = {calibration['held_out']:,}"
-        lines.append(f"held-out images   error of the network's outputs: {stages} ({held_out})")
+        lines.append(f"{f'held-out {unit}':<17} error of the network's outputs: {stages} ({held_out})")
     return lines
 
 
