@@ -114,7 +114,18 @@ def test_a_compressed_network_learns_from_the_dense_one(kind: str, run: Run, tex
     assert run("compress", kind, "--ratio", "1.3", "-o", "small").code == 0
     done = run(
         *("finetune", "small", "--teacher", kind, "--train", "text:lines.txt", "--epochs", "8"),
-        *("--seq-len", "16", "--batch-size", "8", "--optimizer", "adamw", "--lr", "0.003", "--distill", "1"),
+        *(
+            "--seq-len",
+            "16",
+            "--batch-size",
+            "8",
+            "--optimizer",
+            "adamw",
+            "--lr",
+            "0.003",
+            "--distill",
+            "1" if kind == "encoder" else "0.1",
+        ),
         *("--device", "cpu", "--data", "text:lines.txt", "-o", "trained", "--json"),
     )
     assert done.code == 0, done.out + done.err
