@@ -19,8 +19,10 @@ from ttcompress.commands.inputs import Score
 from ttcompress.errors import DataError, PlanError, TTCompressError, shortlist
 from ttcompress.measure.latency import TimedNetwork, within_latency
 from ttcompress.measure.multiply_adds import Usage, usage_of
+from ttcompress.networks.answers import plain_answer
 from ttcompress.networks.held import copied
 from ttcompress.networks.running import Example, NetworkInput, input_dtype, placed
+from ttcompress.networks.structures import chosen_outputs
 from ttcompress.networks.surgery import apply_plan
 from ttcompress.networks.weights import weight_of
 from ttcompress.planning.budgets import Budget
@@ -319,9 +321,15 @@ class Compressor:
 
     @cached_property
     def _images(self) -> Calibration | None:
-        return self.calibration and self.calibration.mapped(
-            partial(placed, device="cpu", dtype=input_dtype(self._dense))
-        )
+        if self.calibration is None:
+            return None
+        images = self.calibration.mapped(partial(placed, device="cpu", dtype=input_dtype(self._dense)))
+        if images.answer is not plain_answer:
+            return images
+
+        batches = (placed(batch, self.device) for batch in images.held_out())
+        chosen = chosen_outputs(self._dense, batches, self.settings.outputs)
+        return images if chosen is None else replace(images, answer=chosen)
 
     @cached_property
     def _dense(self) -> nn.Module:

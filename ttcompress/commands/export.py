@@ -25,8 +25,9 @@ from ttcompress.networks.onnx_files import (
 )
 from ttcompress.networks.opening import input_shape, open_any
 from ttcompress.networks.plain import plain_network
-from ttcompress.networks.running import Example, forward, input_dtype, made_up
+from ttcompress.networks.running import Example, call, finite, input_dtype, made_up
 from ttcompress.networks.stored import stored_tensors
+from ttcompress.networks.structures import tensors_by_name
 from ttcompress.records.common import Json
 
 BATCHES = (1, 5)
@@ -91,7 +92,9 @@ def export_file(
         )
     inputs = [_random(batch, shape, input_dtype(model)) for batch in BATCHES]
     with torch.inference_mode():
-        wanted = [forward(model, x) for x in inputs]
+        wanted = [list(tensors_by_name(call(model, x)).values()) for x in inputs]
+    for each in (tensor for of_batch in wanted for tensor in of_batch):
+        finite(each)
     program = program_of(model, inputs[-1])
     counts = operators(program.model)
     if network.preprocessing:
@@ -107,7 +110,7 @@ def _random(batch: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return made_up(torch.randn, (batch, *shape), generator=torch.Generator().manual_seed(batch)).to(dtype)
 
 
-def _difference(path: Path, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> float | None:
+def _difference(path: Path, inputs: Sequence[Tensor], wanted: Sequence[Sequence[Tensor]]) -> float | None:
     """Of onnxruntime from torch, the largest over the largest output; None where onnxruntime is not installed.
 
     Raises:
@@ -116,7 +119,11 @@ def _difference(path: Path, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) 
     if not has_onnxruntime():
         return None
     found = _run(path, inputs)
-    differences = [_relative(one, other) for one, other in zip(found, wanted, strict=True)]
+    differences = [
+        _relative(one, other)
+        for of_batch, wanted_of_batch in zip(found, wanted, strict=True)
+        for one, other in zip(of_batch, wanted_of_batch, strict=True)
+    ]
     # Unlike Python's, torch's maximum keeps NaN, and the comparison is written so that it fails.
     difference, most = float(torch.tensor(differences).max()), TOLERANCE[inputs[0].dtype]
     if not difference <= most:
@@ -126,7 +133,7 @@ def _difference(path: Path, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) 
     return difference
 
 
-def _run(path: Path, inputs: Sequence[Tensor]) -> list[Tensor]:
+def _run(path: Path, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
     session = Session(path)
     return [session.run(x) for x in inputs]
 
@@ -134,5 +141,7 @@ def _run(path: Path, inputs: Sequence[Tensor]) -> list[Tensor]:
 def _relative(found: Tensor, wanted: Tensor) -> float:
     if found.shape != wanted.shape:
         raise ExportError(f"onnxruntime returns {tuple(found.shape)}, torch {tuple(wanted.shape)}")
-    scale = wanted.abs().max().clamp(min=torch.finfo(wanted.dtype).tiny)
-    return float((found.double() - wanted.double()).abs().max() / scale.double())
+    if not wanted.numel():
+        return 0.0
+    scale = wanted.double().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return float((found.double() - wanted.double()).abs().max() / scale)

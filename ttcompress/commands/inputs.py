@@ -139,7 +139,7 @@ def accuracy_on(
         if progress:
             progress(what, done, len(images))
 
-    metric = accuracy_of(batches, images.name, chosen_device(settings.device), known_total)
+    metric = accuracy_of(batches, images.name, chosen_device(settings.device), known_total, settings.outputs)
     if extras is None:
         return metric
 
@@ -151,12 +151,16 @@ def accuracy_on(
 
 
 def accuracy_of(
-    batches: Callable[[], Batches], name: str, device: torch.device, progress: Progress | None
+    batches: Callable[[], Batches],
+    name: str,
+    device: torch.device,
+    progress: Progress | None,
+    outputs: Sequence[str] = (),
 ) -> Metric:
     """Accuracy on labelled batches, made anew for every measurement."""
 
     def measure(model: nn.Module) -> Predictions:
-        return predict(model.to(device), batches(), device, progress)
+        return predict(model.to(device), batches(), device, progress, outputs)
 
     def summary(dense: Predictions, compressed: Predictions) -> Json:
         return compare(dense, compressed, name).to_json()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ttcompress.commands.inputs import Score, preprocessing_for
 from ttcompress.commands.starting_point import StartingPoint
@@ -20,7 +20,8 @@ from ttcompress.errors import DataError, PlanError, TrainingError, shortlist
 from ttcompress.files.checkpoint import file_digest
 from ttcompress.networks.held import copied
 from ttcompress.networks.opening import open_any
-from ttcompress.networks.running import forward
+from ttcompress.networks.running import call, finite
+from ttcompress.networks.structures import logits_of
 from ttcompress.processes import World
 from ttcompress.records.common import Json, Progress
 from ttcompress.records.report import Preprocessing
@@ -179,13 +180,17 @@ def _score_on(
         counts = torch.zeros(2, dtype=torch.float64, device=world.device)
         for batch, labels in share.batches(preprocessing, settings.batch_size, workers=settings.workers):
             batch = batch.to(world.device)
-            targets = labels if teacher is None else forward(teacher, batch).argmax(1)
+            targets = labels if teacher is None else _classes(teacher, batch)
             if targets is None:
                 raise DataError(f"{images.name} has no labels to choose the best epoch by")
-            right = (forward(model, batch).argmax(1) == targets.to(world.device)).sum()
+            right = (_classes(model, batch) == targets.to(world.device)).sum()
             counts += torch.stack([right, right.new_tensor(len(batch))])
 
         right_of_all, seen = world.total(counts).tolist()
         return float(100 * right_of_all / seen)
 
     return score
+
+
+def _classes(model: nn.Module, images: Tensor) -> Tensor:
+    return finite(logits_of(call(model, images))).argmax(1)

@@ -27,7 +27,7 @@ from ttcompress.measure.timing import NOISE, Received, by_turns, device_name, re
 from ttcompress.networks.held import copied
 from ttcompress.networks.opening import input_shape, open_any
 from ttcompress.networks.plain import plain_network
-from ttcompress.networks.running import Example, blaming, forward, input_dtype
+from ttcompress.networks.running import Example, blaming, call, input_dtype
 from ttcompress.networks.surgery import expand_layers
 from ttcompress.networks.weights import tt_parts
 from ttcompress.records.common import Json, Progress
@@ -87,7 +87,7 @@ def bench_file(
             if as_layers == "plain":
                 ours = plain_network(copied(compressed), Example(shape), batch, fastest if tune else None)
             with torch.no_grad():
-                forward(ours, images)
+                call(ours, images)
             measured = _Measured({"dense": dense, "compressed": ours}, images, training, runtime)
             entries.append(measured.entry(names if with_layers else ()))
     return {

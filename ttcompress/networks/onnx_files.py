@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.errors import ExportError, shortlist
-from ttcompress.networks.running import input_dtype
+from ttcompress.networks.running import call, input_dtype
+from ttcompress.networks.structures import tensors_by_name
 
 OPSET = 18
 """What torch's exporter writes without converting; any runtime since 2023 reads it."""
@@ -54,15 +55,19 @@ def program_of(model: nn.Module, sample: Tensor) -> Any:
     Raises:
         ExportError: torch cannot export it.
     """
+    with torch.no_grad():
+        names = list(tensors_by_name(call(model, sample)))
+    # What is no single tensor becomes a row of tensors, each under its name.
+    exported = model if names == [""] else _Flat(model).eval()
     with torch.no_grad(), _silence():
         try:
             program: Any = torch.onnx.export(
-                model,
+                exported,
                 (sample,),
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=["input"],
-                output_names=["output"],
+                output_names=[name or "output" for name in names],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 optimize=False,
                 verbose=False,
@@ -71,6 +76,17 @@ def program_of(model: nn.Module, sample: Tensor) -> Any:
             raise ExportError(f"torch cannot export the network: {_reason(error)}") from error
     _optimize(program.model)
     return program
+
+
+class _Flat(nn.Module):
+    """A network that returns all its tensors as a tuple."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Any, **named: Any) -> tuple[Tensor, ...]:
+        return tuple(tensors_by_name(self.network(*inputs, **named)).values())
 
 
 @contextmanager
@@ -171,14 +187,15 @@ class Session:
         with _blaming_runtime():
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-    def run(self, x: Tensor) -> Tensor:
-        """The output for a batch.
+    def run(self, x: Tensor) -> list[Tensor]:
+        """The outputs for a batch, in order.
 
         Raises:
             ExportError: onnxruntime fails.
         """
         with _blaming_runtime():
-            return torch.from_numpy(self._session.run(None, {"input": x.numpy()})[0])
+            found = self._session.run(None, {"input": x.numpy()})
+            return [torch.from_numpy(each) for each in found]
 
 
 @contextmanager

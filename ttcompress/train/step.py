@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -66,9 +67,13 @@ def _gradient_exchange(forward: Any, exchanges: bool) -> AbstractContextManager[
 
 
 def _main_logits(output: Any) -> Tensor:
-    """The logits of the main head, which come first where auxiliary heads give theirs too."""
-    main: Tensor = output[0] if isinstance(output, tuple) else output
-    return main.float()
+    """The logits of the main head: by their name, or first where auxiliary heads give theirs too."""
+    main: Any = output
+    if isinstance(output, Mapping):
+        main = output["logits"] if "logits" in output else next(iter(output.values()))
+    elif not isinstance(output, Tensor):
+        main = output[0] if isinstance(output, tuple | list) else output.logits
+    return main.float()  # type: ignore[no-any-return]
 
 
 def _autocast(options: TrainingOptions, device: torch.device) -> torch.autocast:
@@ -79,8 +84,7 @@ def _autocast(options: TrainingOptions, device: torch.device) -> torch.autocast:
 def _teacher_logits(teacher: nn.Module | None, images: Tensor) -> Tensor | None:
     if teacher is None:
         return None
-    logits: Tensor = teacher(images)
-    return logits.float()
+    return _main_logits(teacher(images))
 
 
 def _num_right(logits: Tensor, labels: Tensor | None, teacher_logits: Tensor | None) -> Tensor:
