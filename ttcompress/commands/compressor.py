@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ttcompress.calibrate.calibration import Calibration
 from ttcompress.calibrate.layer_statistics import LayerStatistics
 from ttcompress.calibrate.reference import Reference
+from ttcompress.calibrate.room import room_for
 from ttcompress.calibrate.stages import adopt, compress_calibrated
 from ttcompress.calibrate.statistics import measure
 from ttcompress.commands.inputs import Score
@@ -324,17 +325,22 @@ class Compressor:
         if self.calibration is None:
             return None
         images = self.calibration.mapped(partial(placed, device="cpu", dtype=input_dtype(self._dense)))
+        images = replace(images, room=room_for(self._dense, images.held_out()))
         if images.answer is not plain_answer:
             return images
 
-        batches = (placed(batch, self.device) for batch in images.held_out())
+        pieces = (each for batch in images.held_out() for each in images.pieces(batch, gradients=False))
+        batches = (placed(each, self.device) for each in pieces)
         chosen = chosen_outputs(self._dense, batches, self.settings.outputs)
         return images if chosen is None else replace(images, answer=chosen)
 
     @cached_property
     def _dense(self) -> nn.Module:
-        """The network as it was, frozen, on the device, in a type that can be computed in."""
-        dense = copied(self.model).requires_grad_(False).eval().to(self.device)
+        """The network as it was, frozen, on the device, in a type that can be computed in.
+
+        It has the memory of the network, until that is compressed in place, when it has done its work.
+        """
+        dense = copied(self.model, sharing=True).requires_grad_(False).eval().to(self.device)
         return dense.float() if input_dtype(dense) in (torch.float16, torch.bfloat16) else dense
 
 
