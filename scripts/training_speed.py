@@ -32,8 +32,9 @@ from ttcompress.processes import World
 from ttcompress.recipe import Recipe
 from ttcompress.settings import Settings
 from ttcompress.train.optimize import make_optimizer, tt_layers, update
+from ttcompress.train.options import TrainingOptions
 from ttcompress.train.precision import lay_out
-from ttcompress.train.setup import TrainingOptions, TrainingSetup
+from ttcompress.train.setup import TrainingSetup
 from ttcompress.train.state import State
 from ttcompress.train.step import backward
 

@@ -25,11 +25,12 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 import numpy as np
 import torch
-from filelock import FileLock
 from hypothesis import settings
 from PIL import Image
 
 from ttcompress import terminal
+
+GPU_TESTS = Path(__file__).parent / "gpu"
 
 # Which stages have a line in a log hangs on how fast the machine is: here none has, but where that is tested.
 terminal.LOGGED_SECONDS = inf
@@ -38,6 +39,16 @@ terminal.LOGGED_SECONDS = inf
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Say which files are collected, and in which order workers take them."""
+    # Machines with a GPU may lack what other tests import, and have no time for it.
+    if config.option.markexpr == "gpu" and config.args_source is config.ArgsSource.TESTPATHS:
+        config.args = [str(GPU_TESTS)]
+    # The option is that of pytest-xdist, which need not be there.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -71,6 +82,8 @@ def data_root() -> Path:
 @pytest.fixture(scope="session")
 def cifar10_root(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with cifar10-train.npz and cifar10-test.npz, unpacked once for all workers."""
+    from filelock import FileLock
+
     common = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         common = common.parent

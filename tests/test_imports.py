@@ -32,8 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": {"tt"},
     "report": {"files"},
     "networks": {"layers", "files", "tt"},
-    "train": {"layers", "data", "files", "processes"},
-    "measure": {"networks", "layers", "files", "tt"},
+    "train": {"networks", "layers", "data", "files", "processes"},
+    "measure": {"data", "networks", "layers", "files", "tt"},
     "calibrate": {"networks", "layers", "data", "tt"},
     "planning": {"measure", "networks", "layers", "files", "recipe", "tt"},
     "commands": {
@@ -55,13 +55,14 @@ OUTSIDE_ONLY_IN = {
     "click": {"cli", "cli_options", "cli_pages", "terminal"}, "cloup": {"cli", "cli_options", "cli_pages"},
     "jinja2": {"report.html"}, "matplotlib": {"report.canvas", "report.pictures"}, "rich": {"report.text", "terminal"},
     "onnx": {"networks.onnx_files"}, "onnx_ir": {"networks.onnx_files"}, "onnxruntime": {"networks.onnx_files"},
-    "onnxscript": {"networks.onnx_files"},
+    "onnxscript": {"networks.onnx_files"}, "huggingface_hub": {"networks.transformers_models"},
+    "transformers": {"networks.text_reading", "networks.transformers_models"},
 }  # fmt: skip
 WITHOUT_TORCH = {
     "__init__", "__main__", "cli", "cli_options", "cli_pages", "errors", "options", "recipe", "records", "report", "settings",
     "terminal", "torchrun", "version",
 }  # fmt: skip
-WITHOUT_TORCH_MODULES = {"files.header", "files.output", "files.shards", "tt.shapes"}
+WITHOUT_TORCH_MODULES = {"files.header", "files.model_folder", "files.output", "files.shards", "tt.shapes"}
 
 
 @cache

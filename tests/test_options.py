@@ -16,7 +16,7 @@ from ttcompress.cli import commands
 from ttcompress.options import GROUPS, OPTIONS, RUN_OPTIONS, TABLE, Option, options_of
 from ttcompress.recipe import TARGETS, Recipe
 from ttcompress.settings import Settings
-from ttcompress.train.setup import TrainingOptions
+from ttcompress.train.options import TrainingOptions
 
 VERBS = sorted(commands.commands)
 
@@ -109,7 +109,7 @@ def test_training_options_agree_with_the_table() -> None:
 def test_python_keywords_are_the_options_that_mean_something_there(function: Any) -> None:
     in_memory_only = {"module", "metric", "example", "inplace", "progress", "layers", "unknown"}
     # Files and networks by name are of the command line; here a module and tensors are at hand.
-    of_files = {"arch", "key", "limit", "mean", "std", "workers"}
+    of_files = {"arch", "key", "limit", "mean", "seq_len", "std", "workers"}
     training = {option.name for option in TABLE if option.group == "Training"}
     wanted = RUN_OPTIONS.keys() - of_files - training
     named = set(inspect.signature(function).parameters) - in_memory_only

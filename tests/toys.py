@@ -16,7 +16,8 @@ from ttcompress.layers.linear import TTLinear
 from ttcompress.layers.spec import layer_spec
 from ttcompress.processes import World
 from ttcompress.records.report import Preprocessing
-from ttcompress.train.setup import TrainingOptions, TrainingSetup
+from ttcompress.train.options import TrainingOptions
+from ttcompress.train.setup import TrainingSetup
 from ttcompress.tt.shapes import tensorize_shape
 
 CPU = torch.device("cpu")

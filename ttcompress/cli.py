@@ -108,7 +108,13 @@ def compress(
     _show(done.report, done.output, json, page)
     if done.excess_drop is not None:
         allowed = f"--max-drop allows {recipe.max_drop:g}"
-        _fail(f"accuracy falls by {done.excess_drop:.2f} points, {allowed}; {done.output} is written", 1)
+        what = done.report.accuracy.get("metric") if done.report.accuracy else None
+        by = (
+            f"{what} is worse by {done.excess_drop:.4g}"
+            if what
+            else f"accuracy falls by {done.excess_drop:.2f} points"
+        )
+        _fail(f"{by}, {allowed}; {done.output} is written", 1)
 
 
 @commands.command(

@@ -238,7 +238,7 @@ TABLE: tuple[Option, ...] = (
         "max_drop", POINTS, HOW_MUCH, SHAPING,
         "Alone: the smallest network whose accuracy on --val falls by no more than P points, found by "
         "bisection. Beside another target a gate: the file is written, and the exit code is 1 where "
-        "accuracy on --data falls by more.",
+        "accuracy on --data falls by more. Of texts, in the unit of what they measure.",
         metavar="P",
     ),
     Option(
@@ -310,8 +310,8 @@ TABLE: tuple[Option, ...] = (
     # Calibration.
     Option(
         "calib", TEXT, CALIBRATION, SHAPING,
-        "Unlabelled images (split train by default): plan and decompose on output error instead of weight "
-        "error.",
+        "Unlabelled images (split train by default) or texts: plan and decompose on output error instead of "
+        "weight error.",
         metavar="DATA",
     ),
     Option(
@@ -335,7 +335,8 @@ TABLE: tuple[Option, ...] = (
     ),
     Option(
         "data", TEXT, ACCURACY, OPENING,
-        "Labelled images to measure accuracy on: KIND:PATH[@train|@test], or digits.", metavar="DATA",
+        "Labelled images to measure accuracy on, KIND:PATH[@train|@test] or digits; or texts, text:FILE or "
+        "stsb:FILE, for perplexity, likeness of vectors or accuracy.", metavar="DATA",
     ),
     Option(
         "val", TEXT, ACCURACY, COMPRESSING,
@@ -353,13 +354,13 @@ TABLE: tuple[Option, ...] = (
         metavar="S",
     ),
     Option(
-        "limit", COUNT, ACCURACY, ("compress", "finetune", "sweep", "evaluate"), "Only the first N images of --data.",
+        "limit", COUNT, ACCURACY, ("compress", "finetune", "sweep", "evaluate"), "Only the first N images, texts or pairs of --data.",
         metavar="N", needs="data",
     ),
     # Training.
     Option(
         "train", TEXT, TRAINING, LEARNING,
-        "Training images (split train by default); without labels a teacher is needed.", metavar="DATA",
+        "Training images (split train by default) or texts; without labels a teacher is needed.", metavar="DATA",
     ),
     Option(
         "epochs", COUNT, TRAINING, LEARNING, "Passes over the training images.", default=30, metavar="N",
@@ -450,6 +451,11 @@ TABLE: tuple[Option, ...] = (
         "batch_size", COUNT, RUNNING, (*OPENING, "expand"),
         "Images a batch. For expand --factors: how many a call is going to have.",
         default=128, otherwise="128; 1 for expand", metavar="N",
+    ),
+    Option(
+        "seq_len", COUNT, RUNNING, OPENING,
+        "Tokens of the longest sample of text; a causal language model reads samples of just so many.",
+        otherwise="what the network was made for, of a causal one at most 512", metavar="N",
     ),
     Option(
         "workers", FROM_ZERO, RUNNING, OPENING, "Processes that read image folders.", default=0,

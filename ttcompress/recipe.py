@@ -103,6 +103,7 @@ class Recipe:
     dtype: str | None = None
     device: str | None = None
     batch_size: int | None = None
+    seq_len: int | None = None
     workers: int | None = None
     seed: int | None = None
     layers: tuple[LayerRule, ...] = ()

@@ -285,7 +285,7 @@ def test_spectra_and_statistics_are_computed_once(
 
 
 def test_a_search_needs_images_and_a_network_that_can_lose(digits: nn.Module, batches: Any) -> None:
-    with pytest.raises(PlanError, match="name them with val"):
+    with pytest.raises(PlanError, match="name it with val"):
         ttcompress.compress(digits, max_drop=1.0)
     with pytest.raises(DataError, match="val is what max_drop"):
         ttcompress.compress(digits, ratio=2, val=batches["test"])

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ttcompress
 from ttcompress.errors import DataError, PlanError, TTCompressError
-from ttcompress.train.setup import TrainingOptions
+from ttcompress.train.options import TrainingOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,16 +7,33 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pretended_gpu import GPU, OnGpu, PretendedGpu, pretended_gpu
 from torch import Tensor, nn
-from toys import EVERYTHING, STEPS, accuracy, equal, network, stream, teacher, training_setup, write_images
+from toys import (
+    CPU,
+    EVERYTHING,
+    STEPS,
+    accuracy,
+    equal,
+    network,
+    stream,
+    teacher,
+    training_setup,
+    write_images,
+)
 
+from ttcompress.data import resident
 from ttcompress.data.augment import flipped, shifted
+from ttcompress.data.opening import open_data
+from ttcompress.data.resident import Shown
+from ttcompress.errors import DataError
 from ttcompress.processes import World
-from ttcompress.train.loop import train
-from ttcompress.train.setup import TrainingOptions
+from ttcompress.records.report import Preprocessing
+from ttcompress.train.loop import all_finite, train
+from ttcompress.train.options import TrainingOptions
 from ttcompress.train.state import State
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,8 +85,13 @@ OPTIONS = {
 }
 
 
+@pytest.mark.parametrize("most_bytes", [resident.MOST_BYTES, 0])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_training_there_is_a_training_here(name: str, folder: Path, gpu: PretendedGpu) -> None:
+def test_a_training_there_is_a_training_here(
+    name: str, most_bytes: int, folder: Path, gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From images that lie there, and from such as are sent batch by batch."""
+    monkeypatch.setattr(resident, "MOST_BYTES", most_bytes)
     options = OPTIONS[name]
     found = trained(folder, options, GPU)
     wanted = trained(folder, options, torch.device("cpu"))
@@ -94,12 +116,52 @@ def test_a_step_does_not_wait(name: str, folder: Path, gpu: PretendedGpu) -> Non
     assert reads[1] - reads[0] < STEPS
 
 
+@pytest.mark.parametrize("augmentation", ["none", "shift", "flip"])
+@pytest.mark.parametrize("most_bytes", [resident.MOST_BYTES, 0])
+def test_batches_there_are_those_here(
+    most_bytes: int, augmentation: str, folder: Path, gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resident, "MOST_BYTES", most_bytes)
+    here = replace(stream(folder), augmentation=augmentation, rank=1, size=2)
+    there = replace(here, device=GPU)
+    assert equal(at_home([*there.epoch(1, 2)]), [*here.epoch(1, 2)])
+    assert equal(at_home(there.sample), here.sample)
+    assert [*there.epoch(1, here.steps)] == []
+    assert gpu.waits == 0
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_images_are_shown_there_as_here(labelled: bool, folder: Path, gpu: PretendedGpu) -> None:
+    images = stream(folder).images
+    if not labelled:
+        np.savez(folder / "bare.npz", images=np.load(folder / "train.npz")["images"])
+        images = open_data(f"npz:{folder / 'bare.npz'}")
+    here, there = (Shown(images, stream(folder).preprocessing, each) for each in (CPU, GPU))
+    assert equal(at_home([*there.batches(20)]), [*here.batches(20)])
+    with pytest.raises(DataError, match="channels"):
+        [*Shown(images, Preprocessing((0.0,) * 3, (1.0,) * 3), GPU).batches(20)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_found_there(bad: float, gpu: PretendedGpu) -> None:
+    tensors = [torch.randn(3, 2), torch.randn(4, dtype=torch.float64), torch.empty(0), torch.randn(2).half()]
+    for number, each in enumerate(tensors):
+        assert all_finite([each.to(GPU) for each in tensors])
+        if each.numel():
+            spoilt = [*tensors]
+            spoilt[number] = each.clone()
+            spoilt[number][1] = bad
+            assert not all_finite([each.to(GPU) for each in spoilt])
+            assert not all_finite(spoilt)
+    assert all_finite([])
+
+
 def test_augmentation_there_is_as_here(gpu: PretendedGpu) -> None:
     batch = torch.arange(2.0 * 3 * 4 * 5).reshape(2, 3, 4, 5)
     which, down, right = torch.tensor([True, False]), torch.tensor([1, -1]), torch.tensor([0, 2])
     there = batch.to(GPU)
     assert torch.equal(at_home(flipped(there, which)), flipped(batch, which))
-    assert torch.equal(at_home(shifted(there, down, right)), shifted(batch, down, right))
+    assert torch.equal(at_home(shifted(there, down, right, 3)), shifted(batch, down, right))
     assert gpu.waits == 0
 
 

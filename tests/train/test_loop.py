@@ -32,7 +32,7 @@ from ttcompress.records.common import Json
 from ttcompress.train import loop as training
 from ttcompress.train.loop import best_epoch, train
 from ttcompress.train.mixing import mix_images
-from ttcompress.train.setup import TrainingOptions
+from ttcompress.train.options import TrainingOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

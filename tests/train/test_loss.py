@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ttcompress.train.loss import training_loss
-from ttcompress.train.setup import TrainingOptions
+from ttcompress.train.options import TrainingOptions
 
 
 @pytest.mark.parametrize(("labelled", "taught"), [(True, False), (False, True), (True, True)])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ttcompress.train.mixing import mix_images
-from ttcompress.train.setup import TrainingOptions
+from ttcompress.train.options import TrainingOptions
 
 PLAIN = TrainingOptions(epochs=2, lr=0.05)
 

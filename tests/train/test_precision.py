@@ -32,8 +32,8 @@ from ttcompress.errors import CheckpointError, TrainingStoppedError
 from ttcompress.processes import World
 from ttcompress.train import precision
 from ttcompress.train.loop import train
+from ttcompress.train.options import TrainingOptions
 from ttcompress.train.precision import chosen_precision, settled
-from ttcompress.train.setup import TrainingOptions
 from ttcompress.train.state import State
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -42,7 +42,7 @@ from ttcompress.processes import World, joined
 from ttcompress.torchrun import expected_rank
 from ttcompress.train.batch_norm import ReducedBatchNorm, parallel, reduce_batch_norms
 from ttcompress.train.loop import train
-from ttcompress.train.setup import TrainingOptions
+from ttcompress.train.options import TrainingOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEADY = TrainingOptions(epochs=5, lr=0.05, ema=0.9, label_smoothing=0.1, distill=0.5, weight_decay=0.01)

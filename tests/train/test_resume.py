@@ -40,7 +40,7 @@ from toys import (
 from ttcompress.errors import CheckpointError, TrainingError, TrainingStoppedError
 from ttcompress.train import loop as training
 from ttcompress.train.loop import train
-from ttcompress.train.setup import TrainingOptions
+from ttcompress.train.options import TrainingOptions
 from ttcompress.train.state import State
 from ttcompress.train.stopping import stop_requests
 

@@ -29,7 +29,7 @@ from ttcompress.recipe import Recipe
 from ttcompress.records.common import Progress
 from ttcompress.records.extras import Extras
 from ttcompress.records.plan import CompressionPlan
-from ttcompress.records.report import Report
+from ttcompress.records.report import Report, fall
 from ttcompress.runtime import chosen_device, fixed_threads, seeded
 from ttcompress.settings import Settings
 from ttcompress.torchrun import expected_size
@@ -136,7 +136,7 @@ def compress_file(
     check_output(output, force, source=source)
     if recipe.max_drop is not None and not _is_search(recipe, plan) and recipe.data is None:
         raise DataError(
-            "--max-drop beside another target is a gate on accuracy: name labelled images with --data"
+            "--max-drop beside another target is a gate on accuracy: name labelled images, or texts, with --data"
         )
 
     settings = Settings.of(recipe)
@@ -165,6 +165,8 @@ def write_compressed(
 
 def inputs_to_prove_with(network: Network, settings: Settings, inputs: Inputs) -> Example | None:
     """Inputs of the network: some of those at hand, else such as it is known for."""
+    if inputs.example is not None:
+        return Example(inputs=inputs.example)
     if inputs.calibration is not None:
         return Example(inputs=next(iter(inputs.calibration.held_out())))
 
@@ -230,10 +232,10 @@ def check_repeats(
 
 
 def drop_beyond_gate(report: Report, recipe: Recipe) -> float | None:
-    """The fall of accuracy in points, where `--max-drop` beside another target allows less."""
+    """The fall of accuracy in points, or of what was measured in its unit, where `--max-drop` beside another target allows less."""
     if recipe.max_drop is None or report.accuracy is None or report.search:
         return None
-    drop = float(report.accuracy["dense"] - report.accuracy["compressed"])
+    drop = fall(report.accuracy)
     return drop if drop > recipe.max_drop else None
 
 
@@ -302,7 +304,7 @@ def _is_search(recipe: Recipe, plan: CompressionPlan | None) -> bool:
 
 def _searched(compressor: Compressor, plan: CompressionPlan | None, inputs: Inputs) -> Compressed | None:
     """The smallest network that keeps the drop, where that is what is asked for."""
-    return compressor.search(inputs.score) if _is_search(compressor.settings.recipe, plan) else None
+    return compressor.search(inputs.searched) if _is_search(compressor.settings.recipe, plan) else None
 
 
 def compressor_for(
@@ -321,7 +323,7 @@ def compressor_for(
     if unused and inputs.calibration is None:
         raise DataError(f"{unused[0]} needs --calib")
     for_training = settings.recipe.epochs is not None
-    if inputs.score and not for_training and not _is_search(settings.recipe, plan):
+    if inputs.searched and not for_training and not _is_search(settings.recipe, plan):
         raise DataError("--val is what --max-drop without another target searches by: leave it out")
 
     known = network.preprocessing.input_size if network.preprocessing else None

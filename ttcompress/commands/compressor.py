@@ -16,7 +16,7 @@ from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.room import room_for
 from ttcompress.calibrate.stages import adopt, compress_calibrated
 from ttcompress.calibrate.statistics import measure
-from ttcompress.commands.inputs import Score
+from ttcompress.commands.metric import Metric
 from ttcompress.errors import DataError, PlanError, TTCompressError, shortlist
 from ttcompress.measure.latency import TimedNetwork, within_latency
 from ttcompress.measure.multiply_adds import Usage, usage_of
@@ -38,6 +38,7 @@ from ttcompress.records.common import Json, Progress
 from ttcompress.records.extras import MOST_SPECTRA
 from ttcompress.records.layers import Execution, LayerSpec
 from ttcompress.records.plan import CompressionPlan, LayerPlan
+from ttcompress.records.report import fall
 from ttcompress.runtime import threads_as_set
 from ttcompress.settings import Settings
 from ttcompress.tt.cost import Calls
@@ -220,24 +221,34 @@ class Compressor:
             "held_out": self.calibration.num_held_out,
             "effort": self.settings.effort,
             "stages": list(stages),
+            **self._cut,
         }
 
-    def search(self, score: Score | None) -> Compressed:
-        """A copy of the network, compressed as far as it loses at most `max_drop` points, by bisection of the ratio.
+    @property
+    def _cut(self) -> Json:
+        """How many of the largest inputs pass at a time, where that is less than a batch."""
+        images: Calibration | None = vars(self).get("_images")
+        if images is None or images.room is None:
+            return {}
+        most = max(1, images.room.budget // max(1, images.room.with_gradients))
+        return {"at_a_time": most} if most < min(self.settings.batch_size, images.num_images) else {}
+
+    def search(self, metric: Metric | None) -> Compressed:
+        """A copy of the network, compressed as far as it loses at most `max_drop`, by bisection of the ratio.
 
         Raises:
             PlanError: nothing to measure accuracy on, no weights, or no compression that was tried keeps the drop.
         """
         max_drop = self.settings.recipe.max_drop
-        if max_drop is None or score is None:
+        if max_drop is None or metric is None:
             raise PlanError(
-                "--max-drop alone searches on labelled images of their own: name them with --val "
+                "--max-drop alone searches on data of its own, labelled images or texts: name it with --val "
                 "(in Python a metric will do)"
             )
         if any(parameter.is_meta for parameter in self.model.parameters()):
             raise PlanError("--max-drop needs the weights: give a checkpoint")
 
-        dense = score(self.model)
+        dense = metric.measure(self.model)
         low, high = 1.0, self._planner.most()
         best: Compressed | None = None
         points: list[Json] = []
@@ -246,12 +257,13 @@ class Compressor:
         while high > low * SEARCH_STEP:
             ratio = sqrt(low * high)
             tried = self.apply(self.plan(replace(self.settings.recipe, ratio=ratio)))
-            drop = dense - score(tried.model)
+            found = metric.summary(dense, metric.measure(tried.model))
+            drop = fall(found)
             points.append(
                 {
                     "ratio": ratio,
                     "compression": tried.plan.compression,
-                    "accuracy": dense - drop,
+                    "accuracy": found["compressed"],
                     "drop": drop,
                 }
             )
@@ -261,14 +273,8 @@ class Compressor:
                 high = ratio
 
         if best is None:
-            least = (
-                f"{points[-1]['compression']:.2f}x loses {points[-1]['drop']:.2f} points"
-                if points
-                else "none"
-            )
-            raise PlanError(
-                f"no compression keeps the drop within {max_drop:g} points; the mildest tried: {least}"
-            )
+            least = f"{points[-1]['compression']:.2f}x loses {points[-1]['drop']:.4g}" if points else "none"
+            raise PlanError(f"no compression keeps the drop within {max_drop:g}; the mildest tried: {least}")
         return replace(best, search=tuple(points))
 
     @cached_property

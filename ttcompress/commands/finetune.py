@@ -13,6 +13,7 @@ from ttcompress.commands.starting_point import StartingPoint, open_start, start_
 from ttcompress.commands.training import EpochLog, say_frozen, training_options, training_setup
 from ttcompress.commands.training_report import trained_report
 from ttcompress.data.opening import open_data
+from ttcompress.data.text import names_texts, open_texts
 from ttcompress.data.training_batches import Stream
 from ttcompress.errors import CheckpointError, DataError
 from ttcompress.files.output import alone, check_output
@@ -33,7 +34,7 @@ from ttcompress.runtime import chosen_device, deterministic, seeded
 from ttcompress.settings import Settings
 from ttcompress.torchrun import expected_rank
 from ttcompress.train.loop import train
-from ttcompress.train.setup import TrainingOptions
+from ttcompress.train.options import TrainingOptions
 
 DENSE_SUFFIXES = (".pt", ".pth", ".safetensors")
 _LOOP_OPTIONS = (each.name for each in fields(TrainingOptions) if each.name not in ("epochs", "seed"))
@@ -42,13 +43,16 @@ ONLY_IN_TRAINING = ("teacher", "augment", *_LOOP_OPTIONS)
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """See that the images and the teacher of a training are there, before something long comes first.
+    """See that the images or texts and the teacher of a training are there, before something long comes first.
 
     Raises:
         TTCompressError: one of them cannot be opened.
     """
-    for images in filter(None, (recipe.train, recipe.val)):
-        open_data(images, "train")
+    for reference in filter(None, (recipe.train, recipe.val)):
+        if names_texts(reference):
+            open_texts(reference)
+        else:
+            open_data(reference, "train")
     if recipe.teacher:
         open_any(Path(recipe.teacher))
 
@@ -89,7 +93,7 @@ def finetune_file(
     """
     check_output(output, force)
     if recipe.train is None:
-        raise DataError("name the training images with --train")
+        raise DataError("name the training images, or texts, with --train")
     checkpoint = state_file(output)
     if not resume and expected_rank() == 0:
         check_output(checkpoint, force)
@@ -112,7 +116,8 @@ def finetune_file(
         say_frozen(model)
         setup, data = training_setup(start, settings, checkpoint, world, progress, log)
         model.float().to(world.device)
-        _check_fit(model, setup.teacher, data.stream)
+        if isinstance(data.stream, Stream):
+            _check_fit(model, setup.teacher, data.stream)
 
         state = train(model, training_options(settings), setup, resume)
         model.load_state_dict(state.best)

@@ -22,7 +22,8 @@ from ttcompress.runtime import chosen_device, seeded
 from ttcompress.runtime import deterministic as reproducible
 from ttcompress.settings import Settings
 from ttcompress.train.loop import train
-from ttcompress.train.setup import TrainingOptions, TrainingSetup
+from ttcompress.train.options import TrainingOptions
+from ttcompress.train.setup import TrainingSetup
 
 
 def finetune(

@@ -16,7 +16,8 @@ from typing import Any, Never
 from torch import Tensor, nn
 
 from ttcompress.commands.compress import compress_network, plan_network
-from ttcompress.commands.inputs import Inputs, Metric, accuracy_of, score_by, tensor_calibration
+from ttcompress.commands.inputs import Inputs, tensor_calibration
+from ttcompress.commands.metric import Metric, accuracy_of
 from ttcompress.commands.save import save_module
 from ttcompress.commands.sweep import SweepPoint, sweep_network
 from ttcompress.errors import DataError, PlanError, TTCompressError, shortlist
@@ -257,7 +258,7 @@ def sweep(
             raise DataError("max_drop marks by accuracy: give data or metric")
         model = copied(module)
         known = _inputs(Settings.of(recipe), calib, data, metric, None, progress)
-        inputs = replace(known, score=None, example=example)
+        inputs = replace(known, searched=None, example=example)
         network = Network(model, model.state_dict())
         return sweep_network(network, recipe, _listed(ratios), tuple(formats), inputs, progress)
 
@@ -377,21 +378,21 @@ def _inputs(
     progress: Progress | None,
 ) -> Inputs:
     device = chosen_device(settings.device)
-    measured = score = None
+    measured = searched = None
 
     if val is not None:
-        score = score_by(accuracy_of(lambda: val, "val", device, progress, settings.outputs))
+        searched = accuracy_of(lambda: val, "val", device, progress, settings.outputs)
     if data is not None:
         measured = accuracy_of(lambda: data, "data", device, progress, settings.outputs)
     elif metric is not None:
         name = getattr(metric, "__name__", "metric")
         measured = Metric(partial(_finite, metric, name), partial(_metric_json, name))
-        if score is None and settings.recipe.target == "max_drop":
-            score = measured.measure
+        if searched is None and settings.recipe.target == "max_drop":
+            searched = measured
 
     return Inputs(
         metric=measured,
-        score=score,
+        searched=searched,
         calibration=None if calib is None else tensor_calibration(calib, settings),
     )
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ttcompress.calibrate.calibration import Calibration, draw_calibration
+from ttcompress.commands.metric import Metric, accuracy_of
 from ttcompress.commands.samples import add_changed_samples
+from ttcompress.commands.texts import all_texts, example_tokens, text_calibration, text_metric
 from ttcompress.data.opening import open_data
 from ttcompress.data.sets import Images
+from ttcompress.data.text import names_texts, open_texts
 from ttcompress.errors import DataError
-from ttcompress.measure.accuracy import Batches, Predictions, compare, predict
+from ttcompress.measure.accuracy import Predictions
 from ttcompress.networks.opening import Network
 from ttcompress.networks.running import NetworkInput, batch_size, blaming, map_tensors, tensors_of
 from ttcompress.recipe import Recipe
@@ -26,27 +29,16 @@ from ttcompress.records.report import Preprocessing
 from ttcompress.runtime import chosen_device
 from ttcompress.settings import Settings
 
-Score = Callable[[nn.Module], float]
-"""What a search goes by: a figure of a network, higher is better."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How to measure a network, and how to put its measurement before and after into the report's `accuracy`."""
-
-    measure: Callable[[nn.Module], Any]
-    summary: Callable[[Any, Any], Json]
-
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a compression is measured by (`metric`), searches by (`score`) and is fitted to (`calibration`).
+    """What a compression is measured by (`metric`), searches by (`searched`) and is fitted to (`calibration`).
 
-    `example` is a batch to count and time with.
+    `example` is a batch to count, time and prove with.
     """
 
     metric: Metric | None = None
-    score: Score | None = None
+    searched: Metric | None = None
     calibration: Calibration | None = None
     example: NetworkInput | None = None
 
@@ -59,6 +51,9 @@ def open_inputs(
     `extras` gets the samples that changed, once accuracy is measured.
     """
     recipe = settings.recipe
+    if reads_text(recipe):
+        return network, _text_inputs(network, settings, progress)
+
     data = measured_images(recipe)
     val = labelled(recipe.val, "train") if recipe.val else None
     calib = open_data(recipe.calib, "train") if recipe.calib else None
@@ -67,10 +62,32 @@ def open_inputs(
     measured = partial(accuracy_on, preprocessing=preprocessing, settings=settings, progress=progress)
     inputs = Inputs(
         metric=measured(data, extras=extras) if data else None,
-        score=score_by(measured(val)) if val else None,
+        searched=measured(val) if val else None,
         calibration=_calibration(calib, preprocessing, settings) if calib else None,
     )
     return replace(network, preprocessing=preprocessing), inputs
+
+
+def reads_text(recipe: Recipe) -> bool:
+    """Whether what the recipe names are texts.
+
+    Raises:
+        DataError: some of it is and some is not.
+    """
+    named = (recipe.data, recipe.val, recipe.calib, recipe.train)
+    return all_texts([reference for reference in named if reference])
+
+
+def _text_inputs(network: Network, settings: Settings, progress: Progress | None) -> Inputs:
+    recipe = settings.recipe
+    measured = partial(text_metric, reader=network.reader, settings=settings, progress=progress)
+    first = recipe.calib or recipe.data or recipe.val or ""
+    return Inputs(
+        metric=measured(recipe.data, limit=recipe.limit) if recipe.data else None,
+        searched=measured(recipe.val) if recipe.val else None,
+        calibration=text_calibration(recipe.calib, network.reader, settings) if recipe.calib else None,
+        example=example_tokens(first, network.reader, settings),
+    )
 
 
 def measured_images(recipe: Recipe) -> Images | None:
@@ -86,7 +103,9 @@ def measured_images(recipe: Recipe) -> Images | None:
 def calibration_name(settings: Settings) -> str | None:
     """The name of the images to calibrate on, as reports have it."""
     calib = settings.recipe.calib
-    return open_data(calib, "train").name if calib else None
+    if calib is None:
+        return None
+    return open_texts(calib).name if names_texts(calib) else open_data(calib, "train").name
 
 
 def labelled(reference: str, split: str = "test") -> Images:
@@ -109,16 +128,6 @@ def _calibration(images: Images, preprocessing: Preprocessing | None, settings: 
             yield batch
 
     return draw_calibration(images.name, len(images), settings.recipe.calib_images, settings.seed, batches)
-
-
-def score_by(metric: Metric) -> Score:
-    """Top-1 accuracy in percent."""
-
-    def top1(model: nn.Module) -> float:
-        predictions: Predictions = metric.measure(model)
-        return predictions.accuracy().top1
-
-    return top1
 
 
 def accuracy_on(
@@ -148,24 +157,6 @@ def accuracy_on(
         return metric.summary(dense, compressed)
 
     return replace(metric, summary=summary)
-
-
-def accuracy_of(
-    batches: Callable[[], Batches],
-    name: str,
-    device: torch.device,
-    progress: Progress | None,
-    outputs: Sequence[str] = (),
-) -> Metric:
-    """Accuracy on labelled batches, made anew for every measurement."""
-
-    def measure(model: nn.Module) -> Predictions:
-        return predict(model.to(device), batches(), device, progress, outputs)
-
-    def summary(dense: Predictions, compressed: Predictions) -> Json:
-        return compare(dense, compressed, name).to_json()
-
-    return Metric(measure, summary)
 
 
 def preprocessing_for(

@@ -25,7 +25,7 @@ from ttcompress.networks.stored import stored_sha256, stored_tensors
 from ttcompress.recipe import TARGETS, Recipe
 from ttcompress.records.common import Json, Progress
 from ttcompress.records.extras import Extras
-from ttcompress.records.report import Report
+from ttcompress.records.report import Report, fall
 from ttcompress.runtime import fixed_threads, seeded
 from ttcompress.settings import Settings
 
@@ -47,10 +47,10 @@ class SweepPoint:
 
     @property
     def drop(self) -> float | None:
-        """Points of accuracy that are lost, None where that is not known."""
+        """What is lost of accuracy in points, or of another figure in its unit; None where that is not known."""
         accuracy = self.report.accuracy or {}
-        dense, compressed = accuracy.get("dense"), accuracy.get("compressed")
-        return None if dense is None or compressed is None else float(dense - compressed)
+        is_known = accuracy.get("dense") is not None and accuracy.get("compressed") is not None
+        return fall(accuracy) if is_known else None
 
     def to_json(self) -> Json:
         """What `sweep --json` prints of it."""

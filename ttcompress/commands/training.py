@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ttcompress.commands.inputs import Score, preprocessing_for
+from ttcompress.commands.inputs import preprocessing_for
 from ttcompress.commands.starting_point import StartingPoint
+from ttcompress.commands.text_training import text_setup
 from ttcompress.data.opening import open_data
+from ttcompress.data.resident import Shown
 from ttcompress.data.sets import Images
-from ttcompress.data.training_batches import Stream
+from ttcompress.data.text import names_texts
+from ttcompress.data.training_batches import Stream, TrainingBatches
 from ttcompress.errors import DataError, PlanError, TrainingError, shortlist
 from ttcompress.files.checkpoint import file_digest
 from ttcompress.networks.held import copied
@@ -27,24 +30,29 @@ from ttcompress.records.common import Json, Progress
 from ttcompress.records.report import Preprocessing
 from ttcompress.settings import Settings
 from ttcompress.torchrun import leads
-from ttcompress.train.setup import TrainingOptions, TrainingSetup
+from ttcompress.train.options import TrainingOptions
+from ttcompress.train.setup import TrainingSetup
 
 HELD_OUT, MOST_HELD_OUT = 10, 5000
 """One training image in so many, and no more than so many, choose the best epoch where no --val is given."""
+SCORED_ON_GPU = 4
+"""So many times a batch is scored at a time there: what is kept for gradients takes more memory."""
 NO_MIRROR = ("digits", "mnist")
 """Data sets whose images mean something else in a mirror."""
 EpochLog = Callable[[Json], None]
+Score = Callable[[nn.Module], float]
+"""What chooses the best epoch: a figure of a network, higher is better."""
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The images of a training, in which normalisation, and what the report calls them and the teacher."""
+    """The images or texts of a training, in which normalisation, and what the report calls them and the teacher."""
 
-    stream: Stream
+    stream: TrainingBatches
     train: str
     val: str
     teacher: str | None
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | None
 
 
 def training_options(settings: Settings) -> TrainingOptions:
@@ -67,10 +75,17 @@ def training_setup(
         PlanError: a batch that the processes cannot share.
     """
     recipe = settings.recipe
+    teacher, teacher_name = _teacher(start, settings, world)
+    if names_texts(str(recipe.train)):
+        known = {**vars(training_options(settings)), "batch_size": settings.batch_size, "model": start.digest}
+        setup, texts, held_out = text_setup(
+            start, settings, checkpoint, world, (teacher, teacher_name), known, progress, log
+        )
+        return setup, TrainingData(setup.stream, texts, held_out, teacher_name, None)
+
     images = open_data(str(recipe.train), "train")
     preprocessing = preprocessing_for(settings, start.network.preprocessing, images) or images.statistics()
 
-    teacher, teacher_name = _teacher(start, settings, world)
     if teacher is None and not images.labelled:
         raise DataError(f"{images.name} has no labels: name a network to learn from with --teacher")
     if settings.batch_size % world.size:
@@ -174,17 +189,20 @@ def _score_on(
 ) -> Score:
     """Percent of images with the right class, or with the teacher's; each process looks at its share."""
     share = images.chosen(range(world.rank, len(images), world.size))
+    device = world.device
+    batch_size = settings.batch_size * (SCORED_ON_GPU if device.type == "cuda" else 1)
+    there = Shown(share, preprocessing, device)
 
     @torch.no_grad()
     def score(model: nn.Module) -> float:
-        counts = torch.zeros(2, dtype=torch.float64, device=world.device)
-        for batch, labels in share.batches(preprocessing, settings.batch_size, workers=settings.workers):
-            batch = batch.to(world.device)
+        counts = torch.zeros(2, dtype=torch.float64, device=device)
+        for batch, labels in there.batches(batch_size, settings.workers):
             targets = labels if teacher is None else _classes(teacher, batch)
             if targets is None:
                 raise DataError(f"{images.name} has no labels to choose the best epoch by")
-            right = (_classes(model, batch) == targets.to(world.device)).sum()
-            counts += torch.stack([right, right.new_tensor(len(batch))])
+            right = (_classes(model, batch) == targets).sum()
+            # Filled on the device: a number that is sent there would wait for it.
+            counts += torch.stack([right, right.new_full((), len(batch))])
 
         right_of_all, seen = world.total(counts).tolist()
         return float(100 * right_of_all / seen)

@@ -8,8 +8,10 @@ from torch import nn
 
 from ttcompress.commands.inputs import accuracy_on, measured_images
 from ttcompress.commands.starting_point import StartingPoint
+from ttcompress.commands.texts import text_metric
 from ttcompress.commands.training import TrainingData
 from ttcompress.data.sets import Images
+from ttcompress.data.text import names_texts
 from ttcompress.files.tensors import tensor_bytes
 from ttcompress.measure.accuracy import Predictions, compare
 from ttcompress.networks.stored import stored_sha256, stored_tensors
@@ -42,10 +44,12 @@ def trained_report(
     model = start.network.model.eval()
     former = start.report or _dense_report(start, settings)
 
-    images = measured_images(settings.recipe)
     accuracy = None
-    if images and setup.world.leads:
-        accuracy = _accuracy(images, start, former, settings, data, progress, extras)
+    if setup.world.leads and settings.recipe.data is not None:
+        if names_texts(settings.recipe.data):
+            accuracy = _on_texts(settings.recipe.data, start, former, settings, progress)
+        elif images := measured_images(settings.recipe):
+            accuracy = _accuracy(images, start, former, settings, data, progress, extras)
 
     stated = settings.recipe.to_json()
     finetuning = {
@@ -112,6 +116,23 @@ def _accuracy(
     known = former.accuracy if is_known and former.accuracy else {}
     theirs = {name: known.get(name) for name in ("dense", "dense_top5", "dense_interval")}
     return {**ours, **theirs, "agreement": None}
+
+
+def _on_texts(
+    reference: str, start: StartingPoint, former: Report, settings: Settings, progress: Progress | None
+) -> Json:
+    """Beside the dense network's figure, where that network is at hand or was measured on the same texts before."""
+    metric = text_metric(reference, start.network.reader, settings, progress, settings.recipe.limit)
+    found = metric.measure(start.network.model)
+    if start.original is not None:
+        return metric.summary(metric.measure(start.original), found)
+
+    ours = metric.summary(found, found)
+    known = former.accuracy or {}
+    is_known = known.get("data") == ours["data"] and known.get("metric") == ours.get("metric")
+    theirs = {name: known.get(name) if is_known else None for name in ("dense", "dense_interval")}
+    # How alike two networks are needs both.
+    return {**ours, **theirs, "beside": {}}
 
 
 def _error(layer: LayerPlan, original: nn.Module | None, model: nn.Module) -> float | None:

@@ -99,5 +99,8 @@ class ArrayImages(Images):
         for indices, _ in sampled:
             yield self._images[indices], self._labels_of(indices)
 
+    def _held(self) -> tuple[Tensor, Tensor | None]:
+        return torch.from_numpy(self._images), self._labels_of(slice(None))
+
     def _labels_of(self, indices: slice | NDArray[np.int64]) -> Tensor | None:
         return None if self._labels is None else torch.from_numpy(self._labels[indices])

@@ -55,10 +55,14 @@ def flipped(batch: Tensor, which: Tensor) -> Tensor:
     return torch.where(is_flipped, batch.flip(-1), batch)
 
 
-def shifted(batch: Tensor, down: Tensor, right: Tensor) -> Tensor:
-    """Images (N, C, H, W) moved by whole pixels (N,), positive or negative, zeros moving in."""
+def shifted(batch: Tensor, down: Tensor, right: Tensor, reach: int | None = None) -> Tensor:
+    """Images (N, C, H, W) moved by whole pixels (N,), positive or negative, zeros moving in.
+
+    None moves by more than `reach`; where it is not given it is looked for, which waits for pixels on a GPU.
+    """
     size, _, height, width = batch.shape
-    reach = int(torch.stack([down, right]).abs().max()) if size else 0
+    if reach is None:
+        reach = int(torch.stack([down, right]).abs().max()) if size else 0
     padded = functional.pad(batch, (reach,) * 4)
 
     device = batch.device

@@ -87,6 +87,18 @@ class Images(ABC):
         raw = self._raw_training_batches(preprocessing, sampled, workers, random_crop)
         return ((torch.from_numpy(pixels).permute(0, 3, 1, 2), labels) for pixels, labels in raw)
 
+    def held(self, preprocessing: Preprocessing) -> tuple[Tensor, Tensor | None] | None:
+        """All images uint8 (N, H, W, C) and labels int64 (N,) or None, where they are held in memory.
+
+        Raises:
+            DataError: `preprocessing` is for another number of channels.
+        """
+        self._check_normalisation(preprocessing)
+        return self._held()
+
+    def _held(self) -> tuple[Tensor, Tensor | None] | None:
+        return None
+
     def _check_normalisation(self, preprocessing: Preprocessing) -> None:
         if len(preprocessing.mean) != len(preprocessing.std):
             raise DataError(

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ttcompress.data.augment import flipped, random_numbers, shifted, shifts
+from ttcompress.data.augment import CROP, flipped, random_numbers, shifted, shifts
+from ttcompress.data.resident import Normalisation, Resident, resident
 from ttcompress.data.sending import sent
 from ttcompress.data.sets import Batch, Images, SampledBatch
 from ttcompress.errors import DataError
@@ -21,7 +22,7 @@ from ttcompress.records.report import Preprocessing
 
 
 class TrainingBatches(Protocol):
-    """What a training runs on: epochs of batches (images, labels or None) on the device."""
+    """What a training runs on: epochs of batches (inputs, labels or None) on the device."""
 
     @property
     def batch_size(self) -> int:
@@ -32,13 +33,13 @@ class TrainingBatches(Protocol):
         """Batches an epoch."""
 
     @property
-    def sample(self) -> tuple[Tensor, Tensor | None]:
+    def sample(self) -> tuple[Any, Tensor | None]:
         """A batch to try things on, which takes none from the training."""
 
-    def mean_count(self, images: Tensor) -> float:
-        """How many images the batches of one process have on average, for a batch like this one."""
+    def mean_count(self, images: Any) -> float:
+        """How many inputs the batches of one process have on average, for a batch like this one."""
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Any, Tensor | None]]:
         """The batches of an epoch, from batch `start` on."""
 
 
@@ -126,7 +127,8 @@ class Stream:
     @property
     def sample(self) -> Batch:
         """The first batch of all, read by this process alone."""
-        return next(replace(self, workers=0).epoch(0))
+        here = replace(self, workers=0) if self.workers else self
+        return next(here.epoch(0))
 
     def mean_count(self, images: Tensor) -> float:
         """How many images a batch of one process has on average.
@@ -137,12 +139,31 @@ class Stream:
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """Yield (float32 images (N, C, H, W), labels (N,) or None) on the device, from batch `start` on."""
+        if self._resident is not None:
+            yield from self._epoch_of(self._resident, number, start)
+            return
+
         sampled = [self._sampled(number, indices) for indices in self._shares(number, start)]
         random_crop = self.augmentation != "none"
         batches = self.images.training_batches(self.preprocessing, sampled, self.workers, random_crop)
         for (_, numbers), (pixels, labels) in zip(sampled, batches, strict=True):
             augmented = self._augmented(sent(pixels, self.device), numbers)
             yield self._normalised(augmented), None if labels is None else sent(labels, self.device)
+
+    def _epoch_of(self, there: Resident, number: int, start: int) -> Iterator[Batch]:
+        """The same of a set that is on the device, to which one transfer tells what an epoch takes."""
+        shares = [*self._shares(number, start)]
+        if not shares:
+            return
+        indices = np.concatenate(shares)
+        places = sent(torch.from_numpy(indices), self.device)
+        numbers = sent(random_numbers(self.seed, number, indices), self.device)
+
+        sizes = [len(share) for share in shares]
+        parts = (torch.split(each, sizes) for each in (places, numbers))
+        for own_places, own_numbers in zip(*parts, strict=True):
+            pixels, labels = there.batch(own_places)
+            yield self._normalised(self._augmented(pixels, own_numbers)), labels
 
     def _shares(self, epoch: int, start: int) -> Iterator[NDArray[np.int64]]:
         """Indices of this process's images in each batch of an epoch, from batch `start` on."""
@@ -163,16 +184,14 @@ class Stream:
             height, width = pixels.shape[2:]
             down = shifts(numbers[:, 1], height)
             right = shifts(numbers[:, 2], width)
-            pixels = shifted(pixels, down, right)
+            pixels = shifted(pixels, down, right, max(height, width) // CROP)
         return pixels
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        mean, std = self._statistics
-        return (pixels.float() / 255 - mean) / std
+    @cached_property
+    def _resident(self) -> Resident | None:
+        """The images where they are on the device, sent there once."""
+        return resident(self.images, self.preprocessing, self.device)
 
     @cached_property
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel on the device, sent there once."""
-        both = self.preprocessing.mean, self.preprocessing.std
-        mean, std = (torch.tensor(each, device=self.device).view(1, -1, 1, 1) for each in both)
-        return mean, std
+    def _normalised(self) -> Normalisation:
+        return Normalisation.of(self.preprocessing, self.device)

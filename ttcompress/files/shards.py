@@ -15,6 +15,7 @@ from ttcompress.records.reading import parse_json
 INDEX_SUFFIX = ".index.json"
 PICKLED_INDEX_SUFFIX = f".bin{INDEX_SUFFIX}"
 """That of shards which torch.save wrote; they are read as one checkpoint, not written as shards again."""
+USUAL_NAMES = ("model.safetensors", f"model.safetensors{INDEX_SUFFIX}")
 PATTERNS = (f"*.safetensors{INDEX_SUFFIX}", "*.safetensors", f"*{PICKLED_INDEX_SUFFIX}", "*.bin")
 """What the files of a checkpoint in a folder are called; the first pattern that anything matches counts."""
 
@@ -42,7 +43,7 @@ class Index:
 
 
 def resolve(path: Path) -> Path:
-    """The file that a path stands for: itself, or in a folder the index or else the only checkpoint.
+    """The file that a path stands for: itself, or in a folder the index or else the only checkpoint, or the usual one.
 
     Raises:
         CheckpointError: a folder with neither, or with several, or a path that cannot be looked at.
@@ -56,8 +57,10 @@ def resolve(path: Path) -> Path:
         raise CheckpointError(
             f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
         ) from error
-    if len(found) == 1:
-        return found[0]
+    # Beside weights under the name that libraries look for there may be the same in another form.
+    usual = [file for file in found if file.name in USUAL_NAMES]
+    if len(found) == 1 or usual:
+        return usual[0] if usual else found[0]
     if not found:
         raise CheckpointError(
             f"{path}: is a folder without *.safetensors{INDEX_SUFFIX}, a safetensors file or *.bin"

@@ -86,3 +86,12 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     # Without a mask as large as the tensor: a NaN is both the least and the most.
     return all(bool(bound.isfinite()) for bound in torch.aminmax(tensor.detach()))
+
+
+ALIGNMENT = 64
+"""Bytes between which torch places the tensors that it allocates."""
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Where torch itself would have put it: kernels round differently where a weight begins between cache lines."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()

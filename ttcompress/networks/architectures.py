@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from ttcompress.errors import ArchitectureError, shortlist
-from ttcompress.networks import known_keys
+from ttcompress.networks import known_keys, transformers_models
 from ttcompress.networks.factories import Factory, built_by, is_factory, load_factory, one_line, split_factory
 from ttcompress.networks.known_keys import OPTIONAL
+from ttcompress.networks.limits import BUFFERS, MOST_PARAMETERS, WeightsOnMeta
 from ttcompress.networks.zoo import DEFAULT_CLASSES, ZOO, mlp_widths, named_widths, zoo_preprocessing
 from ttcompress.records.report import Architecture, Preprocessing
 
@@ -32,25 +32,6 @@ WAYS = (
     "--arch net.py:build (docs/cli.md, Networks of your own)"
 )
 """What can be done with a network that is not known."""
-MOST_PARAMETERS = 10**10
-"""Of a network that is built by name."""
-
-
-class _WeightsOnMeta(TorchFunctionMode):
-    """Parameters take no memory and no initialisation time, while other tensors hold numbers.
-
-    `torch.device("meta")` would do but for torchvision's RegNets, which compute their widths with tensors.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        return func(*args, **{**kwargs, "device": "meta"} if func is torch.empty else kwargs)
 
 
 @dataclass(frozen=True)
@@ -119,13 +100,17 @@ def build(architecture: Architecture, factory: Factory | None = None, device: st
     """Construct the network in eval mode, by default with parameters and buffers on the meta device.
 
     There they wait for `load_state_dict(..., assign=True)`; only `num_batches_tracked`, which checkpoints may lack, is
-    a real zero. A factory, which may not support other devices, builds on the CPU whatever `device` is.
+    a real zero. With `BUFFERS` as the device, buffers have the values that the constructor gave them. A factory, which
+    may not support other devices, builds on the CPU whatever `device` is.
 
     Raises:
         ArchitectureError: a factory is needed and not given, or the network cannot be constructed.
     """
     if architecture.kind == "factory":
         return built_by(architecture.name, factory).eval()
+    if architecture.kind == "transformers":
+        model = transformers_models.build(architecture)
+        return _to_meta(model) if device == "meta" else model
     constructor, fixed = _constructor(architecture)
 
     def construct() -> nn.Module:
@@ -136,9 +121,11 @@ def build(architecture: Architecture, factory: Factory | None = None, device: st
         return made
 
     try:
-        with _WeightsOnMeta():
+        with WeightsOnMeta():
             model = construct()
         _check_size(architecture, model)
+        if device == BUFFERS:
+            return model.eval()
         if device != "meta":
             with torch.device(device):
                 return construct().eval()

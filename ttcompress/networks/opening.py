@@ -21,11 +21,15 @@ from ttcompress.files.checkpoint import (
 )
 from ttcompress.files.compressed import check_arguments, stored_report
 from ttcompress.files.header import PLAIN_KEY, blaming, read_metadata
+from ttcompress.files.model_folder import ModelFolder, model_folder
+from ttcompress.files.tensors import aligned
 from ttcompress.layers.plain import from_description
 from ttcompress.networks import architectures as models
+from ttcompress.networks import hub
 from ttcompress.networks.by_name import buffers, fitted, is_by_name, without_first_part, without_prefixes
 from ttcompress.networks.factories import Factory, load_factory
 from ttcompress.networks.held import held_tensors
+from ttcompress.networks.limits import BUFFERS
 from ttcompress.networks.matrices import Weights
 from ttcompress.networks.plain import Pick, plain_network
 from ttcompress.networks.reader import Reader
@@ -39,7 +43,10 @@ from ttcompress.records.report import Architecture, Preprocessing, Report
 
 @dataclass(frozen=True)
 class Network:
-    """A network with its weights, what is known about where it came from, and how it reads text, if it does."""
+    """A network with its weights, what is known about where it came from, and how it reads text, if it does.
+
+    `folder` is where files lie that belong to it beside its weights, such as a tokenizer's.
+    """
 
     model: nn.Module
     tensors: Mapping[str, Tensor]
@@ -47,6 +54,7 @@ class Network:
     preprocessing: Preprocessing | None = None
     source: Json | None = None
     reader: Reader | None = None
+    folder: Path | None = None
 
 
 def open_any(path: Path, arch: str | None = None, key: str = "") -> Network:
@@ -58,7 +66,16 @@ def open_any(path: Path, arch: str | None = None, key: str = "") -> Network:
         return open_dense(path, arch, key)
     factory = factory_for(stored_report(path).architecture, arch)
     model, report = open_compressed(path, factory)
-    return Network(model, model.state_dict(), report.architecture, report.preprocessing, report.source)
+    reader = hub.known_reader(model, report.architecture, path)
+    return Network(
+        model,
+        model.state_dict(),
+        report.architecture,
+        report.preprocessing,
+        report.source,
+        reader,
+        path if path.is_dir() else None,
+    )
 
 
 def factory_for(known: Architecture | None, arch: str | None) -> Factory | None:
@@ -110,22 +127,33 @@ def initialise(model: nn.Module) -> None:
 
 
 def open_dense(path: Path, arch: str | None = None, key: str = "") -> Network:
-    """A dense checkpoint in its architecture, given by `arch` or inferred from keys and shapes.
+    """A dense checkpoint in its architecture, given by `arch`, by the folder it is in, or else by keys and shapes.
 
     Raises:
         CheckpointError: see `load_checkpoint`.
         ArchitectureError: none fits, or several.
     """
-    checkpoint = _dense_checkpoint(path, key)
-    try:
-        checkpoint, network = _opened(checkpoint, arch)
-    except ArchitectureError as error:
-        if arch is None and _is_of_transformers(path):
-            whose = "by the config.json there the network is one of the transformers library, whose code this is not"
-            raise ArchitectureError(f"{path}: {whose}; {models.WAYS}") from error
-        raise
+    _check_dense(path)
+    folder = model_folder(path) if arch is None else None
+    if folder is not None:
+        return _of_library(folder, key)
+    checkpoint, network = _opened(load_checkpoint(path, key), arch)
     checkpoint.say_notes()
     return network
+
+
+def _of_library(folder: ModelFolder, key: str) -> Network:
+    """The network of a folder that a library wrote."""
+    opened = hub.open_folder(folder, key)
+    opened.checkpoint.say_notes()
+    return Network(
+        opened.model,
+        opened.tensors,
+        opened.architecture,
+        source=opened.checkpoint.source,
+        reader=hub.known_reader(opened.model, opened.architecture, folder.path),
+        folder=folder.path,
+    )
 
 
 def _opened(checkpoint: Checkpoint, arch: str | None) -> tuple[Checkpoint, Network]:
@@ -149,19 +177,19 @@ def open_weights(path: Path, key: str = "") -> Network:
     Raises:
         CheckpointError: see `load_checkpoint`.
     """
-    checkpoint = _dense_checkpoint(path, key, exact=True)
+    _check_dense(path)
+    checkpoint = load_checkpoint(path, key, exact=True)
     checkpoint.say_notes()
     return Network(Weights(checkpoint.tensors), checkpoint.tensors, source=checkpoint.source)
 
 
-def _dense_checkpoint(path: Path, key: str, exact: bool = False) -> Checkpoint:
+def _check_dense(path: Path) -> None:
     if is_compressed(path):
         raise CheckpointError(f"{path}: is compressed already; `ttcompress expand` makes it dense again")
     if is_plain(path):
         raise CheckpointError(
             f"{path}: made by expand --factors; name the dense checkpoint, or the compressed file"
         )
-    return load_checkpoint(path, key, exact)
 
 
 def _resolve(arch: str | None, checkpoint: Checkpoint | None) -> tuple[Architecture, Factory | None]:
@@ -171,21 +199,16 @@ def _resolve(arch: str | None, checkpoint: Checkpoint | None) -> tuple[Architect
     return architecture, factory
 
 
-def _is_of_transformers(path: Path) -> bool:
-    folder = path if path.is_dir() else path.parent
-    return (folder / "config.json").is_file()
-
-
 def _filled(
     build: Callable[[str], nn.Module], state: Mapping[str, Tensor], optional: Container[str] = ()
 ) -> nn.Module:
     """The built network with these tensors in it, tied parameters still tied, nothing left without a value."""
-    model = build("meta")
+    # Buffers outside the state dict have their values from the constructor alone.
+    model = build(BUFFERS)
     own = model.state_dict()
     state = {name: tensor for name, tensor in state.items() if name in own or name not in optional}
     _assign(model, state)
     if _is_unfinished(model):
-        # Buffers outside the state dict have their values from the constructor alone.
         model = build("cpu")
         _assign(model, state)
     return model.eval()
@@ -253,10 +276,6 @@ def _is_unfinished(model: nn.Module) -> bool:
     plain = [value for value in attributes if isinstance(value, Tensor)]
     held = [*model.parameters(), *model.buffers(), *plain]
     return any(tensor.is_meta for tensor in held)
-
-
-ALIGNMENT = 64
-"""Bytes between which torch places the tensors that it allocates."""
 
 
 def load(
@@ -348,7 +367,7 @@ def open_plain(path: Path, record: PlainRecord, factory: Factory | None) -> nn.M
                 swap(model, fqn, from_description(layers))
             return model
 
-        return _filled(build, {name: _aligned(tensor) for name, tensor in tensors.items()})
+        return _filled(build, {name: aligned(tensor) for name, tensor in tensors.items()})
 
 
 def _buildable(known: Architecture | None, factory: Factory | None) -> Architecture:
@@ -366,7 +385,7 @@ def _buildable(known: Architecture | None, factory: Factory | None) -> Architect
 def open_compressed(path: Path, factory: Factory | None = None) -> tuple[nn.Module, Report]:
     """A compressed file as a module, and its report, whose kinds of weights are those of the module."""
     report, tensors = read_stored(path)
-    tensors = {name: _aligned(tensor) for name, tensor in tensors.items()}
+    tensors = {name: aligned(tensor) for name, tensor in tensors.items()}
     with blaming(path):
         if is_by_name(report) and factory is not None:
             return _named(*without_prefixes(report, tensors), factory)
@@ -384,11 +403,6 @@ def _named(report: Report, tensors: Mapping[str, Tensor], factory: Factory) -> t
             with suppress(ArchitectureError, CheckpointError):
                 return _named(*shorter, factory)
         raise
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """Where torch itself would have put it: kernels round differently where a weight begins between cache lines."""
-    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def rebuilt(

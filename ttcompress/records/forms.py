@@ -200,11 +200,21 @@ class AccuracyForm(Struct):
 
 
 class MetricForm(Struct):
-    """The `accuracy` by a user's own metric."""
+    """The `accuracy` by another figure than accuracy: of texts, or a user's own.
+
+    `unit` is what `n` counts; `beside` holds further figures of the compressed network by their names.
+    """
 
     metric: str
-    dense: float
+    dense: float | None
     compressed: float
+    lower_is_better: bool = False
+    n: CountFromOne | None = None
+    unit: str = ""
+    interval: tuple[float, float] | None = None
+    dense_interval: tuple[float, float] | None = None
+    data: str = ""
+    beside: dict[str, float] = {}
 
 
 class StageForm(Struct):
@@ -223,6 +233,7 @@ class CalibrationForm(Struct):
     held_out: Count
     effort: str
     stages: list[StageForm]
+    at_a_time: CountFromOne | None = None
 
 
 class PointForm(Struct):
@@ -332,10 +343,13 @@ class SourceForm(Struct):
 class ArchitectureForm(Struct):
     """What `architecture` holds."""
 
-    kind: Annotated[str, one_of("zoo", "torchvision", "factory")]
+    kind: Annotated[str, one_of("zoo", "torchvision", "factory", "transformers", "timm")]
     name: str
     arguments: dict[str, FromZero]
     sha256: str
+    config: Json = {}
+    generation: Json = {}
+    library: str = ""
 
 
 class PreprocessingForm(Struct):

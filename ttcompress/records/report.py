@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from math import isclose
+from typing import Any
 
 from msgspec.structs import asdict
 
@@ -29,23 +30,30 @@ VIEW = "ttcompress.report.text"
 
 @dataclass(frozen=True)
 class Architecture:
-    """A reference to a constructor: `kind` is zoo, torchvision or factory; `arguments` go to the constructor.
+    """A reference to a constructor: `kind` is zoo, torchvision, transformers, timm or factory.
 
-    For a factory only the base name (`net.py:build`) and the sha256 of its source are kept, never a path.
+    `arguments` go to the constructor. For a factory only the base name (`net.py:build`) and the sha256 of its source
+    are kept, never a path. For a class of transformers or a network of timm `config` is what config.json says of it,
+    `generation` what generation_config.json does, and `library` the version of the library that built it.
     """
 
     kind: str
     name: str
     arguments: Mapping[str, int] = field(default_factory=dict)
     sha256: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    library: str = ""
 
     def to_json(self) -> Json:
         """As the file records it."""
+        more = {"config": dict(self.config), "generation": dict(self.generation), "library": self.library}
         return {
             "kind": self.kind,
             "name": self.name,
             "arguments": dict(self.arguments),
             "sha256": self.sha256,
+            **{key: value for key, value in more.items() if value},
         }
 
 
@@ -77,6 +85,17 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """What a network is worth by another figure than accuracy, on n of `unit`, with a 95 % interval where known."""
+
+    metric: str
+    value: float
+    n: int
+    unit: str
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Accuracy before and after on the same n images, and how often both say the same in percent, where known."""
 
@@ -98,6 +117,16 @@ class Comparison:
             "agreement": self.agreement,
             "data": self.data,
         }
+
+
+def fall(accuracy: Json) -> float:
+    """How much worse the compressed network is than the dense one, in the unit of what was measured.
+
+    >>> fall({"dense": 91.7, "compressed": 90.7}), fall({"dense": 20.0, "compressed": 21.0, "lower_is_better": True})
+    (1.0, 1.0)
+    """
+    lost = float(accuracy["dense"] - accuracy["compressed"])
+    return -lost if accuracy.get("lower_is_better") else lost
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from ttcompress.errors import shortlist
 from ttcompress.records.common import Json
-from ttcompress.records.report import Accuracy
+from ttcompress.records.report import Accuracy, Figure
 from ttcompress.report.text import format_bytes
 
 
-def accuracy_lines(accuracy: Accuracy, data: str) -> list[str]:
-    """Top-1 with its interval, and top-5."""
+def accuracy_lines(accuracy: Accuracy | Figure, data: str) -> list[str]:
+    """Top-1 with its interval, and top-5; or another figure with its interval."""
+    if isinstance(accuracy, Figure):
+        return [_figure_line(accuracy, data)]
     low, high = accuracy.interval
     measured_on = f"n = {accuracy.n:,}, {data}"
     return [
@@ -20,8 +23,15 @@ def accuracy_lines(accuracy: Accuracy, data: str) -> list[str]:
     ]
 
 
-def accuracy_json(accuracy: Accuracy, data: str) -> Json:
+def _figure_line(figure: Figure, data: str) -> str:
+    interval = "95 % interval {:.5g} to {:.5g}, ".format(*figure.interval) if figure.interval else ""
+    return f"{figure.metric} {figure.value:.6g}  ({interval}n = {figure.n:,} {figure.unit}, {data})"
+
+
+def accuracy_json(accuracy: Accuracy | Figure, data: str) -> Json:
     """The same as JSON."""
+    if isinstance(accuracy, Figure):
+        return {**asdict(accuracy), "data": data}
     return {
         "accuracy": accuracy.top1,
         "top5": accuracy.top5,

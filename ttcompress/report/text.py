@@ -300,7 +300,7 @@ def _accuracy_lines(accuracy: Json | None) -> list[str]:
     if accuracy is None:
         return ["accuracy          not measured (--data measures it)"]
     if "metric" in accuracy:
-        return [f"{accuracy['metric']:<17} {accuracy['dense']:.6g} -> {accuracy['compressed']:.6g}"]
+        return _metric_lines(accuracy)
 
     top1 = _change(accuracy["dense"], accuracy["compressed"])
     top5 = _change(accuracy["dense_top5"], accuracy["compressed_top5"])
@@ -314,6 +314,21 @@ def _accuracy_lines(accuracy: Json | None) -> list[str]:
     return lines
 
 
+def _metric_lines(accuracy: Json) -> list[str]:
+    dense, compressed = accuracy["dense"], accuracy["compressed"]
+    change = f"{compressed:.6g}" if dense is None else f"{dense:.6g} -> {compressed:.6g}"
+    about = []
+    if accuracy.get("interval"):
+        about.append("95 % interval {:.5g} to {:.5g}".format(*accuracy["interval"]))
+    if accuracy.get("n"):
+        about.append(f"n = {accuracy['n']:,} {accuracy.get('unit', '')}".rstrip())
+    if accuracy.get("data"):
+        about.append(accuracy["data"])
+
+    lines = [f"{accuracy['metric']:<17} {change}" + (f"  ({', '.join(about)})" if about else "")]
+    return lines + [f"{name:<17} {value:.4g}" for name, value in accuracy.get("beside", {}).items()]
+
+
 def _change(dense: float | None, compressed: float) -> str:
     return f"{compressed:.2f} %" if dense is None else f"{dense:.2f} % -> {compressed:.2f} %"
 
@@ -323,6 +338,10 @@ def _calibration_lines(calibration: Json | None) -> list[str]:
         return ["decomposed by     weight error (--calib takes output error instead)"]
     images = f"{calibration['images']:,} images of {calibration['data']}"
     lines = [f"decomposed by     output error on {images}, effort {calibration['effort']}"]
+
+    at_a_time = calibration.get("at_a_time")
+    if at_a_time:
+        lines.append(f"memory            batches pass {at_a_time:,} images at a time, to fit")
 
     stages = ", ".join(f"{stage['stage']} {_stage_error(stage)}" for stage in calibration["stages"])
     if stages:

@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ttcompress.errors import CheckpointError, TrainingError, TrainingStoppedError, is_out_of_memory
 from ttcompress.layers.base import TTLayer
@@ -24,14 +24,17 @@ from ttcompress.processes import World
 from ttcompress.records.common import Json
 from ttcompress.train.batch_norm import parallel
 from ttcompress.train.optimize import Average, make_optimizer, not_finite, rate_at, tt_layers, update
+from ttcompress.train.options import TrainingOptions
 from ttcompress.train.precision import chosen_precision, lay_out, settled
-from ttcompress.train.setup import TrainingOptions, TrainingSetup
+from ttcompress.train.setup import TrainingSetup
 from ttcompress.train.state import State
 from ttcompress.train.step import backward
 from ttcompress.train.stopping import stop_requests
 
 SAVE_EVERY = 120.0
 """Seconds between two saves within an epoch."""
+NO_SAME_BITS = "does not have a deterministic implementation"
+"""Torch says so of operators, of the gradients of some on GPUs above all."""
 CHECK_EVERY = 10
 """Steps between two looks at the loss and at whether to stop; on a GPU each look waits for it."""
 
@@ -47,7 +50,7 @@ def train(model: nn.Module, options: TrainingOptions, setup: TrainingSetup, resu
         CheckpointError: nothing fitting to resume.
     """
     state = _initial_state(model, options, setup)
-    with stop_requests() as stop_requested, _naming_memory(state, setup):
+    with stop_requests() as stop_requested, _in_one_line(state, setup):
         if resume and setup.checkpoint:
             state.load(setup.checkpoint, setup.fingerprint, setup.world.device)
             if state.epoch > options.epochs or state.step > setup.stream.steps:
@@ -90,10 +93,16 @@ def _forward(model: nn.Module, options: TrainingOptions, setup: TrainingSetup) -
     """What is called in training; compiled, with the teacher, where the options say so."""
     forward = parallel(model, setup.world)
     if options.compile:
-        forward = torch.compile(forward)
+        mode = compile_mode(setup.world)
+        forward = torch.compile(forward, mode=mode)
         if setup.teacher is not None:
-            setup.teacher.compile()
+            setup.teacher.compile(mode=mode)
     return forward
+
+
+def compile_mode(world: World) -> str | None:
+    """On a GPU all kernels of a pass are begun at once, as a graph, but where processes exchange gradients in it."""
+    return "reduce-overhead" if world.device.type == "cuda" and world.size == 1 else None
 
 
 # --------------------------------------------------------------------------------------------------- an epoch
@@ -234,20 +243,39 @@ def _check_finite(state: State, setup: TrainingSetup) -> None:
         for name, value in values.items()
         if value.is_floating_point() and name not in state.unbounded
     ]
-    are_finite = torch.stack([each.isfinite().all() for each in tensors])
     # The summed loss is the same number in all processes, the tensors may differ.
-    if not isfinite(state.sums[1]) or setup.world.any(not bool(are_finite.all())):
+    if not isfinite(state.sums[1]) or setup.world.any(not all_finite(tensors)):
         place = f"in epoch {state.epoch + 1}, batch {state.step}"
         message = f"a value is not finite {place}: start again with a lower --lr"
         raise TrainingError(_with_checkpoint(message, setup))
 
 
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no number is NaN or infinite, by one look at the device."""
+    if not tensors:
+        return True
+    if not tensors[0].is_cuda:
+        return all(bool(each.isfinite().all()) for each in tensors)
+    # The largest of each tensor are found at once: a GPU waits longer for many small operations than it takes for them.
+    by_type: dict[torch.dtype, list[Tensor]] = {}
+    for each in tensors:
+        if each.numel():
+            by_type.setdefault(each.dtype, []).append(each)
+    largest = [torch.stack(torch._foreach_norm(alike, inf)) for alike in by_type.values()]
+    return bool(torch.stack([each.isfinite().all() for each in largest]).all())
+
+
 @contextmanager
-def _naming_memory(state: State, setup: TrainingSetup) -> Iterator[None]:
-    """One line where memory runs out, which names what takes less of it."""
+def _in_one_line(state: State, setup: TrainingSetup) -> Iterator[None]:
+    """One line where memory runs out, or bits cannot be the same each time, which names what helps."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        if NO_SAME_BITS in str(error):
+            message = (
+                f"{str(error).split()[0]} has no way to the same bits each time: leave out --deterministic"
+            )
+            raise TrainingError(_with_checkpoint(message, setup)) from error
         if not is_out_of_memory(error):
             raise
         message = f"out of memory in epoch {state.epoch + 1}: a smaller --batch-size or a larger --accumulate takes less"

@@ -7,7 +7,20 @@ import torch
 from torch import Tensor
 
 from ttcompress.data.sending import sent
-from ttcompress.train.setup import TrainingOptions
+from ttcompress.networks.running import NetworkInput
+from ttcompress.train.options import TrainingOptions
+
+
+def mixed(
+    inputs: NetworkInput, labels: Tensor | None, options: TrainingOptions, epoch: int, step: int
+) -> tuple[NetworkInput, Tensor | None, float]:
+    """A batch as the options say; only images are mixed, one tensor (N, C, H, W).
+
+    Returns the inputs, the labels of what was mixed in, and the share of the inputs' own labels.
+    """
+    if not (options.mixup or options.cutmix) or not isinstance(inputs, Tensor):
+        return inputs, None, 1.0
+    return mix_images(inputs, labels, options, epoch, step)
 
 
 def mix_images(
@@ -18,9 +31,6 @@ def mix_images(
     Returns the images, the labels of what was mixed in, and the share of the images' own labels.
     """
     kinds = [name for name in ("mixup", "cutmix") if getattr(options, name)]
-    if not kinds:
-        return images, None, 1.0
-
     kind = kinds[step % len(kinds)]
     alpha = getattr(options, kind)
     generator = np.random.default_rng([options.seed, epoch, step])

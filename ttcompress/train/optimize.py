@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from math import cos, pi
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ttcompress.layers.base import TTLayer
 from ttcompress.layers.rebuilt import TTWeight
@@ -111,10 +111,14 @@ def shrink_products(layers: Sequence[TTLayer | TTWeight], share: float) -> None:
     if not share:
         return
     left = max(0.0, 1 - share)
+    alike: dict[int, list[Tensor]] = {}
     for layer in layers:
         trained = [core for core in layer.cores if core.requires_grad]
-        for core in trained:
-            core.mul_(left ** (1 / len(trained)))
+        alike.setdefault(len(trained), []).extend(trained)
+    # At once: a GPU waits longer for each of many small operations than it takes for it.
+    for count, cores in alike.items():
+        if cores:
+            torch._foreach_mul_(cores, left ** (1 / count))
 
 
 def not_finite(model: nn.Module) -> set[str]:
@@ -142,8 +146,12 @@ class Average:
         """Take the network in; early averages are short."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        averaged: list[tuple[Tensor, Tensor]] = []
         for name, value in model.state_dict().items():
             if value.is_floating_point() and name not in self._copied:
-                self.values[name].lerp_(value, 1 - decay)
+                averaged.append((self.values[name], value))
             else:
                 self.values[name].copy_(value)
+
+        ours, theirs = ([pair[side] for pair in averaged] for side in (0, 1))
+        torch._foreach_lerp_(ours, theirs, 1 - decay)

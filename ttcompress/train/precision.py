@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.processes import World
-from ttcompress.train.setup import TrainingOptions, TrainingSetup
+from ttcompress.train.options import TrainingOptions
+from ttcompress.train.setup import TrainingSetup
 from ttcompress.train.state import State
 from ttcompress.train.step import backward
 

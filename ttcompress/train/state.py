@@ -15,7 +15,7 @@ from ttcompress.files.header import brief, canonical_json
 from ttcompress.files.output import replacing
 from ttcompress.records.common import Json
 from ttcompress.train.optimize import Average
-from ttcompress.train.setup import PRECISIONS
+from ttcompress.train.options import PRECISIONS
 
 
 @dataclass

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ttcompress.train.loss import training_loss
-from ttcompress.train.mixing import mix_images
-from ttcompress.train.setup import PRECISIONS, TrainingOptions, TrainingSetup
+from ttcompress.networks.running import NetworkInput, batch_size, map_tensors
+from ttcompress.train.mixing import mixed
+from ttcompress.train.options import PRECISIONS, TrainingOptions
+from ttcompress.train.setup import TrainingSetup
 from ttcompress.train.state import State
 
 
@@ -20,44 +21,56 @@ def backward(
     forward: Any,
     options: TrainingOptions,
     setup: TrainingSetup,
-    images: Tensor,
+    inputs: NetworkInput,
     labels: Tensor | None,
 ) -> Tensor:
     """Leave the gradients of one batch in the parameters.
 
-    Returns the number of images, their summed loss and how many were classified right, float64 (3,).
+    Returns how many things were learned from, their summed loss and how many were right, float64 (3,): of classifiers
+    they are the inputs, of networks that read text its tokens.
     """
     state.optimizer.zero_grad(set_to_none=True)
-    images, partner_labels, own_share = mix_images(images, labels, options, state.epoch, state.step)
+    device = setup.world.device
+    if options.compile and device.type == "cuda":
+        # What graphs of the step before have put out may be overwritten from here on.
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+    inputs, partner_labels, own_share = mixed(inputs, labels, options, state.epoch, state.step)
     if options.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
+        inputs = map_tensors(_channels_last, inputs)
 
-    mean_count = setup.stream.mean_count(images)
-    part_size = -(-len(images) // options.accumulate)
-    starts = range(0, len(images), part_size)
-    sums = torch.zeros(3, dtype=torch.float64, device=images.device)
-    for start in starts:
+    lesson = setup.lesson
+    mean_count = setup.stream.mean_count(inputs)
+    count = batch_size(inputs)
+    part_size = -(-count // options.accumulate)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for start in range(0, count, part_size):
         part = slice(start, start + part_size)
-        own = None if labels is None else labels[part]
+        given = map_tensors(itemgetter(part), inputs)
+        own = lesson.labels(given, None if labels is None else labels[part])
         partner = None if partner_labels is None else partner_labels[part]
 
-        is_last = start == starts[-1]
+        is_last = start + part_size >= count
         with _gradient_exchange(forward, is_last or setup.world.size == 1):
-            with _autocast(options, images.device):
-                teacher_logits = _teacher_logits(setup.teacher, images[part])
-                logits = _main_logits(forward(images[part]))
-            loss = training_loss(logits, own, teacher_logits, options)
+            with _autocast(options, device):
+                taught = _taught(setup, given)
+                answers = lesson.answers(forward, given)
+            loss = lesson.loss(answers, own, taught, options)
             if partner is not None:
-                partner_loss = training_loss(logits, partner, teacher_logits, options)
+                partner_loss = lesson.loss(answers, partner, taught, options)
                 loss = own_share * loss + (1 - own_share) * partner_loss
-            state.scaler.scale(loss * len(logits) / mean_count).backward()  # type: ignore[no-untyped-call]
+            share = batch_size(given) / mean_count
+            state.scaler.scale(loss * share).backward()  # type: ignore[no-untyped-call]
 
-        summed_loss = loss.detach() * len(logits)
-        right = _num_right(logits.detach(), own, teacher_logits)
+        summed_loss = loss.detach() * len(answers)
+        right = lesson.num_right(answers.detach(), own, taught)
         # Filled on the device: a number that is sent there would wait for it.
-        seen = loss.new_full((), len(logits))
+        seen = loss.new_full((), len(answers))
         sums += torch.stack([seen, summed_loss, right.to(loss)]).double()
     return sums
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
 def _gradient_exchange(forward: Any, exchanges: bool) -> AbstractContextManager[Any]:
@@ -66,31 +79,10 @@ def _gradient_exchange(forward: Any, exchanges: bool) -> AbstractContextManager[
     return exchange
 
 
-def _main_logits(output: Any) -> Tensor:
-    """The logits of the main head: by their name, or first where auxiliary heads give theirs too."""
-    main: Any = output
-    if isinstance(output, Mapping):
-        main = output["logits"] if "logits" in output else next(iter(output.values()))
-    elif not isinstance(output, Tensor):
-        main = output[0] if isinstance(output, tuple | list) else output.logits
-    return main.float()  # type: ignore[no-any-return]
-
-
 def _autocast(options: TrainingOptions, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, PRECISIONS[options.precision], enabled=options.precision != "float32")
 
 
 @torch.no_grad()
-def _teacher_logits(teacher: nn.Module | None, images: Tensor) -> Tensor | None:
-    if teacher is None:
-        return None
-    return _main_logits(teacher(images))
-
-
-def _num_right(logits: Tensor, labels: Tensor | None, teacher_logits: Tensor | None) -> Tensor:
-    """How many images get their label, or where there are no labels the class that the teacher gives them."""
-    classes = logits.argmax(1)
-    targets = labels
-    if targets is None:
-        targets = classes if teacher_logits is None else teacher_logits.argmax(1)
-    return (classes == targets).sum()
+def _taught(setup: TrainingSetup, inputs: NetworkInput) -> Tensor | None:
+    return None if setup.teacher is None else setup.lesson.answers(setup.teacher, inputs)

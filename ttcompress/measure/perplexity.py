@@ -1,0 +1,98 @@
+"""How well a causal language model foretells a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import exp, sqrt
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ttcompress.data.tokens import TOKENS
+from ttcompress.networks.answers import logits
+from ttcompress.networks.running import finite, placed
+from ttcompress.records.common import Progress
+
+Z = 1.959963984540054
+"""Standard deviations around the mean that hold 95 % of a normal distribution."""
+
+
+@dataclass(frozen=True)
+class Surprise:
+    """By sample of a text, the summed negative logarithm of the probabilities of its tokens, and how many they are.
+
+    The first token of a sample follows nothing, and does not count.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that were foretold."""
+        return int(self.counts.sum())
+
+    @property
+    def mean(self) -> float:
+        """Of a token, in nats."""
+        return float(self.sums.sum()) / self.num_tokens
+
+    @property
+    def perplexity(self) -> float:
+        """The number of tokens among which one would have to guess to do as badly."""
+        return _exp(self.mean)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the perplexity, the samples taken as drawn from many (a ratio of means)."""
+        n = len(self.sums)
+        if n < 2:
+            return 0.0, _exp(float("inf"))
+        off = self.sums - self.mean * self.counts
+        error = sqrt(float(off.square().sum()) / (n - 1) * n) / self.num_tokens
+        return _exp(self.mean - Z * error), _exp(self.mean + Z * error)
+
+
+def _exp(value: float) -> float:
+    # Networks that are broken altogether are beyond all numbers.
+    return exp(min(value, 700.0))
+
+
+@torch.inference_mode()
+def surprise(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Surprise:
+    """Run a causal language model over samples of a text, in eval mode; its own mode is put back after.
+
+    Every sample begins without what stands before it, so that with samples of L tokens one is foretold from L / 2 others
+    on average (a stride of L).
+
+    Raises:
+        DataError: a network that returns no logits, or NaN.
+    """
+    was_training = model.training
+    model.eval()
+    sums: list[Tensor] = []
+    counts: list[Tensor] = []
+    try:
+        for inputs in batches:
+            tokens = inputs[TOKENS].to(device)
+            found = finite(logits(model, placed(inputs, device)))
+            sums.append(token_losses(found, tokens).double().sum(1).cpu())
+            counts.append(torch.full((len(tokens),), tokens.shape[1] - 1, dtype=torch.float64))
+            if progress:
+                progress("evaluating", sum(map(len, sums)), 0)
+    finally:
+        model.train(was_training)
+    return Surprise(torch.cat(sums), torch.cat(counts))
+
+
+def token_losses(found: Tensor, tokens: Tensor) -> Tensor:
+    """Negative log-probabilities (N, L - 1) of the tokens (N, L) from the second on, from logits (N, L, vocabulary)."""
+    before = found[:, :-1].float().transpose(1, 2)
+    return functional.cross_entropy(before, tokens[:, 1:], reduction="none")
