@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -128,7 +129,7 @@ def test_gradients_of_pieces_add_up_to_those_of_the_batch() -> None:
     other, x = deepcopy(one), VECTORS[:32].double()
     whole, _ = gradients_of_error(one, plain_answer, [(x, target)])
     ends = [0, 7, 20, 32]
-    pieces = [(x[a:b], target[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    pieces = [(x[a:b], target[a:b]) for a, b in pairwise(ends)]
     parts, outputs = gradients_of_error(other, plain_answer, pieces)
     assert parts == pytest.approx(whole)
     torch.testing.assert_close(torch.cat(outputs), one(x).detach())
