@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def test_every_token_counts_as_much_as_another() -> None:
 
     calibration = draw_calibration("samples", 32, None, 0, batches)
     found = measure(net, {"0": layer_spec(net[0])}, calibration, 0)["0"]
-    fitting = [batch for batch in calibration.fitting(0)]
+    fitting = list(calibration.fitting(0))
     tokens = torch.cat([batch.reshape(-1, 6) for batch in fitting]).double()
     torch.testing.assert_close(found.inputs.own, tokens.T @ tokens / len(tokens), rtol=1e-5, atol=1e-6)
     held = torch.cat([batch.reshape(-1, 6) for batch in calibration.held_out()]).double()
@@ -200,8 +201,6 @@ def test_what_is_refused(arrays: dict[str, Any], message: str, folder: Path) -> 
     assert done.code == 2
     assert not (folder / "out.safetensors").exists()
     (line,) = done.err.strip().splitlines()
-    import re
-
     assert re.search(message, line), line
 
 
@@ -219,14 +218,14 @@ def test_one_array_of_any_name_is_the_one_input() -> None:
     assert by_input_names(build(), {"tokens": x}, "f") is x
     assert by_input_names(build(), {"input_ids": x}, "f") == {"input_ids": x}
 
-    class Any_(nn.Module):
+    class Anything(nn.Module):
         def forward(self, *given: Any, **named: Any) -> Any:
             return given, named
 
-    assert by_input_names(Any_(), {"anything": x, "more": x}, "f") == {"anything": x, "more": x}
+    assert by_input_names(Anything(), {"anything": x, "more": x}, "f") == {"anything": x, "more": x}
+
+    class Two(nn.Module):
+        def forward(self, target: Tensor, source: Tensor) -> Any: ...
+
     with pytest.raises(DataError, match="takes target, source"):
-
-        class Two(nn.Module):
-            def forward(self, target: Tensor, source: Tensor) -> Any: ...
-
         by_input_names(Two(), {"image": x}, "f")
