@@ -97,6 +97,7 @@ def one_of(choices: Sequence[str]) -> Kind:
 TEXT = Kind("a text", _is_text, "text")
 PATH = Kind("a path", _is_text, "path")
 PATTERNS = Kind("a list of patterns", _each(_is_text), "texts")
+NAMES = Kind("a list of names", _each(_is_text), "words")
 COUNT = Kind("a whole number above 0", _is_count, "int")
 COUNTS = Kind("a list of whole numbers above 0", _each(_is_count), "ints")
 FROM_ZERO = Kind("a whole number, 0 or above", lambda value: _is_int(value) and 0 <= value < LARGEST, "int")
@@ -326,6 +327,12 @@ TABLE: tuple[Option, ...] = (
         default="default", needs="calib",
     ),
     # Accuracy.
+    Option(
+        "outputs", NAMES, CALIBRATION, ("compress", "plan", "sweep", "evaluate"),
+        "Of a network that returns several tensors, those that count: keys, fields and indices, with dots between "
+        "where they are nested.",
+        otherwise="all; for accuracy what is called logits, or the only one of two dimensions", metavar="NAME,..",
+    ),
     Option(
         "data", TEXT, ACCURACY, OPENING,
         "Labelled images to measure accuracy on, KIND:PATH[@train|@test] or digits; or texts, text:FILE or "

@@ -75,6 +75,7 @@ class Recipe:
     calib: str | None = None
     calib_images: int | None = None
     effort: str | None = None
+    outputs: tuple[str, ...] = ()
     train: str | None = None
     teacher: str | None = None
     epochs: int | None = None

@@ -27,6 +27,7 @@ class Settings:
     input_size: tuple[int, ...]
     calib_images: int
     effort: str
+    outputs: tuple[str, ...]
     epochs: int
     optimizer: str
     lr: float

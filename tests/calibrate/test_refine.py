@@ -246,7 +246,7 @@ def test_a_step_along_one_core_goes_to_the_least_loss() -> None:
             target = torch.randn(layer(images).shape, generator=seeded(1)).double()
             start = [core.detach().clone() for core in layer.cores]
             best = NaturalGradient({"layer": layer}, statistics).best_step(
-                layer, plain_answer, images, target
+                layer, plain_answer, [(images, target)]
             )
             for core, before in zip(layer.cores, start, strict=True):
                 torch.testing.assert_close(core.detach(), before, rtol=1e-12, atol=1e-12)
@@ -267,7 +267,7 @@ def test_the_best_step_is_that_of_the_linearised_network(case: Case) -> None:
     images = torch.randn(10, *((case[1][1],) if len(case[1]) == 2 else (case[1][1], 6, 5))).double()
     model = nn.Sequential(layer, nn.Flatten(), nn.Softplus())
     target = torch.randn(model(images).shape).double()
-    best = NaturalGradient({"layer": layer}, statistics).best_step(model, plain_answer, images, target)
+    best = NaturalGradient({"layer": layer}, statistics).best_step(model, plain_answer, [(images, target)])
     direction = {f"0.cores.{k}": core.grad for k, core in enumerate(layer.cores)}
     values = {name: value.detach() for name, value in model.named_parameters()}
     run = partial(torch.func.functional_call, model, args=images)
@@ -394,7 +394,7 @@ def test_steps_that_do_not_bring_the_error_down_have_failed(rate: float, down: b
     dense, model, statistics, calibration = perturbed("vectors")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, TTLinear)}
     images = next(iter(calibration.fitting(0)))
-    natural, answered = NaturalGradient(layers, statistics), repeat((images, dense(images)))
+    natural, answered = NaturalGradient(layers, statistics), repeat([(images, dense(images))])
     errors = [network_error(dense, model, calibration)]
     assert (
         refinement._descend(

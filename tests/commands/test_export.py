@@ -262,11 +262,13 @@ def test_the_size_of_an_input_has_to_be_known_and_right(folder: Path) -> None:
 
 def test_a_difference_is_an_error(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = export._run
-    monkeypatch.setattr(export, "_run", lambda *given: [y + 3e-4 * y.abs().max() for y in run(*given)])
+    monkeypatch.setattr(export, "_run", lambda *given: [[y + 3e-4 * y.abs().max()] for (y,) in run(*given)])
     refused(compressed, r"onnxruntime differs from torch by 0\.0003 of the largest output, more than 0\.0001")
-    monkeypatch.setattr(export, "_run", lambda *given: [y * ([1, np.nan][len(y) > 1]) for y in run(*given)])
+    monkeypatch.setattr(
+        export, "_run", lambda *given: [[y * ([1, np.nan][len(y) > 1])] for (y,) in run(*given)]
+    )
     refused(compressed, "differs from torch by nan")
-    monkeypatch.setattr(export, "_run", lambda *given: [y[:, :9] for y in run(*given)])
+    monkeypatch.setattr(export, "_run", lambda *given: [[y[:, :9]] for (y,) in run(*given)])
     refused(compressed, r"onnxruntime returns \(1, 9\), torch \(1, 10\)")
 
 
@@ -286,8 +288,30 @@ class Net(nn.Linear):
 def build():
     return Net(4, 3)
 """
-TWO_OUTPUTS = BRANCHES.replace("y if y.sum() > 0 else -y", "y, y")
+SEVERAL = BRANCHES.replace("y if y.sum() > 0 else -y", '{"boxes": y, "heads": [2 * y[:, None], y.argmax(1)]}')
 FIXED_BATCH = BRANCHES.replace("y if y.sum() > 0 else -y", "y.reshape(2, 3)")
+
+
+def test_each_of_several_outputs_has_its_name(folder: Path) -> None:
+    reference, build = builder(folder, SEVERAL)
+    write_dense(folder / "net.pt", build().state_dict())
+    compress_file(
+        folder / "net.pt", folder / "tt.safetensors", Recipe(arch=reference, ranks=2, include=("*",))
+    )
+    assert (
+        cli.main(["export", "tt.safetensors", "--arch", reference, "--input-size", "4", "--onnx", "net.onnx"])
+        == 0
+    )
+
+    session = onnxruntime.InferenceSession(folder / "net.onnx", providers=["CPUExecutionProvider"])
+    assert [each.name for each in session.get_outputs()] == ["boxes", "heads.0", "heads.1"]
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        wanted = ttcompress.load(folder / "tt.safetensors", factory=build)(x)
+    boxes, first, second = (torch.from_numpy(each) for each in session.run(None, {"input": x.numpy()}))
+    torch.testing.assert_close(boxes, wanted["boxes"])
+    torch.testing.assert_close(first, wanted["heads"][0])
+    assert second.tolist() == wanted["heads"][1].tolist()
 
 
 @pytest.mark.parametrize(
@@ -295,9 +319,8 @@ FIXED_BATCH = BRANCHES.replace("y if y.sum() > 0 else -y", "y.reshape(2, 3)")
     [
         (BRANCHES, "torch cannot export the network: ", ExportError),
         (FIXED_BATCH, r"does not take images of shape \(4,\): shape '\[2, 3\]' is invalid", DataError),
-        (TWO_OUTPUTS, "export need a tensor; the network returns tuple", DataError),
     ],
-    ids=["branches", "fixed batch", "two outputs"],
+    ids=["branches", "fixed batch"],
 )
 def test_networks_that_do_not_export(
     source: str, message: str, kind: type[TTCompressError], folder: Path

@@ -197,7 +197,7 @@ def test_images_of_the_wrong_size(shape: tuple[int, ...]) -> None:
     ("function", "wanted"),
     [
         (lambda x: (x, x), "tuple"),
-        (lambda x: {"logits": x}, "dict"),
+        (lambda x: {"classes": x[:, 0]}, "dict"),
         (lambda x: x[:, 0], "(20,)"),
         (lambda x: x[:, :, None], "(20, 3, 1)"),
         (lambda x: x * float("nan"), "NaN or Inf"),

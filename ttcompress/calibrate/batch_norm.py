@@ -24,9 +24,10 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Calibration) -> bool:
 
     with torch.no_grad():
         for batch in calibration.fitting(0):
-            # In training mode batch norm refuses a single vector, which has no variance.
-            if batch_size(batch) > 1:
-                call(model, placed(batch, device_of(model)))
+            for piece in calibration.pieces(batch, gradients=False):
+                # In training mode batch norm refuses a single vector, which has no variance.
+                if batch_size(piece) > 1:
+                    call(model, placed(piece, device_of(model)))
 
     for norm, momentum in zip(norms, before, strict=True):
         norm.momentum = momentum

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttcompress.calibrate.room import Room
 from ttcompress.errors import DataError
 from ttcompress.networks.answers import Answer, plain_answer
 
@@ -25,8 +26,8 @@ class Calibration:
     """Unlabelled images as batches of network input, on the CPU; any inputs count as images here.
 
     `fitting(number)` gives the `num_images` to learn from, in another order for every number; `held_out()`
-    those that decide. `answer` is what of the network's output is to stay as it is,
-    `unit` what reports call what is counted.
+    those that decide. `answer` is what of the network's output is to stay as it is, `room` how many pass through
+    the network at a time, where that is less than a batch, `unit` what reports call what is counted.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Calibration:
     held_out: Callable[[], Iterable[Any]]
     answer: Answer = plain_answer
     unit: str = "images"
+    room: Room | None = None
 
     def mapped(self, change: Callable[[Any], Any]) -> Calibration:
         """The same images with every batch changed when it is read."""
@@ -44,6 +46,10 @@ class Calibration:
             fitting=lambda number: map(change, self.fitting(number)),
             held_out=lambda: map(change, self.held_out()),
         )
+
+    def pieces(self, batch: Any, gradients: bool = True) -> list[Any]:
+        """A batch in the pieces in which it passes through the network, with gradients or without."""
+        return [batch] if self.room is None else self.room.pieces(batch, gradients)
 
 
 def draw_calibration(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import sqrt
 from typing import Any
 
@@ -23,8 +24,8 @@ def network_error(dense: nn.Module, compressed: nn.Module, calibration: Calibrat
     hangs on the few images that change their class, does not.
     """
     missed = power = 0.0
-    for batch in calibration.held_out():
-        inputs = placed(batch, device_of(dense))
+    for piece in _pieces(calibration, gradients=False):
+        inputs = placed(piece, device_of(dense))
         ours, theirs = (finite(calibration.answer(each, inputs)).double() for each in (compressed, dense))
         missed += float(centred(ours - theirs).square().sum())
         power += float(centred(theirs).square().sum())
@@ -41,7 +42,7 @@ def output_errors(
     """
     around = {layer.fqn: around_weight(layer.fqn, layer.spec) for layer in plan.layers}
     watched = {name for outer in around.values() for name in outer}
-    ran = modules_run(dense, watched, next(iter(calibration.held_out())))
+    ran = modules_run(dense, watched, next(_pieces(calibration, gradients=False)))
     # A module that never runs has its weight read by one around it.
     runs = {fqn: next(name for name in outer if name in ran) for fqn, outer in around.items()}
     names = set(runs.values())
@@ -61,11 +62,17 @@ def output_errors(
             missed[name] += float(difference.double().square().sum())
 
     with hooked(dense, names, remember, after=True), hooked(compressed, names, compare, after=True):
-        for batch in calibration.held_out():
-            inputs = placed(batch, device_of(dense))
+        # The outputs of all layers are held, as they are for gradients.
+        for piece in _pieces(calibration, gradients=True):
+            inputs = placed(piece, device_of(dense))
             call(dense, inputs)
             call(compressed, inputs)
     return {fqn: _relative(missed[name], power[name]) for fqn, name in runs.items()}
+
+
+def _pieces(calibration: Calibration, gradients: bool) -> Iterator[Any]:
+    for batch in calibration.held_out():
+        yield from calibration.pieces(batch, gradients)
 
 
 def _outputs(output: Any) -> list[Tensor]:

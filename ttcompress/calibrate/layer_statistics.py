@@ -12,6 +12,7 @@ from ttcompress.calibrate.observe import Call, layer_outputs
 from ttcompress.calibrate.uses import Kind, Use
 from ttcompress.records.layers import LayerSpec
 from ttcompress.tt.shapes import Tensorization
+from ttcompress.tt.spool import Spool
 from ttcompress.tt.whiten import MATRIX_LIMIT, ModeMetric, Moments, mode_metrics
 
 EVEN = 0.2
@@ -38,7 +39,7 @@ class LayerStatistics:
     inputs: Moments
     held_out: Moments
     outputs: Moments
-    positions: int = 1
+    positions: float = 1
     unseen: float = 0.0
     use: Use | None = None
 
@@ -56,6 +57,11 @@ class LayerStatistics:
     def output_metric(self) -> Moments:
         """What an error at each output costs, as the gradients have it, an EVEN share of it spread evenly."""
         return self.outputs.blended(EVEN)
+
+    def lay_aside(self, spool: Spool) -> None:
+        """Put the moments where they take less memory."""
+        for moments in (self.inputs, self.held_out, self.outputs):
+            moments.lay_aside(spool.lay)
 
     def metrics(self, tensorization: Tensorization, diagonal: bool = False) -> list[ModeMetric]:
         """Roots of the metric of each mode, in which squared norms are changes of the network's outputs.
@@ -91,13 +97,25 @@ class Part:
         self.inputs = Moments(inp, is_diagonal=diagonals[0])
         self.held_out = Moments(inp, is_diagonal=diagonals[0])
         self.outputs = Moments(out, is_diagonal=diagonals[1])
-        self.positions = 1
         self.has_run = False
+        self._images = 0
+        self._seen = 0
+        self._usual = {False: 0, True: 0}
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the moments take."""
-        return self.inputs.num_bytes + self.held_out.num_bytes + self.outputs.num_bytes
+        """Memory that the moments take at a time: those that are fitted to are laid aside before the others add up."""
+        return max(self.inputs.num_bytes + self.outputs.num_bytes, self.held_out.num_bytes)
+
+    @property
+    def positions(self) -> float:
+        """How many an image has on average; samples may be of different lengths."""
+        return self._seen / self._images if self._images else 1
+
+    def _counts(self, at: Batch, positions: int, is_gradient: bool = False) -> float:
+        """What a batch counts for: every position as much as another, in units of those that the first image has."""
+        usual = self._usual[is_gradient] = self._usual[is_gradient] or positions
+        return at.num_images * (positions / usual)
 
     @property
     def weight(self) -> float:
@@ -118,17 +136,23 @@ class Part:
     def add_inputs(self, use: Use, module: nn.Module, call: Call, at: Batch) -> None:
         """Add what goes into the module."""
         self.has_run = True
-        found, self.positions = use.inputs(module, call, at.offset)
+        found, positions = use.inputs(module, call, at.offset)
+        if not at.is_held_out:
+            self._images += at.num_images
+            self._seen += at.num_images * positions
         goal = self._goal(use.swapped, at.is_held_out)
         if goal is not None:
             add = goal.count if use.kind is Kind.LOOKUP else goal.add
-            add(found.detach(), weight=at.num_images)
+            add(found.detach(), weight=self._counts(at, positions))
 
     def add_gradient(self, use: Use, module: nn.Module, at: Batch, gradient: Tensor) -> None:
         """Add the gradients at what comes out of it."""
         goal = self._goal(not use.swapped, at.is_held_out)
         if goal is not None:
-            goal.add(layer_outputs(module, gradient), weight=at.num_images)
+            columns = layer_outputs(module, gradient)
+            goal.add(
+                columns, weight=self._counts(at, max(1, columns.shape[1] // at.num_images), is_gradient=True)
+            )
 
     def add_own_gradient(self, gradient: Tensor, at: Batch) -> None:
         """Add the gradient (out, in, window) of the weight itself, a sum over the images of a batch.
@@ -185,6 +209,12 @@ class Measured:
     def num_bytes(self) -> int:
         """Memory that the moments take."""
         return sum(part.num_bytes for part in self.parts)
+
+    def lay_aside(self, spool: Spool) -> None:
+        """Put the moments that are complete once all images have been fitted to where they take less memory."""
+        for part in self.parts:
+            part.inputs.lay_aside(spool.lay)
+            part.outputs.lay_aside(spool.lay)
 
     def statistics(self) -> LayerStatistics:
         """What has added up; a weight of several uses has the sum of their metrics."""

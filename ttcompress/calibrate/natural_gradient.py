@@ -9,7 +9,7 @@ and right; each factor is inverted by itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ttcompress.layers.rebuilt import TTWeight
 from ttcompress.networks.answers import Answer
 from ttcompress.networks.running import NetworkInput, batch_size, centred
 from ttcompress.tt.quantize import is_grouped
+from ttcompress.tt.spool import Spool
 from ttcompress.tt.whiten import DAMPING, ModeMetric
 
 RENEWED_EVERY = 10
@@ -33,14 +34,44 @@ def half_squared_error(output: Tensor, target: Tensor) -> Tensor:
     return centred(output - target).square().sum() / (2 * len(output))
 
 
-class NaturalGradient:
-    """Gradients of TT-cores in the metric of their layers' inputs and outputs."""
+Answered = Sequence[tuple[NetworkInput, Tensor]]
+"""A batch in pieces, each with what the outputs are to be."""
 
-    def __init__(self, layers: Mapping[str, TTLayer | TTWeight], statistics: Statistics) -> None:
+
+def gradients_of_error(model: nn.Module, answer: Answer, pieces: Answered) -> tuple[float, list[Tensor]]:
+    """Half the squared error of a batch, whose gradients are added to those of the parameters; and its outputs."""
+    whole = sum(batch_size(inputs) for inputs, _ in pieces)
+    error = 0.0
+    outputs = []
+    for inputs, target in pieces:
+        output = answer(model, inputs)
+        outputs.append(output.detach())
+        loss = half_squared_error(output, target) * (batch_size(inputs) / whole)
+        loss.backward()  # type: ignore[no-untyped-call]
+        error += float(loss.detach())
+    return error, outputs
+
+
+class NaturalGradient:
+    """Gradients of TT-cores in the metric of their layers' inputs and outputs.
+
+    Metrics of wide layers are large, so that they are laid aside between steps.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, TTLayer | TTWeight], statistics: Statistics, spool: Spool | None = None
+    ) -> None:
         self._layers = list(layers.values())
-        self._metrics = [statistics[name].metrics(layer.tensorization) for name, layer in layers.items()]
-        squared = [[metric.squared() for metric in metrics] for metrics in self._metrics]
-        self._inverses = [[metric.inverse() for metric in metrics] for metrics in squared]
+        self._metrics: list[list[Callable[[], ModeMetric]]] = []
+        self._inverses: list[list[Callable[[], ModeMetric]]] = []
+        lay = (spool or Spool()).lay
+        for name, layer in layers.items():
+            metrics = statistics[name].metrics(layer.tensorization)
+            # As the cores are multiplied by them.
+            dtype = torch.promote_types(layer.cores[0].dtype, torch.float32)
+            inverses = (metric.squared().inverse() for metric in metrics)
+            self._inverses.append([_laid_aside(each, dtype, lay) for each in inverses])
+            self._metrics.append([_laid_aside(each, dtype, lay) for each in metrics])
         self._frames: list[list[list[tuple[Tensor, Tensor]]]] = []
         self._age = 0
 
@@ -59,36 +90,47 @@ class NaturalGradient:
         for layer, inverses, frames in zip(self._layers, self._inverses, self._frames, strict=True):
             for core, inverse, around in zip(layer.cores, inverses, frames, strict=True):
                 if core.grad is not None:
-                    core.grad = _natural(core.grad, inverse, around)
+                    core.grad = _natural(core.grad, inverse(), around)
 
     def _renew(self) -> None:
         pairs = zip(self._layers, self._metrics, strict=True)
-        self._frames = [_frames_of_groups(list(layer.cores), metrics) for layer, metrics in pairs]
+        self._frames = [
+            _frames_of_groups(list(layer.cores), [metric() for metric in metrics]) for layer, metrics in pairs
+        ]
 
-    def best_step(self, model: nn.Module, answer: Answer, inputs: NetworkInput, target: Tensor) -> float:
+    def best_step(self, model: nn.Module, answer: Answer, pieces: Answered) -> float:
         """The step along the natural gradient that would minimise the squared error, were the network linear.
 
         Along a direction d the error is then a parabola: the step is its slope <gradient, d> over its
         curvature ||J d||^2, and J d, the change of the outputs, is measured by a small step.
         """
-        output = answer(model, inputs)
-        half_squared_error(output, target).backward()  # type: ignore[no-untyped-call]
+        _, before = gradients_of_error(model, answer, pieces)
         plain = [_gradient(core) for core in self.cores]
         self.apply()
         direction = [_gradient(core) for core in self.cores]
         slope = sum(float((g * d).sum()) for g, d in zip(plain, direction, strict=True))
 
         small = PROBE * _length(self.cores) / (_length(direction) or 1.0)
+        curvature = 0.0
         with torch.no_grad():
             self._move(direction, -small)
-            change = (answer(model, inputs) - output) / small
+            for (inputs, _), output in zip(pieces, before, strict=True):
+                change = (answer(model, inputs) - output) / small
+                curvature += float(centred(change).square().sum())
             self._move(direction, small)
-        curvature = float(centred(change).square().sum()) / batch_size(inputs)
+        curvature /= sum(batch_size(inputs) for inputs, _ in pieces)
         return slope / curvature if curvature > 0 else 0.0
 
     def _move(self, direction: Sequence[Tensor], by: float) -> None:
         for core, d in zip(self.cores, direction, strict=True):
             core.add_(d, alpha=by)
+
+
+def _laid_aside(
+    metric: ModeMetric, dtype: torch.dtype, lay: Callable[[Tensor], Callable[[], Tensor]]
+) -> Callable[[], ModeMetric]:
+    out, inp = lay(metric.out.to(dtype)), lay(metric.inp.to(dtype))
+    return lambda: ModeMetric(out(), inp())
 
 
 def _gradient(core: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ whatever their ranks and scales. Everything else goes by Adam.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.calibrate.calibration import Calibration
-from ttcompress.calibrate.natural_gradient import NaturalGradient, half_squared_error
+from ttcompress.calibrate.natural_gradient import Answered, NaturalGradient, gradients_of_error
 from ttcompress.calibrate.observe import gradients_in_eval
 from ttcompress.calibrate.reference import Reference
 from ttcompress.data.augment import CROP, flipped, shifted
@@ -32,6 +31,7 @@ from ttcompress.networks.running import (
 )
 from ttcompress.networks.weights import tt_parts
 from ttcompress.records.common import Progress
+from ttcompress.tt.spool import Spool
 
 STEP = 0.4
 """Length of a step, as a share of the one that would minimise the error along the first gradients."""
@@ -82,23 +82,25 @@ def _refine(
     reference: Reference, compressed: nn.Module, steps: int, seed: int, progress: Progress | None
 ) -> None:
     answer = reference.calibration.answer
-    natural = NaturalGradient(tt_parts(compressed), reference.statistics)
+    spool = Spool()
+    natural = NaturalGradient(tt_parts(compressed), reference.statistics, spool)
 
-    rate = STEP * natural.best_step(compressed, answer, *next(_answered(reference, seed)))
-    start = copy.deepcopy(compressed.state_dict())
+    rate = STEP * natural.best_step(compressed, answer, next(_answered(reference, seed)))
+    compressed.zero_grad()
+    start = {name: spool.lay(tensor.clone()) for name, tensor in compressed.state_dict().items()}
     for attempt in range(ATTEMPTS):
         share = BACK_OFF**attempt
         schedule = Schedule(steps, rate * share, ADAM_RATE * share)
         if _descend(compressed, answer, natural, _answered(reference, seed), schedule, progress):
             return
-        compressed.load_state_dict(start)
+        compressed.load_state_dict({name: fetch() for name, fetch in start.items()})
 
 
 def _descend(
     model: nn.Module,
     answer: Answer,
     natural: NaturalGradient,
-    answered: Iterator[tuple[NetworkInput, Tensor]],
+    answered: Iterator[Answered],
     schedule: Schedule,
     progress: Progress | None,
 ) -> bool:
@@ -107,15 +109,14 @@ def _descend(
     decays = [torch.optim.lr_scheduler.LambdaLR(each, schedule.share) for each in optimizers]
 
     errors = list[float]()
-    for step, (inputs, target) in enumerate(islice(answered, schedule.steps)):
-        loss = half_squared_error(answer(model, inputs), target)
-        errors.append(float(loss.detach()))
+    for step, pieces in enumerate(islice(answered, schedule.steps)):
+        model.zero_grad()
+        error, _ = gradients_of_error(model, answer, pieces)
+        errors.append(error)
         # Also where it is NaN, which compares as false.
         if not errors[-1] <= DIVERGED * errors[0]:
             return False
 
-        model.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
         natural.apply()
         for optimizer, decay in zip(optimizers, decays, strict=True):
             optimizer.step()
@@ -141,12 +142,16 @@ def _optimizers(
     return [by_natural_gradient, torch.optim.Adam(others, lr=schedule.adam_rate)]
 
 
-def _answered(reference: Reference, seed: int) -> Iterator[tuple[NetworkInput, Tensor]]:
-    """Augmented inputs, without end, and what the dense network says to them."""
-    for inputs in _augmented(reference.calibration, seed, device_of(reference.dense)):
-        with torch.no_grad():
-            target = reference.calibration.answer(reference.dense, inputs)
-        yield inputs, target
+def _answered(reference: Reference, seed: int) -> Iterator[Answered]:
+    """Batches of augmented inputs, without end, in pieces, and what the dense network says to them."""
+    calibration = reference.calibration
+    for inputs in _augmented(calibration, seed, device_of(reference.dense)):
+        pieces = []
+        for piece in calibration.pieces(inputs):
+            with torch.no_grad():
+                target = calibration.answer(reference.dense, piece)
+            pieces.append((piece, target))
+        yield pieces
 
 
 def _augmented(calibration: Calibration, seed: int, device: torch.device) -> Iterator[NetworkInput]:

@@ -45,7 +45,8 @@ class Stages:
     """
 
     def __init__(self, dense: nn.Module, plan: CompressionPlan, calibration: Calibration) -> None:
-        self.model = copied(dense)
+        # Until there is a compressed one, which begins as a copy of it.
+        self.model = dense
         self.log: list[Json] = []
         self.errors: dict[str, dict[str, float]] = {layer.fqn: {} for layer in plan.layers}
         self.unseen: Mapping[str, Unseen] = {}

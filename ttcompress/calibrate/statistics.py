@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ttcompress.calibrate.calibration import Calibration
 from ttcompress.calibrate.layer_statistics import Batch, LayerStatistics, Measured, Part
 from ttcompress.calibrate.observe import Call, gradients_in_eval, hooked
+from ttcompress.calibrate.room import parts_of
 from ttcompress.calibrate.uses import Use, around_weight, modules_run, parameter_named, uses_of
 from ttcompress.errors import DataError
 from ttcompress.layers.spec import viewed
@@ -23,14 +24,14 @@ from ttcompress.networks.running import (
     centred,
     device_of,
     finite,
-    map_tensors,
     placed,
 )
 from ttcompress.networks.weights import tied_names
 from ttcompress.records.common import Progress
 from ttcompress.records.layers import LayerSpec
+from ttcompress.tt.spool import Spool
 
-GROUP_BYTES = 1 << 31
+GROUP_BYTES = 3 << 28
 """Moments that are held at a time; layers beyond take another pass over the images."""
 
 
@@ -65,17 +66,22 @@ def measure(
         DataError: images that do not fit the network, or NaN.
     """
     found: dict[str, LayerStatistics] = {}
+    spool = Spool()
     with gradients_in_eval(model):
         for group in _groups(_in_order(model, specs, calibration)):
-            _fill(model, group, calibration, seed, progress)
-            found |= {each.fqn: each.statistics() for each in group if each.has_run}
+            _fill(model, group, calibration, seed, spool, progress)
+            for each in group:
+                if each.has_run:
+                    found[each.fqn] = each.statistics()
+                    found[each.fqn].lay_aside(spool)
     return found
 
 
 def _in_order(model: nn.Module, specs: Mapping[str, LayerSpec], calibration: Calibration) -> list[Measured]:
     """The weights in the order in which they are used first, each with the uses at which it can be seen."""
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    ran = modules_run(model, names, next(iter(calibration.held_out())))
+    first, *_ = calibration.pieces(next(iter(calibration.held_out())), gradients=False)
+    ran = modules_run(model, names, first)
     order = {name: number for number, name in enumerate(ran)}
     tied = tied_names(model)
 
@@ -111,6 +117,7 @@ def _fill(
     group: Sequence[Measured],
     calibration: Calibration,
     seed: int,
+    spool: Spool,
     progress: Progress | None,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -118,28 +125,34 @@ def _fill(
     done = 0
 
     for number, batch in enumerate(calibration.fitting(0)):
-        for inputs in _few(batch, most, group):
+        for inputs in _few(calibration.pieces(batch), most, group):
             _backward(model, group, calibration, inputs, Batch(batch_size(inputs), number), generator)
         done += batch_size(batch)
         if progress:
             progress("statistics", min(done, calibration.num_images), calibration.num_images)
 
+    for each in group:
+        each.lay_aside(spool)
+
     for further, batch in enumerate(calibration.held_out(), number + 1):
         if any(each.held_out_needs_gradients for each in group):
-            for inputs in _few(batch, most, group):
-                _backward(
-                    model, group, calibration, inputs, Batch(batch_size(inputs), further, True), generator
-                )
+            for inputs in _few(calibration.pieces(batch), most, group):
+                at = Batch(batch_size(inputs), further, True)
+                _backward(model, group, calibration, inputs, at, generator)
         else:
-            _watch(model, group, calibration, batch, Batch(batch_size(batch), further, True))
+            for inputs in calibration.pieces(batch, gradients=False):
+                _watch(model, group, calibration, inputs, Batch(batch_size(inputs), further, True))
 
 
-def _few(batch: Any, most: int, group: Sequence[Measured]) -> list[Any]:
-    """A batch in pieces, where it gives weights one gradient each."""
-    size = batch_size(batch)
-    if not any(each.needs_own_gradient for each in group) or size <= most:
-        return [batch]
-    return [map_tensors(itemgetter(slice(start, start + most)), batch) for start in range(0, size, most)]
+def _few(pieces: Sequence[Any], most: int, group: Sequence[Measured]) -> Iterator[Any]:
+    """Pieces of a batch, in smaller ones where they give weights one gradient each."""
+    are_few = any(each.needs_own_gradient for each in group)
+    for piece in pieces:
+        size = batch_size(piece)
+        if are_few and size > most:
+            yield from parts_of(piece, [*range(0, size, most), size])
+        else:
+            yield piece
 
 
 def _parts(group: Sequence[Measured]) -> dict[str, list[tuple[Use, Part]]]:

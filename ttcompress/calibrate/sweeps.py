@@ -131,7 +131,7 @@ def pairs_by_layer(
         yield one_by_one
         return
 
-    with in_step([compressed, dense], order, batches) as walks:
+    with in_step([compressed, dense], order, [batch for batch, _ in batches]) as walks:
 
         def together(layer: LayerPlan, use: Use) -> Moments:
             ours, theirs = (walk.calls(use.fqn) if walk.is_on_time else None for walk in walks)
@@ -140,62 +140,81 @@ def pairs_by_layer(
                 return one_by_one(layer, use)
 
             geometry = dense.get_submodule(use.fqn)
-            pairs = _no_pairs(layer)
-            for offset, (batch, *calls) in enumerate(zip(batches, ours, theirs, strict=True)):
+            pairs = Pairs(layer)
+            for (batch, offset), *calls in zip(batches, ours, theirs, strict=True):
                 models = zip((compressed, dense), calls, strict=True)
-                columns, partners = (
-                    use.inputs(model.get_submodule(use.fqn), at, offset, geometry)[0] for model, at in models
+                mine, other = (
+                    use.inputs(model.get_submodule(use.fqn), at, offset, geometry) for model, at in models
                 )
-                pairs.add(columns, partners, batch_size(batch))
-            return pairs
+                pairs.add(mine, other, batch_size(batch))
+            return pairs.moments
 
         yield together
 
 
-def _fitted_batches(reference: Reference) -> list[NetworkInput]:
-    """The batches that weights are fitted to, none where so many at once would take much memory."""
-    batches, seen, held = [], 0, 0
-    for batch in reference.calibration.fitting(0):
+def _fitted_batches(reference: Reference) -> list[tuple[NetworkInput, int]]:
+    """The batches that weights are fitted to, and their numbers; none where so many at once would take much memory."""
+    calibration = reference.calibration
+    batches, held = [], 0
+    for piece, number in _swept(calibration):
+        held += sum(tensor.nbytes for tensor in tensors_of(piece))
+        # What is cut to pieces would be halted in all of them at once.
+        if held > IN_STEP_BYTES or len(calibration.pieces(piece)) > 1:
+            return []
+        batches.append((placed(piece, device_of(reference.dense)), number))
+    return batches
+
+
+def _swept(calibration: Calibration) -> Iterator[tuple[NetworkInput, int]]:
+    """The images that weights are fitted to, in pieces, with the number of the batch."""
+    seen = 0
+    for number, batch in enumerate(calibration.fitting(0)):
         if seen >= SWEEP_IMAGES:
             break
         seen += batch_size(batch)
-        held += sum(tensor.nbytes for tensor in tensors_of(batch))
-        batches.append(placed(batch, device_of(reference.dense)))
-    return batches if held <= IN_STEP_BYTES else []
+        for piece in calibration.pieces(batch, gradients=False):
+            yield piece, number
 
 
-def _no_pairs(layer: LayerPlan) -> Moments:
-    return Moments(prod(layer.spec.view_shape[1:]), paired=True)
+class Pairs:
+    """Paired moments of a weight's inputs, every position of which counts as much as another."""
+
+    def __init__(self, layer: LayerPlan) -> None:
+        self.moments = Moments(prod(layer.spec.view_shape[1:]), paired=True)
+        self._usual = 0
+
+    def add(self, ours: tuple[Tensor, int], theirs: tuple[Tensor, int], count: int) -> None:
+        """Add the columns of so many images in both networks, each with the positions that an image has."""
+        columns, positions = ours
+        self._usual = self._usual or positions
+        self.moments.add(columns, theirs[0], count * (positions / self._usual))
 
 
 def input_pairs(
     dense: nn.Module, compressed: nn.Module, layer: LayerPlan, use: Use, calibration: Calibration
 ) -> Moments:
     """Paired moments of a weight's inputs in the compressed network (own) and in the dense one (crossed)."""
-    pairs = _no_pairs(layer)
-    seen = 0
-    for offset, batch in enumerate(calibration.fitting(0)):
-        if seen >= SWEEP_IMAGES:
-            break
-        size = batch_size(batch)
-        seen += size
-        inputs = placed(batch, device_of(dense))
-        geometry = dense.get_submodule(use.fqn)
-        columns, partners = (_columns(each, geometry, use, inputs, offset) for each in (compressed, dense))
-        pairs.add(columns, partners, size)
-    return pairs
+    pairs = Pairs(layer)
+    geometry = dense.get_submodule(use.fqn)
+    for piece, number in _swept(calibration):
+        inputs = placed(piece, device_of(dense))
+        ours, theirs = (_columns(each, geometry, use, inputs, number) for each in (compressed, dense))
+        pairs.add(ours, theirs, batch_size(piece))
+    return pairs.moments
 
 
 @torch.no_grad()
-def _columns(model: nn.Module, geometry: nn.Module, use: Use, inputs: NetworkInput, offset: int) -> Tensor:
-    """What the weight multiplies at the first call of its module; the rest of the network does not run.
+def _columns(
+    model: nn.Module, geometry: nn.Module, use: Use, inputs: NetworkInput, offset: int
+) -> tuple[Tensor, int]:
+    """What the weight multiplies at the first call of its module, as `Use.inputs`; the rest of the network does not run.
 
     A layer that runs several times for a batch is fitted at its first call.
     """
-    caught: list[Tensor] = []
+    caught: list[tuple[Tensor, int]] = []
 
     def catch(_: str, module: nn.Module, at: Call) -> None:
-        caught.append(use.inputs(module, at, offset, geometry)[0])
+        caught.append(use.inputs(module, at, offset, geometry))
         raise _Reached
 
     with hooked(model, [use.fqn], catch), suppress(_Reached):

@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from ttcompress.calibrate.calibration import Calibration
 from ttcompress.calibrate.layer_statistics import LayerStatistics
 from ttcompress.calibrate.reference import Reference
+from ttcompress.calibrate.room import room_for
 from ttcompress.calibrate.stages import adopt, compress_calibrated
 from ttcompress.calibrate.statistics import measure
 from ttcompress.commands.metric import Metric
 from ttcompress.errors import DataError, PlanError, TTCompressError, shortlist
 from ttcompress.measure.latency import TimedNetwork, within_latency
 from ttcompress.measure.multiply_adds import Usage, usage_of
+from ttcompress.networks.answers import plain_answer
 from ttcompress.networks.held import copied
 from ttcompress.networks.running import Example, NetworkInput, input_dtype, placed
+from ttcompress.networks.structures import chosen_outputs
 from ttcompress.networks.surgery import apply_plan
 from ttcompress.networks.weights import weight_of
 from ttcompress.planning.budgets import Budget
@@ -219,7 +222,17 @@ class Compressor:
             "held_out": self.calibration.num_held_out,
             "effort": self.settings.effort,
             "stages": list(stages),
+            **self._cut,
         }
+
+    @property
+    def _cut(self) -> Json:
+        """How many of the largest inputs pass at a time, where that is less than a batch."""
+        images: Calibration | None = vars(self).get("_images")
+        if images is None or images.room is None:
+            return {}
+        most = max(1, images.room.budget // max(1, images.room.with_gradients))
+        return {"at_a_time": most} if most < min(self.settings.batch_size, images.num_images) else {}
 
     def search(self, metric: Metric | None) -> Compressed:
         """A copy of the network, compressed as far as it loses at most `max_drop`, by bisection of the ratio.
@@ -316,14 +329,25 @@ class Compressor:
 
     @cached_property
     def _images(self) -> Calibration | None:
-        return self.calibration and self.calibration.mapped(
-            partial(placed, device="cpu", dtype=input_dtype(self._dense))
-        )
+        if self.calibration is None:
+            return None
+        images = self.calibration.mapped(partial(placed, device="cpu", dtype=input_dtype(self._dense)))
+        images = replace(images, room=room_for(self._dense, images.held_out()))
+        if images.answer is not plain_answer:
+            return images
+
+        pieces = (each for batch in images.held_out() for each in images.pieces(batch, gradients=False))
+        batches = (placed(each, self.device) for each in pieces)
+        chosen = chosen_outputs(self._dense, batches, self.settings.outputs)
+        return images if chosen is None else replace(images, answer=chosen)
 
     @cached_property
     def _dense(self) -> nn.Module:
-        """The network as it was, frozen, on the device, in a type that can be computed in."""
-        dense = copied(self.model).requires_grad_(False).eval().to(self.device)
+        """The network as it was, frozen, on the device, in a type that can be computed in.
+
+        It has the memory of the network, until that is compressed in place, when it has done its work.
+        """
+        dense = copied(self.model, sharing=True).requires_grad_(False).eval().to(self.device)
         return dense.float() if input_dtype(dense) in (torch.float16, torch.bfloat16) else dense
 
 

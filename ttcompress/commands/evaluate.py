@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ttcompress.commands.inputs import accuracy_on, measured_images, preprocessing_for, reads_text
+from ttcompress.commands.named_inputs import named_metric
 from ttcompress.commands.texts import COSINE, text_metric
+from ttcompress.data.named_arrays import names_inputs, open_named_arrays
 from ttcompress.data.text import open_texts
 from ttcompress.errors import DataError
 from ttcompress.measure.accuracy import Predictions
@@ -30,6 +32,12 @@ def evaluate_file(
     if recipe.data is not None and reads_text(recipe):
         network = open_any(path, recipe.arch, settings.key)
         return _on_texts(network, recipe.data, settings, progress)
+
+    if recipe.data is not None and names_inputs(recipe.data):
+        model = open_any(path, recipe.arch, settings.key).model
+        metric = named_metric(recipe.data, model, settings, progress, recipe.limit)
+        named: Predictions = metric.measure(model)
+        return named.accuracy(), open_named_arrays(recipe.data).name
 
     images = measured_images(recipe)
     if images is None:

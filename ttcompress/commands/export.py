@@ -22,14 +22,15 @@ from ttcompress.networks.onnx_files import (
     has_onnxruntime,
     operators,
     program_of,
+    returned,
     write_program,
 )
 from ttcompress.networks.opening import example_of, open_any
 from ttcompress.networks.plain import plain_network
 from ttcompress.networks.reader import Reader
-from ttcompress.networks.running import call, finite, input_dtype, made_up, tensors_of
+from ttcompress.networks.running import finite, input_dtype, made_up, tensors_of
 from ttcompress.networks.stored import stored_tensors
-from ttcompress.networks.text_examples import answer_of, half_masked, output_name, text_example
+from ttcompress.networks.text_examples import half_masked, text_example
 from ttcompress.records.common import Json
 
 BATCHES = (1, 5)
@@ -103,9 +104,10 @@ def export_file(
             f"{source}: has {stored:,} bytes of tensors; an ONNX file holds {LARGEST:,} at most"
         )
     inputs = _inputs(model, network.reader, shape)
-    name = output_name(model, inputs[0])
     with torch.inference_mode():
-        wanted = [finite(answer_of(call(model, x), name)) for x in inputs]
+        wanted = [returned(model, x) for x in inputs]
+    for each in (tensor for of_batch in wanted for tensor in of_batch.values()):
+        finite(each)
     program = program_of(model, inputs[-1])
     counts = operators(program.model)
     if network.preprocessing:
@@ -118,7 +120,7 @@ def export_file(
     return Exported(
         *(output.name, output.stat().st_size, stored, OPSET, dtype, shape, counts, difference),
         inputs=names,
-        output=name or "output",
+        output=", ".join(wanted[0]),
     )
 
 
@@ -137,7 +139,7 @@ def _random(batch: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return made_up(torch.randn, (batch, *shape), generator=torch.Generator().manual_seed(batch)).to(dtype)
 
 
-def _difference(path: Path, inputs: Sequence[Any], wanted: Sequence[Tensor]) -> float | None:
+def _difference(path: Path, inputs: Sequence[Any], wanted: Sequence[Mapping[str, Tensor]]) -> float | None:
     """Of onnxruntime from torch, the largest over the largest output; None where onnxruntime is not installed.
 
     Raises:
@@ -146,9 +148,13 @@ def _difference(path: Path, inputs: Sequence[Any], wanted: Sequence[Tensor]) -> 
     if not has_onnxruntime():
         return None
     found = _run(path, inputs)
-    differences = [_relative(one, other) for one, other in zip(found, wanted, strict=True)]
+    differences = [
+        _relative(one, other)
+        for of_batch, wanted_of_batch in zip(found, wanted, strict=True)
+        for one, other in zip(of_batch, wanted_of_batch.values(), strict=True)
+    ]
     # Unlike Python's, torch's maximum keeps NaN, and the comparison is written so that it fails.
-    difference, most = float(torch.tensor(differences).max()), TOLERANCE[wanted[0].dtype]
+    difference, most = float(torch.tensor(differences).max()), TOLERANCE[next(iter(wanted[0].values())).dtype]
     if not difference <= most:
         raise ExportError(
             f"onnxruntime differs from torch by {difference:.2g} of the largest output, more than {most:g}"
@@ -156,7 +162,7 @@ def _difference(path: Path, inputs: Sequence[Any], wanted: Sequence[Tensor]) -> 
     return difference
 
 
-def _run(path: Path, inputs: Sequence[Any]) -> list[Tensor]:
+def _run(path: Path, inputs: Sequence[Any]) -> list[list[Tensor]]:
     session = Session(path)
     return [session.run(x) for x in inputs]
 
@@ -164,5 +170,7 @@ def _run(path: Path, inputs: Sequence[Any]) -> list[Tensor]:
 def _relative(found: Tensor, wanted: Tensor) -> float:
     if found.shape != wanted.shape:
         raise ExportError(f"onnxruntime returns {tuple(found.shape)}, torch {tuple(wanted.shape)}")
-    scale = wanted.abs().max().clamp(min=torch.finfo(wanted.dtype).tiny)
-    return float((found.double() - wanted.double()).abs().max() / scale.double())
+    if not wanted.numel():
+        return 0.0
+    scale = wanted.double().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return float((found.double() - wanted.double()).abs().max() / scale)

@@ -28,8 +28,9 @@ from ttcompress.files.model_folder import ModelFolder
 from ttcompress.files.output import alone, check_output
 from ttcompress.files.writing import write_dense
 from ttcompress.networks.opening import open_any
-from ttcompress.networks.running import forward
+from ttcompress.networks.running import call
 from ttcompress.networks.stored import file_metadata, stored_tensors, tied_parameters
+from ttcompress.networks.structures import logits_of
 from ttcompress.networks.surgery import store_cores
 from ttcompress.processes import joined
 from ttcompress.recipe import Recipe
@@ -147,7 +148,7 @@ def _check_fit(model: nn.Module, teacher: nn.Module | None, stream: Stream) -> N
     labels = stream.images.num_classes or 0
 
     for network in filter(None, (model, teacher)):
-        classes = forward(network.eval(), images[:2]).shape[-1]
+        classes = logits_of(call(network.eval(), images[:2])).shape[-1]
         if labels > classes:
             raise DataError(f"{stream.images.name} has {labels} classes, the network {classes}")
 

@@ -82,6 +82,7 @@ def compress(
     calib: Tensor | Iterable[Any] | None = None,
     calib_images: int | None = None,
     effort: str | None = None,
+    outputs: Sequence[str] = (),
     data: LabelledBatches | None = None,
     metric: Callable[[nn.Module], float] | None = None,
     val: LabelledBatches | None = None,
@@ -102,6 +103,9 @@ def compress(
         example: a batch to count and time with, instead of an `input_size`; without it one of `calib` is taken.
         calib: inputs (N, ...) without labels, as one tensor or as batches (inputs, or tuples that begin with them);
             output error then counts instead of weight error.
+        outputs: of a network that returns several tensors those that count, by key, field or index, nested ones with
+            dots between: ("boxes", "heads.0"); by default all of them, each weighed by its power. Accuracy takes what is
+            called logits, or the only tensor of two dimensions.
         data: labelled batches (inputs, labels) to measure accuracy on, such as a DataLoader; read twice, in the same
             order if `agreement` is to be known. Several inputs of a network are a tuple, or a dict by name, in the
             place of one, here and in `calib`: ((ids, mask), labels), ({"ids": ids, "mask": mask}, labels).
@@ -159,6 +163,7 @@ def plan(
     calib: Tensor | Iterable[Any] | None = None,
     calib_images: int | None = None,
     effort: str | None = None,
+    outputs: Sequence[str] = (),
     val: LabelledBatches | None = None,
     device: str | None = None,
     batch_size: int | None = None,
@@ -213,6 +218,7 @@ def sweep(
     calib: Tensor | Iterable[Any] | None = None,
     calib_images: int | None = None,
     effort: str | None = None,
+    outputs: Sequence[str] = (),
     data: LabelledBatches | None = None,
     metric: Callable[[nn.Module], float] | None = None,
     device: str | None = None,
@@ -375,9 +381,9 @@ def _inputs(
     measured = searched = None
 
     if val is not None:
-        searched = accuracy_of(lambda: val, "val", device, progress)
+        searched = accuracy_of(lambda: val, "val", device, progress, settings.outputs)
     if data is not None:
-        measured = accuracy_of(lambda: data, "data", device, progress)
+        measured = accuracy_of(lambda: data, "data", device, progress, settings.outputs)
     elif metric is not None:
         name = getattr(metric, "__name__", "metric")
         measured = Metric(partial(_finite, metric, name), partial(_metric_json, name))

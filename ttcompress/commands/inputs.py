@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ttcompress.calibrate.calibration import Calibration, draw_calibration
 from ttcompress.commands.metric import Metric, accuracy_of
+from ttcompress.commands.named_inputs import calibration_on, named_calibration, named_example, named_metric
 from ttcompress.commands.samples import add_changed_samples
 from ttcompress.commands.texts import all_texts, example_tokens, text_calibration, text_metric
+from ttcompress.data.named_arrays import names_inputs, open_named_arrays
 from ttcompress.data.opening import open_data
 from ttcompress.data.sets import Images
 from ttcompress.data.text import names_texts, open_texts
 from ttcompress.errors import DataError
 from ttcompress.measure.accuracy import Predictions
 from ttcompress.networks.opening import Network
-from ttcompress.networks.running import NetworkInput, batch_size, blaming, map_tensors, tensors_of
+from ttcompress.networks.running import NetworkInput, batch_size, blaming, tensors_of
 from ttcompress.recipe import Recipe
 from ttcompress.records.common import Json, Progress
 from ttcompress.records.extras import Extras
@@ -55,8 +56,8 @@ def open_inputs(
         return network, _text_inputs(network, settings, progress)
 
     data = measured_images(recipe)
-    val = labelled(recipe.val, "train") if recipe.val else None
-    calib = open_data(recipe.calib, "train") if recipe.calib else None
+    val = labelled(recipe.val, "train") if recipe.val and not names_inputs(recipe.val) else None
+    calib = open_data(recipe.calib, "train") if recipe.calib and not names_inputs(recipe.calib) else None
 
     preprocessing = preprocessing_for(settings, network.preprocessing, data or calib or val)
     measured = partial(accuracy_on, preprocessing=preprocessing, settings=settings, progress=progress)
@@ -65,7 +66,31 @@ def open_inputs(
         searched=measured(val) if val else None,
         calibration=_calibration(calib, preprocessing, settings) if calib else None,
     )
+    inputs = _with_named(inputs, network.model, settings, progress)
     return replace(network, preprocessing=preprocessing), inputs
+
+
+def _with_named(inputs: Inputs, model: nn.Module, settings: Settings, progress: Progress | None) -> Inputs:
+    """The same with what the recipe names that are arrays by the names of inputs."""
+    recipe = settings.recipe
+    references = {name: getattr(recipe, name) for name in ("data", "val", "calib")}
+    named = {name: each for name, each in references.items() if each and names_inputs(each)}
+    if not named:
+        return inputs
+    if recipe.mean:
+        raise DataError("--mean and --std are for images: arrays by the names of inputs go in as they are")
+
+    return replace(
+        inputs,
+        metric=named_metric(named["data"], model, settings, progress, recipe.limit)
+        if "data" in named
+        else inputs.metric,
+        searched=named_metric(named["val"], model, settings, progress) if "val" in named else inputs.searched,
+        calibration=named_calibration(named["calib"], model, settings)
+        if "calib" in named
+        else inputs.calibration,
+        example=inputs.example or named_example(next(iter(named.values())), model),
+    )
 
 
 def reads_text(recipe: Recipe) -> bool:
@@ -94,7 +119,7 @@ def measured_images(recipe: Recipe) -> Images | None:
     """The labelled images that accuracy is reported on: the first `limit` of them."""
     if recipe.limit is not None and recipe.data is None:
         raise DataError("--limit needs --data")
-    if recipe.data is None:
+    if recipe.data is None or names_inputs(recipe.data):
         return None
     images = labelled(recipe.data)
     return images if recipe.limit is None else images.chosen(range(min(recipe.limit, len(images))))
@@ -105,7 +130,9 @@ def calibration_name(settings: Settings) -> str | None:
     calib = settings.recipe.calib
     if calib is None:
         return None
-    return open_texts(calib).name if names_texts(calib) else open_data(calib, "train").name
+    if names_texts(calib):
+        return open_texts(calib).name
+    return open_named_arrays(calib).name if names_inputs(calib) else open_data(calib, "train").name
 
 
 def labelled(reference: str, split: str = "test") -> Images:
@@ -148,7 +175,7 @@ def accuracy_on(
         if progress:
             progress(what, done, len(images))
 
-    metric = accuracy_of(batches, images.name, chosen_device(settings.device), known_total)
+    metric = accuracy_of(batches, images.name, chosen_device(settings.device), known_total, settings.outputs)
     if extras is None:
         return metric
 
@@ -191,13 +218,7 @@ def tensor_calibration(calib: Tensor | Mapping[str, Any] | Iterable[Any], settin
         inputs = _joined(batches)
     _check_rows(inputs)
 
-    def parts(indices: Sequence[int]) -> Iterator[Any]:
-        size = settings.batch_size
-        for start in range(0, len(indices), size):
-            chosen = torch.tensor(indices[start : start + size])
-            yield map_tensors(itemgetter(chosen), inputs)
-
-    return draw_calibration("calib", batch_size(inputs), settings.recipe.calib_images, settings.seed, parts)
+    return calibration_on("calib", inputs, settings)
 
 
 def _inputs_in(batch: Any) -> NetworkInput:

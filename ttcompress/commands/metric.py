@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,16 @@ class Metric:
 
 
 def accuracy_of(
-    batches: Callable[[], Batches], name: str, device: torch.device, progress: Progress | None
+    batches: Callable[[], Batches],
+    name: str,
+    device: torch.device,
+    progress: Progress | None,
+    outputs: Sequence[str] = (),
 ) -> Metric:
-    """Accuracy on labelled batches, made anew for every measurement."""
+    """Accuracy on labelled batches, made anew for every measurement; `outputs` as in `predict`."""
 
     def measure(model: nn.Module) -> Predictions:
-        return predict(model.to(device), batches(), device, progress)
+        return predict(model.to(device), batches(), device, progress, outputs)
 
     def summary(dense: Predictions, compressed: Predictions) -> Json:
         return compare(dense, compressed, name).to_json()

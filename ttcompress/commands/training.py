@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ttcompress.commands.inputs import preprocessing_for
 from ttcompress.commands.starting_point import StartingPoint
@@ -23,7 +23,8 @@ from ttcompress.errors import DataError, PlanError, TrainingError, shortlist
 from ttcompress.files.checkpoint import file_digest
 from ttcompress.networks.held import copied
 from ttcompress.networks.opening import open_any
-from ttcompress.networks.running import forward
+from ttcompress.networks.running import call, finite
+from ttcompress.networks.structures import logits_of
 from ttcompress.processes import World
 from ttcompress.records.common import Json, Progress
 from ttcompress.records.report import Preprocessing
@@ -196,10 +197,10 @@ def _score_on(
     def score(model: nn.Module) -> float:
         counts = torch.zeros(2, dtype=torch.float64, device=device)
         for batch, labels in there.batches(batch_size, settings.workers):
-            targets = labels if teacher is None else forward(teacher, batch).argmax(1)
+            targets = labels if teacher is None else _classes(teacher, batch)
             if targets is None:
                 raise DataError(f"{images.name} has no labels to choose the best epoch by")
-            right = (forward(model, batch).argmax(1) == targets).sum()
+            right = (_classes(model, batch) == targets).sum()
             # Filled on the device: a number that is sent there would wait for it.
             counts += torch.stack([right, right.new_full((), len(batch))])
 
@@ -207,3 +208,7 @@ def _score_on(
         return float(100 * right_of_all / seen)
 
     return score
+
+
+def _classes(model: nn.Module, images: Tensor) -> Tensor:
+    return finite(logits_of(call(model, images))).argmax(1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ CLASS_NAMES = {
 }
 """What labels mean, for pages; folders of images have names of their own."""
 MOST_CLASSES = 10_000_000
+IMAGES, LABELS = "images", "labels"
+"""Arrays of an npz file."""
 
 
 def open_data(reference: str, split: str = "test") -> Images:
@@ -87,24 +90,65 @@ def _open_npz(path: str, default: str) -> Images:
     return ArrayImages(f"npz:{file.name}", _load_npz(file))
 
 
-def _load_npz(file: Path) -> Arrays:
+def npz_file(path: str) -> Path:
+    """The file of a reference.
+
+    Raises:
+        DataError: there is none, or no ordinary one.
+    """
+    file = _without_split(path)
+    _check_file(file)
+    return file
+
+
+def _check_file(file: Path) -> None:
     if not file.exists():
         raise DataError(f"no file {file}")
     if not file.is_file():
         raise DataError(f"{file} is not a readable npz file: it is no ordinary file")
+
+
+def npz_names(file: Path) -> list[str]:
+    """The names of the arrays of a file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with _archive(file) as archive:
+        return list(archive.files)
+
+
+def npz_content(file: Path, names: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+    """The arrays of a file: all, or those of these names that there are.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with _archive(file) as archive:
+        return {name: archive[name] for name in archive.files if names is None or name in names}
+
+
+@contextmanager
+def _archive(file: Path) -> Iterator[Any]:
     try:
         with np.load(file, allow_pickle=False) as archive:
-            content = {key: archive[key] for key in ("images", "labels") if key in archive}
+            # A single array in a file of its own is no archive.
+            archive.files  # noqa: B018
+            yield archive
     except Exception as error:
         # What a damaged archive raises depends on where the damage is: zipfile, zlib and NumPy differ.
         kind = type(error).__name__
         raise DataError(f"{file} is not a readable npz file of plain arrays ({kind})") from error
 
-    if "images" not in content:
+
+def _load_npz(file: Path) -> Arrays:
+    _check_file(file)
+    content = npz_content(file, (IMAGES, LABELS))
+    if IMAGES not in content:
         raise DataError(
             f"{file} has no array 'images': write it with numpy.savez(file, images=..., labels=...)"
         )
-    return _checked(content["images"], content.get("labels"), str(file))
+    return _checked(content[IMAGES], content.get(LABELS), str(file))
 
 
 def _checked(images: NDArray[Any], labels: NDArray[Any] | None, where: str) -> Arrays:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.errors import DataError
-from ttcompress.networks.running import NetworkInput, blaming, forward, input_dtype, placed
+from ttcompress.networks.running import NetworkInput, blaming, call, finite, input_dtype, placed
+from ttcompress.networks.structures import logits_of
 from ttcompress.records.common import Progress
 from ttcompress.records.report import Accuracy, Comparison
 
@@ -47,9 +48,15 @@ def wilson_interval(right: int, n: int, z: float = 1.959963984540054) -> tuple[f
 
 
 def predict(
-    model: nn.Module, batches: Batches, device: torch.device | str = "cpu", progress: Progress | None = None
+    model: nn.Module,
+    batches: Batches,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    outputs: Sequence[str] = (),
 ) -> Predictions:
     """Run a classifier over labelled batches of (inputs, labels), in eval mode; its own mode is put back after.
+
+    `outputs` are the parts of its output that may be the logits, as of `logits_of`.
 
     Raises:
         DataError: no image, no labels, labels that are no classes, images the network does not take, NaN logits.
@@ -61,7 +68,7 @@ def predict(
     confidences: list[Tensor] = []
     try:
         for inputs, target in labelled(batches):
-            logits = _logits(model, placed(inputs, device, dtype))
+            logits = _logits(model, placed(inputs, device, dtype), outputs)
             _check_labels(target, logits)
             classes.append(logits.topk(min(5, logits.shape[1])).indices.cpu())
             labels.append(target.cpu())
@@ -114,11 +121,8 @@ def _check_labels(labels: Tensor, logits: Tensor) -> None:
 
 
 @torch.inference_mode()
-def _logits(model: nn.Module, inputs: NetworkInput) -> Tensor:
-    logits = forward(model, inputs)
-    if logits.dim() != 2:
-        raise DataError(f"accuracy needs logits (images, classes); the network returns {tuple(logits.shape)}")
-    return logits
+def _logits(model: nn.Module, inputs: NetworkInput, outputs: Sequence[str]) -> Tensor:
+    return finite(logits_of(call(model, inputs), outputs))
 
 
 def compare(dense: Predictions, compressed: Predictions, data: str) -> Comparison:

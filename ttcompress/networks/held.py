@@ -202,14 +202,16 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 # -------------------------------------------------------------------------------------------------------------- copies
 
 
-def copied(model: Module) -> Module:
+def copied(model: Module, sharing: bool = False) -> Module:
     """A deep copy, whose functions reach into the copy where those of the network reach into the network.
+
+    Where it is `sharing`, its parameters and buffers are its own, but have the memory of the network's.
 
     Raises:
         ArchitectureError: a part of the network that cannot be copied, or that a copy would share with it.
     """
     try:
-        made = _copied(model)
+        made = _copied(model, _sharing(model) if sharing else {})
     except (Exception, SystemExit) as error:
         raise ArchitectureError(f"the network cannot be copied: {one_line(error)}") from error
 
@@ -233,8 +235,18 @@ def _computed(model: Module) -> dict[int, Any]:
     return {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
 
 
-def _copied(model: Module) -> Module:
-    memo = _computed(model)
+def _sharing(model: Module) -> dict[int, Any]:
+    """By the id of a parameter or buffer, another one with the same memory."""
+    parameters = {
+        id(each): nn.Parameter(each.detach(), each.requires_grad)
+        for each in model.parameters()
+        if type(each) is nn.Parameter
+    }
+    return {**parameters, **{id(each): each.detach() for each in model.buffers() if type(each) is Tensor}}
+
+
+def _copied(model: Module, known: dict[int, Any]) -> Module:
+    memo = {**_computed(model), **known}
     cells = dict[int, tuple[CellType, CellType]]()
     twins = list[tuple[FunctionType, FunctionType]]()
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.errors import ExportError, shortlist
-from ttcompress.networks.running import input_dtype
-from ttcompress.networks.text_examples import Answering, output_name
+from ttcompress.networks.running import call, input_dtype
+from ttcompress.networks.structures import tensors_by_name
+from ttcompress.networks.text_examples import Answering, answer_of, output_name
 
 OPSET = 18
 """What torch's exporter writes without converting; any runtime since 2023 reads it."""
@@ -60,12 +61,14 @@ def program_of(model: nn.Module, sample: Tensor | Mapping[str, Tensor]) -> Any:
     """
     inputs = {"input": sample} if isinstance(sample, Tensor) else dict(sample)
     axes: dict[int, Any] = {0: torch.export.Dim("batch")}
-    output = output_name(model, sample)
+    with torch.no_grad():
+        names = list(returned(model, sample))
     if not isinstance(sample, Tensor):
         axes[1] = torch.export.Dim("sequence")
-        model = Answering(model, output)
-    elif output is not None:
-        raise ExportError("the network returns several tensors, of which a file has one")
+        model = Answering(model, output_name(model, sample))
+    elif names != ["output"]:
+        # What is no single tensor becomes a row of tensors, each under its name.
+        model = _Flat(model).eval()
     with torch.no_grad(), _silence():
         try:
             program: Any = torch.onnx.export(
@@ -74,7 +77,7 @@ def program_of(model: nn.Module, sample: Tensor | Mapping[str, Tensor]) -> Any:
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=list(inputs),
-                output_names=[output or "output"],
+                output_names=names,
                 dynamic_shapes=tuple(axes for _ in inputs),
                 optimize=False,
                 verbose=False,
@@ -83,6 +86,26 @@ def program_of(model: nn.Module, sample: Tensor | Mapping[str, Tensor]) -> Any:
             raise ExportError(f"torch cannot export the network: {_reason(error)}") from error
     _optimize(program.model)
     return program
+
+
+def returned(model: nn.Module, sample: Any) -> dict[str, Tensor]:
+    """What a file has of the output for a batch, by name: all tensors, but of a network that reads text what counts."""
+    output = call(model, sample)
+    if isinstance(sample, Tensor):
+        return {name or "output": each for name, each in tensors_by_name(output).items()}
+    name = output_name(model, sample)
+    return {name or "output": answer_of(output, name)}
+
+
+class _Flat(nn.Module):
+    """A network that returns all its tensors as a tuple."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Any, **named: Any) -> tuple[Tensor, ...]:
+        return tuple(tensors_by_name(self.network(*inputs, **named)).values())
 
 
 @contextmanager
@@ -183,8 +206,8 @@ class Session:
         with _blaming_runtime():
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-    def run(self, x: Tensor | Mapping[str, Tensor]) -> Tensor:
-        """The output for a batch.
+    def run(self, x: Tensor | Mapping[str, Tensor]) -> list[Tensor]:
+        """The outputs for a batch, in order.
 
         Raises:
             ExportError: onnxruntime fails.
@@ -192,7 +215,7 @@ class Session:
         inputs = {"input": x} if isinstance(x, Tensor) else x
         with _blaming_runtime():
             arrays = {name: each.numpy() for name, each in inputs.items()}
-            return torch.from_numpy(self._session.run(None, arrays)[0])
+            return [torch.from_numpy(each) for each in self._session.run(None, arrays)]
 
 
 @contextmanager

@@ -169,9 +169,7 @@ def one_tensor(model: nn.Module, inputs: NetworkInput) -> Tensor:
     """
     output = call(model, inputs)
     if not isinstance(output, Tensor):
-        raise DataError(
-            f"accuracy, calibration and export need a tensor; the network returns {type(output).__name__}"
-        )
+        raise DataError(f"the network returns {type(output).__name__}, not one tensor")
     return output
 
 

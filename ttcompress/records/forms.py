@@ -234,6 +234,7 @@ class CalibrationForm(Struct):
     effort: str
     stages: list[StageForm]
     unit: str = "images"
+    at_a_time: CountFromOne | None = None
 
 
 class PointForm(Struct):

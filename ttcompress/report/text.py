@@ -340,6 +340,10 @@ def _calibration_lines(calibration: Json | None) -> list[str]:
     images = f"{calibration['images']:,} {unit} of {calibration['data']}"
     lines = [f"decomposed by     output error on {images}, effort {calibration['effort']}"]
 
+    at_a_time = calibration.get("at_a_time")
+    if at_a_time:
+        lines.append(f"memory            batches pass {at_a_time:,} images at a time, to fit")
+
     stages = ", ".join(f"{stage['stage']} {_stage_error(stage)}" for stage in calibration["stages"])
     if stages:
         held_out = f"n = {calibration['held_out']:,}"

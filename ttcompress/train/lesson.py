@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -41,11 +42,12 @@ class Classes(Lesson):
     """Logits, a row an input."""
 
     def answers(self, network: Any, inputs: Any) -> Tensor:
-        """The logits of the main head, which come first where auxiliary heads give theirs too."""
+        """The logits of the main head: by their name, or first where auxiliary heads give theirs too."""
         output = run(network, inputs)
-        main = getattr(output, "logits", None)
+        main = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
         if not isinstance(main, Tensor):
-            main = output[0] if isinstance(output, tuple) else output
+            parts = list(output.values()) if isinstance(output, Mapping) else output
+            main = parts[0] if isinstance(parts, tuple | list) else parts
         return main.float()
 
     def loss(

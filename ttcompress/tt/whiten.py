@@ -8,7 +8,7 @@ small factor a mode, S ~ S_1 (x) ... (x) S_d, which is undone core by core, so t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from math import prod
@@ -47,6 +47,7 @@ class Moments:
         self._seen = 0
         self._weight = 0.0
         self._sums: list[Tensor] = []
+        self._aside: list[Callable[[], Tensor]] = []
 
     @property
     def num_bytes(self) -> int:
@@ -96,14 +97,23 @@ class Moments:
         factors = signs.to(x) * share**0.5
         return [x.new_zeros(SKETCH_ROWS, self.size).index_add_(0, rows, (v * factors).T) for v in vectors]
 
+    def lay_aside(self, lay: Callable[[Tensor], Callable[[], Tensor]]) -> None:
+        """Put the sums where `lay` puts them, to be fetched whenever they are asked for; nothing is added after."""
+        if self._sums:
+            self._aside = [lay(each) for each in self._sums]
+            self._sums = []
+
+    def _sum(self, index: int) -> Tensor:
+        return self._aside[index]() if self._aside else self._sums[index]
+
     def _mean(self, index: int) -> Tensor:
-        if not self._sums:
+        if not self._sums and not self._aside:
             return torch.zeros((self.size,) if self.is_diagonal else (self.size, self.size)).double()
         scale = self._weight or 1.0
         if self.is_sketch and index <= self._paired:
-            rows: Tensor = self._sums[index][: self._seen] / scale**0.5
+            rows: Tensor = self._sum(index)[: self._seen] / scale**0.5
             return rows
-        return self._sums[index] / scale
+        return self._sum(index) / scale
 
     @property
     def own(self) -> Tensor:
@@ -181,7 +191,8 @@ class Moments:
 def _products(vectors: Sequence[Tensor], share: float) -> list[Tensor]:
     """Multiply each of the vectors (size, count) by the first, x, to sums of v x^T."""
     x = vectors[0]
-    return [(v @ x.T).double() * share for v in vectors]
+    # In place: of wide layers each of these matrices takes much memory.
+    return [(v @ x.T).double().mul_(share) for v in vectors]
 
 
 def output_cost(difference: Tensor, inputs: Moments, outputs: Moments | None = None) -> float:
