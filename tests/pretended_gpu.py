@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -64,6 +66,20 @@ class OnGpu(Tensor):
     def untyped_storage(self) -> Any:
         return self.values.untyped_storage()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Torch would copy the memory that autograd takes to be there."""
+        twin: Any = self.detach().clone().requires_grad_(self.requires_grad)
+        if isinstance(self, Parameter):
+            twin = Parameter(twin, self.requires_grad)
+        return memo.setdefault(id(self), twin)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Where another tensor is, torch would ask of autograd.
+        if func is Tensor.to and len(args) > 1 and isinstance(args[1], Tensor):
+            args = (args[0], args[1].device, args[1].dtype, *args[2:])
+        return super().__torch_function__(func, types, args, kwargs or {})
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return computed(func, args, kwargs or {})
@@ -115,7 +131,17 @@ def computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         changed = wrappers.get(id(each))
         return OnGpu(each) if changed is None else changed
 
+    # Of tensors that wrap others no one counts the changes.
+    for changed in _changed(func, args):
+        torch.autograd.graph.increment_version(changed)
     return tree_map(placed, result)
+
+
+def _changed(func: Any, args: Any) -> Iterator[OnGpu]:
+    """The tensors that an operator changes in place."""
+    for given, argument in zip(args, func._schema.arguments, strict=False):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield from (each for each in tree_leaves(given) if isinstance(each, OnGpu))
 
 
 def _values(each: Any) -> Any:
@@ -127,6 +153,8 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     # Tensors that wrap others cannot be those of inference mode.
     monkeypatch.setattr(torch._C, "_InferenceMode", lambda wanted: torch.set_grad_enabled(not wanted))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     lifts = torch._C._only_lift_cpu_tensors()
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
     # A parameter on the CPU cannot become one of another class in place.

@@ -758,6 +758,25 @@ def test_an_internal_error_is_one_line_and_exit_code_1(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to ...")], ids=str
+)
+def test_no_memory_is_one_line_that_says_what_helps(
+    error: Exception, run: Run, mlp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it ran out, as in the decomposition of a large weight on a GPU."""
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "compress_network", fail)
+    done = run("compress", mlp, "--ranks", "2")
+    assert done.code == 2
+    assert done.err.count("\n") == 1
+    assert "out of memory; a smaller --batch-size" in done.err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kind", ["user", "internal"])
 def test_debug_shows_a_traceback(mlp: Path, tmp_path: Path, kind: str) -> None:
     """In its own process, which prints the traceback of an error that nobody caught."""

@@ -14,7 +14,13 @@ import cloup
 
 from ttcompress.cli_options import PATH, stated_recipe, takes
 from ttcompress.cli_pages import PageRequest, Verb, asked_page, sweep_page
-from ttcompress.errors import CheckpointError, PlanError, TrainingStoppedError, TTCompressError
+from ttcompress.errors import (
+    CheckpointError,
+    PlanError,
+    TrainingStoppedError,
+    TTCompressError,
+    is_out_of_memory,
+)
 from ttcompress.options import flag
 from ttcompress.records.common import WARNING, printable
 from ttcompress.terminal import (
@@ -509,6 +515,8 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get(DEBUG) == "1":
             raise
+        if is_out_of_memory(error):
+            _fail("out of memory; a smaller --batch-size takes less, --device cpu none of a GPU's", 2)
         what = " ".join(str(error).split())[:300]
         _fail(f"internal error: {type(error).__name__}: {what} ({DEBUG}=1 shows the traceback)", 1)
 

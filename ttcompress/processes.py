@@ -101,8 +101,10 @@ def joined(device: torch.device, patience: timedelta | None = None) -> Iterator[
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     store = _meeting_point(place)
+    # NCCL would else guess the device, at the first barrier.
+    own_gpu = device if device.type == "cuda" else None
     distributed.init_process_group(
-        backend, store=store, rank=place.rank, world_size=place.size, timeout=patience
+        backend, store=store, rank=place.rank, world_size=place.size, timeout=patience, device_id=own_gpu
     )
     try:
         yield World(device, place.rank, place.size)

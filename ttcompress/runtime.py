@@ -63,7 +63,7 @@ def chosen_device(name: str) -> torch.device:
         PlanError: a device that torch does not know or this machine does not have.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.split(":")[0] not in ("cpu", "cuda"):
         raise PlanError(f"--device must be auto, cpu, cuda or cuda:N, not {name!r}")
     try:

@@ -136,7 +136,7 @@ class Session:
             self.train(waiting)
         finally:
             self.stop()
-        return self.summary(waiting)
+        return self.summary(asked)
 
     def start(self, name: str, minutes: float = 0.0) -> None:
         given = self.arguments
@@ -195,12 +195,17 @@ class Session:
         self.running.clear()
 
     def summary(self, asked: Sequence[str]) -> int:
+        from scripts.gpu.speed import all_rows
+
         found = done(self.arguments.results)
-        left = [each for each in asked if each not in found]
-        self.say(f"{len(found)} lines in {self.arguments.results}; left: {', '.join(left) or 'nothing'}")
-        if left:
+        left = [each for each in asked if each not in (SPEED, *found)]
+        times = len([each for each, _ in all_rows() if each not in found]) if SPEED in asked else 0
+        self.say(f"{len(found)} lines in {self.arguments.results}; left: {', '.join(left) or 'no training'}")
+        if times:
+            self.say(f"{times} times are left")
+        if left or times:
             print("the same command goes on with these", flush=True)
-        return 1 if left or self.failed else 0
+        return 1 if left or times or self.failed else 0
 
     def say(self, text: str) -> None:
         print(f"{time.time() - self.begin:6.0f} s  {text}", flush=True)

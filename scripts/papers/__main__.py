@@ -43,6 +43,13 @@ GROUPS = {
     "modern": modern.GROUP,
 }
 
+ON_A_GPU = """
+    Not run: `conv`, `conv-fc` (baselines, 3.23x and 82.87x, from scratch and from pretrained) with the paper's 100 epochs and `wide` at
+    rank 10 with 90, in bfloat16. On a machine with a GPU one command runs these and the rows of finetune.md and speed.md, in order of
+    worth, as far as the minutes go, and goes on from there when it is repeated; its lines belong into results.jsonl and rows.jsonl:
+"""
+GPU_COMMAND = "python -m scripts.gpu MINUTES --cifar10 cifar10:ROOT --checkpoints FOLDER --results FILE"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -131,6 +138,7 @@ def page(rows: Sequence[Row]) -> str:
             lines += [f"    {command(name, group, own[-1])}", ""]
         else:
             lines += [f"Not run: `python -m scripts.papers {name}`.", ""]
+    lines += ["## On a GPU", "", *paragraph(ON_A_GPU), f"    {GPU_COMMAND}", ""]
     return "\n".join(lines)
 
 

@@ -113,7 +113,7 @@ def test_calibration(device: torch.device) -> None:
     with torch.no_grad():
         exact = network()(images(32))
         errors = [float((each(images(32)) - exact).norm() / exact.norm()) for each in (here, there)]
-    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+    assert errors[1] == pytest.approx(errors[0], rel=0.2)
     for ours, theirs in zip(found.plan.layers, wanted.plan.layers, strict=True):
         assert ours.output_error is not None
         assert theirs.output_error is not None
@@ -174,7 +174,7 @@ def test_bench_in_compiled_networks(file: Path, gpu: torch.device) -> None:
 @pytest.mark.parametrize("asked", [1.01, 1e6])
 def test_a_latency_is_kept_or_refused(asked: float, device: torch.device) -> None:
     torch.manual_seed(0)
-    width = 8192 if device.type == "cuda" else 512
+    width = 4096 if device.type == "cuda" and asked < 2 else 512
     model = nn.Sequential(*[nn.Linear(width, width) for _ in range(3)])
     found, refusal = 0.0, ""
     try:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 
 FLOAT32, TF32 = "float32", "tf32"
 TYPES = {FLOAT32: torch.float32, TF32: torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-TOLERANCES = {FLOAT32: 1e-5, TF32: 5e-3, "float16": 5e-3, "bfloat16": 4e-2}
+TOLERANCES = {FLOAT32: 3e-5, TF32: 5e-3, "float16": 5e-3, "bfloat16": 4e-2}
 """Norm of the difference over the norm: several products after each other, each rounded to 24, 11, 11 and 8 bits."""
 
 
@@ -145,7 +145,7 @@ def test_gradients_in_every_way_to_run(name: str, form: str, precision: str, dev
         for core, wanted in zip(moved.parameters(), twin.parameters(), strict=True):
             assert core.grad is not None
             assert core.grad.device == device
-            assert apart(core.grad, wanted.grad) < 2 * TOLERANCES[precision], execution
+            assert apart(core.grad, wanted.grad) < 3 * TOLERANCES[precision], execution
 
 
 @pytest.mark.parametrize("precision", [FLOAT32, "bfloat16"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from toys import (
+    CPU,
     EVERYTHING,
     STEPS,
     accuracy,
@@ -26,11 +27,13 @@ from toys import (
 )
 
 from ttcompress.data.training_batches import Stream
+from ttcompress.errors import TrainingError
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
+from ttcompress.processes import World
 from ttcompress.records.common import Json
 from ttcompress.train import loop as training
-from ttcompress.train.loop import best_epoch, train
+from ttcompress.train.loop import best_epoch, compile_mode, train
 from ttcompress.train.mixing import mix_images
 from ttcompress.train.options import TrainingOptions
 
@@ -247,6 +250,37 @@ def test_without_labels_the_teacher_alone_counts(folder: Path) -> None:
         == 100
         > state.history[1]["train"]
     )
+
+
+def test_what_has_no_same_bits_is_named(folder: Path, tmp_path: Path) -> None:
+    """As gradients of some operators on GPUs are, under --deterministic."""
+
+    class Unsteady(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                raise RuntimeError(
+                    "upsample_backward_cuda does not have a deterministic implementation, but ..."
+                )
+            return x
+
+    model = nn.Sequential(network(dropout=0), Unsteady())
+    with pytest.raises(TrainingError, match="leave out --deterministic") as caught:
+        train(model, PLAIN, training_setup(folder, tmp_path / "state"))
+    assert str(caught.value).startswith("upsample_backward_cuda has no way")
+    assert "the last good state is in" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "mode"),
+    [
+        (World(CPU), None),
+        (World(torch.device("cuda")), "reduce-overhead"),
+        (World(torch.device("cuda"), 0, 2), None),
+    ],
+    ids=str,
+)
+def test_a_pass_is_one_graph_on_a_gpu(place: World, mode: str | None) -> None:
+    assert compile_mode(place) == mode
 
 
 @pytest.mark.parametrize(

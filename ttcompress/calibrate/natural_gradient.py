@@ -108,7 +108,7 @@ class NaturalGradient:
         plain = [_gradient(core) for core in self.cores]
         self.apply()
         direction = [_gradient(core) for core in self.cores]
-        slope = sum(float((g * d).sum()) for g, d in zip(plain, direction, strict=True))
+        slope = _sum([(g * d).sum() for g, d in zip(plain, direction, strict=True)])
 
         small = PROBE * _length(self.cores) / (_length(direction) or 1.0)
         curvature = 0.0
@@ -138,8 +138,13 @@ def _gradient(core: Tensor) -> Tensor:
 
 
 def _length(tensors: Sequence[Tensor]) -> float:
-    squares = [float(tensor.detach().square().sum()) for tensor in tensors]
-    return float(sum(squares) ** 0.5)
+    squares = [tensor.detach().square().sum() for tensor in tensors]
+    return float(_sum(squares) ** 0.5)
+
+
+def _sum(numbers: Sequence[Tensor]) -> float:
+    """Of all, read at once: a GPU would have to be waited for at each of them."""
+    return float(sum(torch.stack([*numbers]).tolist())) if numbers else 0.0
 
 
 def _natural(gradient: Tensor, inverse: ModeMetric, around: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -177,7 +182,7 @@ def _inverse_frames(cores: Sequence[Tensor], metrics: Sequence[ModeMetric]) -> l
 
 
 def _damped_inverse(gram: Tensor) -> Tensor:
-    identity = torch.eye(len(gram)).to(gram)
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     # Where nothing comes through, as of cores that are zero, no direction is better than another.
     if not bool(gram.any()):
         return identity

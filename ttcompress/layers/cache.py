@@ -35,12 +35,25 @@ class Snapshot:
         return all(bool((now == then).all()) for now, then in self._pairs)
 
 
+class Held:
+    """The memory of cores on a GPU, held so that its address is not given to others; their versions are in the key."""
+
+    copies: tuple[Tensor, ...] = ()
+
+    def __init__(self, cores: Sequence[Tensor]) -> None:
+        self._held = [core.detach() for core in cores]
+
+    def still_holds(self) -> bool:
+        """What changes the values gives them another key."""
+        return True
+
+
 class Made(NamedTuple):
     """What was made of the cores for an execution, and what they were then."""
 
     key: tuple[Hashable, ...]
     operands: Any
-    cores: Snapshot | None
+    cores: Snapshot | Held | None
 
 
 class Call(NamedTuple):
@@ -124,8 +137,11 @@ def made_for(x: Tensor, cores: Sequence[Tensor], make: Make) -> Made:
 def call_key(x: Tensor, cores: Sequence[Tensor]) -> Hashable | None:
     """All that the execution of a call and its operands depend on, but for the values of the cores.
 
-    None for cores whose changes cannot be seen. Autocast is not part of it: nothing is cached in its type.
+    None for cores whose changes cannot be seen, or on a GPU, where to choose takes less than what comes of it. Autocast
+    is not part of it: nothing is cached in its type.
     """
+    if not cores[0].is_cpu:
+        return None
     state = _state(cores)
     if state is None:
         return None
@@ -140,21 +156,27 @@ def in_type_of(x: Tensor, cores: Sequence[Tensor]) -> list[Tensor]:
 def _state(cores: Sequence[Tensor]) -> Hashable | None:
     """Where the cores are; None where their values cannot be compared at a small price.
 
-    That is so for tensors without memory of their own, as under vmap or on meta, and on devices that would have to be
-    waited for.
+    That is so for tensors without memory of their own, as under vmap or on meta. A GPU would have to be waited for:
+    there versions are compared, which writes through `core.data` do not count.
     """
-    if cores[0].device.type != "cpu":
+    device = cores[0].device
+    if device.type not in ("cpu", "cuda"):
         return None
     try:
-        return tuple([each for core in cores for each in (core.data_ptr(), core.stride())])
+        where = tuple([each for core in cores for each in (core.data_ptr(), core.stride())])
+        if device.type == "cpu":
+            return where
+        # Another stream would have to wait for what this one makes.
+        stream = torch.cuda.current_stream(device).cuda_stream
+        return where, tuple([core._version for core in cores]), stream
     except RuntimeError:
         return None
 
 
-def _snapshot(cores: Sequence[Tensor]) -> Snapshot | None:
+def _snapshot(cores: Sequence[Tensor]) -> Snapshot | Held | None:
     """None under torch.func, where copies of cores are of the one call too."""
     try:
-        return Snapshot(cores)
+        return Snapshot(cores) if cores[0].is_cpu else Held(cores)
     except RuntimeError:
         return None
 

@@ -70,8 +70,7 @@ class TTWeight(nn.ParameterList):
         """The parameter, in its own shape. Gradients flow to the cores."""
         cores = self.cores
         trains = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
-        can_keep = cores[0].is_cpu and not any(core.is_inference() for core in cores)
-        if self.training or trains or is_recorded() or not can_keep:
+        if self.training or trains or is_recorded() or not _can_keep(cores):
             return self._rebuilt(cores)
         kept: Tensor = self._cache.made(Execution.DENSE, cores[0], cores, self._rebuilt).operands
         return kept
@@ -119,6 +118,16 @@ class TTWeight(nn.ParameterList):
 
 
 # ------------------------------------------------------------------------------------------------------ in and out
+
+
+def _can_keep(cores: Sequence[Tensor]) -> bool:
+    """Whether what is made of cores serves later calls: not where their changes are not counted.
+
+    Nor in a CUDA graph, which would go on with it whatever becomes of the cores.
+    """
+    if any(core.is_inference() for core in cores):
+        return False
+    return not (cores[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def rebuild(module: nn.Module, parameter: str, weight: TTWeight) -> None:

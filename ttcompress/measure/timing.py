@@ -172,10 +172,12 @@ def device_name(device: torch.device) -> str:
 
 def _seconds_of(run: Run, device: torch.device) -> float:
     if device.type == "cuda":
+        # Of several GPUs this one, whichever is the current one.
+        stream = torch.cuda.current_stream(device)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
+        start.record(stream)
         run()
-        end.record()
+        end.record(stream)
         torch.cuda.synchronize(device)
         return float(start.elapsed_time(end)) / 1000
     # On one thread the time of this process alone: what others do on the machine then does not count.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import frexp, hypot, isfinite, ldexp, log2, prod, sqrt
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from ttcompress.tt.contract import dense_weight, merge_all
 from ttcompress.tt.estimate import bounded_spectrum
 from ttcompress.tt.quantize import as_stored
 from ttcompress.tt.shapes import Mode, Tensorization, feasible_ranks
-from ttcompress.tt.unfolding import BLOCK, Folded, Side, cut_order, fold, interleave, split
+from ttcompress.tt.unfolding import Folded, Side, block_size, cut_order, fold, interleave, split
 
 FLOAT32_NOISE = 0.1
 """Relative errors above it are known to six digits from float32 remainders; smaller ones take float64."""
@@ -264,7 +264,7 @@ def squared_spectra(
             continue
 
         # Without a name, a Gram matrix is gone before the next one is made.
-        values = _eigh(folded.gram(cut, short), torch.linalg.eigvalsh)
+        values = solved_for_eigenvalues(folded.gram(cut, short), torch.linalg.eigvalsh)
         values = values.flip(0).clamp_(min=0).cpu()
         whole = values.sum().clamp(min=tiny)
         spectra.append(values / whole)
@@ -291,8 +291,10 @@ def frobenius_norm(tensor: Tensor) -> float:
 
 
 def _norm(tensor: Tensor) -> float:
-    blocks = torch.split(tensor.reshape(-1), BLOCK)
-    return sqrt(sum(float(block.double().square().sum()) for block in blocks))
+    blocks = torch.split(tensor.reshape(-1), block_size(tensor.device))
+    squares = [block.double().square().sum() for block in blocks]
+    # Read at once: a GPU would have to be waited for at each of them.
+    return sqrt(sum(torch.stack(squares).tolist()))
 
 
 def _check_type(tensor: object) -> None:
@@ -450,11 +452,11 @@ def _leading(gram: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
     """Find eigenvalues, descending, and their vectors: all, or the first `count` where that saves much."""
     size = len(gram)
     if count is None or size < KRYLOV_SIZE or count * KRYLOV_SHARE > size:
-        values, vectors = _eigh(gram, torch.linalg.eigh)
+        values, vectors = solved_for_eigenvalues(gram, torch.linalg.eigh)
         return values.flip(0).clamp_(min=0), vectors.flip(1)
 
     space = _krylov_space(gram, count + 8)
-    values, vectors = _eigh(space.T @ gram @ space, torch.linalg.eigh)
+    values, vectors = solved_for_eigenvalues(space.T @ gram @ space, torch.linalg.eigh)
     leading = vectors.flip(1)[:, :count]
     return values.flip(0)[:count].clamp_(min=0), space @ leading
 
@@ -476,7 +478,7 @@ def _krylov_space(gram: Tensor, width: int) -> Tensor:
     return space
 
 
-def _eigh(gram: Tensor, solver: Callable[[Tensor], T]) -> T:
+def solved_for_eigenvalues(gram: Tensor, solver: Callable[[Tensor], T]) -> T:
     """Solve for eigenvalues, with vectors or not; on the CPU where a GPU's solver gives up."""
     try:
         return solver(gram)
@@ -484,7 +486,10 @@ def _eigh(gram: Tensor, solver: Callable[[Tensor], T]) -> T:
         if gram.device.type == "cpu":
             raise
         logger.warning("eigenvalues of a %d x %d matrix are computed on the CPU: %s", *gram.shape, error)
-        return solver(gram.cpu())
+        found: Any = solver(gram.cpu())
+        if isinstance(found, Tensor):
+            return found.to(gram.device)  # type: ignore[return-value]
+        return type(found)([each.to(gram.device) for each in found])  # type: ignore[no-any-return]
 
 
 def _rank_within(squared_values: Tensor, cap: int, delta: float | None) -> int:

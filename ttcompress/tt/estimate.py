@@ -56,9 +56,9 @@ def _traces(folded: Folded, cut: int, short: Side, size: int) -> dict[int, float
 
 def _norm(folded: Folded, cut: int, short: Side) -> float:
     blocks = folded.blocks(cut, short, torch.float64)
-    squares = sum(float(block.square().sum()) for block in blocks)
+    squares = torch.stack([block.square().sum() for block in blocks])
     # Of zeros nothing is left either way.
-    return squares**0.5 or 1.0
+    return float(sum(squares.tolist()) ** 0.5) or 1.0
 
 
 def _gram_product(folded: Folded, cut: int, short: Side, vectors: Tensor, norm: float) -> Tensor:

@@ -34,6 +34,10 @@ BLOCK = 1 << 18
 """Entries that are brought into order at a time: few enough for a processor's cache."""
 COLUMNS, LARGE_BLOCK = 512, 1 << 22
 """Columns, and entries at most, of a block of many rows: products of narrow ones would only move memory."""
+BLOCK_ON_GPU = 1 << 24
+"""The same on a GPU, which has to be told of each block."""
+HALVED_ON_GPU = 2048
+"""There, half of a Gram matrix that is large enough to be computed in halves."""
 LIKELY_RANK = 4
 """The TT-rank that is expected at a cut, to compare orders before any is known."""
 PASS_COST = 50
@@ -86,7 +90,7 @@ class Folded:
         view = self._view(cut, side)
         rows = prod(view.shape[:4])
         sizes = view.shape[4:]
-        most = max(BLOCK, min(LARGE_BLOCK, COLUMNS * rows))
+        most = max(block_size(view.device), min(LARGE_BLOCK, COLUMNS * rows))
         count = -(-view.numel() // most)
 
         # The slowest axis that is long enough leaves the longest runs in memory to what is copied.
@@ -169,16 +173,23 @@ class Folded:
         other = right if is_left else left
         whole = left.flatten(0, 3) if is_left else right.flatten(1).T
 
-        missed = squared = 0.0
+        squares, missed = list[Tensor](), list[Tensor]()
         for axis, start, piece in self._pieces(cut, side):
             width = piece.shape[4 + axis]
             part = other.narrow(axis + is_left, start, width)
             columns = part.flatten(1) if is_left else part.flatten(0, 3).T
             block = _matrix(piece, whole.dtype)
-            squared += float(block.square().sum())
+            squares.append(block.square().sum())
             block.addmm_(whole, columns, alpha=-1)
-            missed += float(block.square_().sum())
-        return missed, squared
+            missed.append(block.square_().sum())
+        # Read at once: a GPU would have to be waited for at each block.
+        both = (sum(torch.stack(sums).tolist()) for sums in (missed, squares))
+        return next(both), next(both)
+
+
+def block_size(device: torch.device) -> int:
+    """Return how many entries are looked at at a time."""
+    return BLOCK_ON_GPU if device.type == "cuda" else BLOCK
 
 
 def _matrix(piece: Tensor, dtype: torch.dtype) -> Tensor:
@@ -191,7 +202,8 @@ def _matrix(piece: Tensor, dtype: torch.dtype) -> Tensor:
 def _add_gram(gram: Tensor, block: Tensor) -> None:
     """Add the lower triangle of block block^T, in halves where that saves time."""
     half = len(gram) // 2
-    if half < 64:
+    # On a GPU a few large products take less time than many small ones to begin.
+    if half < (HALVED_ON_GPU if gram.is_cuda else 64):
         gram.addmm_(block, block.T)
         return
 

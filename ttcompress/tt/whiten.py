@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ttcompress.tt.decompose import tensorize, tt_svd
+from ttcompress.tt.decompose import solved_for_eigenvalues, tensorize, tt_svd
 from ttcompress.tt.shapes import Tensorization
 
 DAMPING = 1e-2
@@ -159,7 +159,7 @@ class Moments:
             return self
         if self.is_diagonal:
             return self._replaced([(1 - share) * self.own + share * self.own.mean()])
-        even = _mean_eigenvalue(self.own) * torch.eye(self.size).to(self.own)
+        even = _mean_eigenvalue(self.own) * torch.eye(self.size, dtype=self.own.dtype, device=self.own.device)
         return self._replaced([(1 - share) * self.own + share * even])
 
     def times(self, columns: Tensor) -> Tensor:
@@ -336,7 +336,7 @@ def _root(moment: Tensor) -> Tensor:
         return (moment + damping).sqrt()
 
     damping = DAMPING * _mean_eigenvalue(moment).clamp(min=TINY)
-    values, vectors = torch.linalg.eigh(moment)
+    values, vectors = solved_for_eigenvalues(moment, torch.linalg.eigh)
     roots = (values.clamp(min=0) + damping).sqrt()
     root: Tensor = (vectors * roots) @ vectors.T
     return root
