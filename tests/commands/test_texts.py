@@ -47,7 +47,7 @@ def test_an_encoder_is_fitted_to_sentences_and_measured_by_pairs(run: Run, texts
     report = run("report", "small", "--json").json
     accuracy = report["accuracy"]
     assert (accuracy["unit"], accuracy["n"], accuracy["data"]) == ("pairs", 40, "stsb:pairs.csv")
-    assert 0 < accuracy["beside"]["mean cosine to the dense vectors"] < 1
+    assert 0 < accuracy["beside"]["mean cosine to the dense vectors"] <= 1
     measured = run("evaluate", "small", "--data", "stsb:pairs.csv", "--json").json
     assert measured["value"] == pytest.approx(accuracy["compressed"])
     assert measured["interval"] == pytest.approx(accuracy["interval"])
