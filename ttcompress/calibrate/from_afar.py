@@ -34,6 +34,8 @@ KEPT = 0.25
 """Share of the squared norm of all planned weights below which TT-SVD keeps little.
 
 It keeps 0.65 of ResNet-20 at 3x, and 0.01 to 0.1 of a layer at 100x to 4,000x."""
+LEAST_COMPRESSION = 8
+"""Of the planned weights, so that what is compressed little takes no longer, whatever TT-SVD keeps of it."""
 RANDOM_STARTS = 2
 RACE = 100
 """Steps that every start gets before the best goes on."""
@@ -48,16 +50,21 @@ State = Mapping[str, Tensor]
 def keeps_little(dense: nn.Module, plain: nn.Module, plan: CompressionPlan) -> bool:
     """Whether TT-SVD of the weights, as in `plain`, keeps less than KEPT of their squared norms.
 
-    Every weight counts by its parameters, for large norms do not make a layer matter more.
+    Every weight counts by its parameters, for large norms do not make a layer matter more. Plans of less than
+    LEAST_COMPRESSION keep enough.
     """
-    kept = parameters = 0.0
+    before = sum(layer.params_before for layer in plan.layers)
+    after = sum(layer.params_after for layer in plan.layers)
+    if before < LEAST_COMPRESSION * after:
+        return False
+
+    kept = 0.0
     for layer in plan.layers:
         weight = weight_of(dense, layer)
         norm = frobenius_norm(weight)
         missed = frobenius_norm(weight - weight_of(plain, layer)) / norm if norm else 0.0
         kept += layer.params_before * (1 - missed**2)
-        parameters += layer.params_before
-    return kept < KEPT * parameters
+    return kept < KEPT * before
 
 
 def refine_from_afar(
