@@ -61,11 +61,6 @@ FAR: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Recipe]] = {
             layers=(LayerRule("1", in_modes=(4, 4, 4, 4), out_modes=(4, 4, 4, 4), ranks=2),), include=("1",)
         ),
     ),
-    "two cores": (
-        linear_net,
-        (1, 16, 16),
-        Recipe(layers=(LayerRule("1", in_modes=(16, 16), out_modes=(16, 16), ranks=4),), include=("1",)),
-    ),
     "conv": (conv_net, (3, 8, 8), Recipe(ranks=1, conv_ranks=1, format="chain", include=("3",))),
 }
 NEAR = Recipe(ranks=100, format="lowrank", include=("1",))
