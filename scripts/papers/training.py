@@ -57,19 +57,22 @@ def from_pretrained(
     stem: Path,
     lr: float | None = None,
     distill: float | None = None,
+    seed: int = 0,
 ) -> tuple[Report, Row]:
     """TT-SVD, calibration and training of a dense network; the last report and the errors on the way.
 
-    The training has the defaults of `finetune` but for its rate and the share of its teacher, the dense network.
+    The training has the defaults of `finetune` but for its rate and the share of its teacher, the dense network. The
+    seed is that of the training alone: others start from the same calibrated network.
     """
     goal = Recipe(arch=recipe.arch, layers=recipe.layers, include=recipe.include, seed=0, data=data)
     start = stem.with_name(f"{stem.name}-start.safetensors")
     plain = compressed(source, stem.with_name(f"{stem.name}-plain.safetensors"), goal)
     calibrated = compressed(source, start, replace(goal, calib=data))
     training = Recipe(
-        train=data, data=data, epochs=epochs, lr=lr, distill=distill, augment=recipe.augment, seed=0
+        train=data, data=data, epochs=epochs, lr=lr, distill=distill, augment=recipe.augment, seed=seed
     )
-    report = trained(stem.with_name(f"{stem.name}.safetensors"), training, start, source)
+    suffix = f"-{seed}" if seed else ""
+    report = trained(stem.with_name(f"{stem.name}{suffix}.safetensors"), training, start, source)
     errors = {"decomposed": error(plain), "calibrated": error(calibrated), "error": error(report)}
     return report, {"dense_error": round(100 - float((report.accuracy or {})["dense"]), 2), **errors}
 

@@ -29,7 +29,7 @@ from ttcompress.records.plan import CompressionPlan
 from ttcompress.tt.contract import dense_weight
 from ttcompress.tt.quantize import dequantize, quantize
 
-EFFORTS = {"fast": Effort(0, 0), "default": Effort(1, 4), "max": Effort(0, 3)}
+EFFORTS = {"fast": Effort(0, 0, 0), "default": Effort(1, 4, 0), "max": Effort(0, 3, 0)}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ttcompress.calibrate.batch_norm import recalibrate_batch_norm
 from ttcompress.calibrate.calibration import Calibration
 from ttcompress.calibrate.decompose import decompose, swap_in, weight_only
+from ttcompress.calibrate.from_afar import keeps_little, refine_from_afar
 from ttcompress.calibrate.held_out_errors import network_error, output_errors
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.refine import refine
@@ -28,13 +29,17 @@ from ttcompress.tt.decompose import frobenius_norm
 
 @dataclass(frozen=True)
 class Effort:
-    """How many least-squares sweeps over each layer, and how many steps of joint refinement."""
+    """How many least-squares sweeps over each layer, and how many steps of joint refinement.
+
+    `far` are the steps of the long refinement where TT-SVD keeps little.
+    """
 
     sweeps: int
     steps: int
+    far: int
 
 
-EFFORTS = {"fast": Effort(1, 0), "default": Effort(1, 150), "max": Effort(2, 400)}
+EFFORTS = {"fast": Effort(1, 0, 0), "default": Effort(1, 150, 1000), "max": Effort(2, 400, 4000)}
 
 
 class Stages:
@@ -97,7 +102,9 @@ def compress_calibrated(
         return decompose(weight, layer, reference.statistics[layer.fqn])
 
     stages.run("weights", lambda model: _decompose_all(model, dense, plan, weight_only, progress))
-    stages.unseen = unseen_rows(dense, stages.model, plan, reference.statistics)
+    plain = stages.model
+    is_far = amount.far > 0 and keeps_little(dense, plain, plan)
+    stages.unseen = unseen_rows(dense, plain, plan, reference.statistics)
     stages.run("whitened", lambda model: _decompose_all(model, dense, plan, whitened, progress))
     if amount.sweeps:
         stages.run("sweeps", lambda model: sweep_layers(reference, model, plan, amount.sweeps, progress))
@@ -106,6 +113,12 @@ def compress_calibrated(
     stages.run("batch norm", lambda model: recalibrate_batch_norm(model, calibration))
     if amount.steps:
         stages.run("refinement", lambda model: refine(reference, model, amount.steps, seed, progress))
+
+    if is_far:
+        stages.run(
+            "from afar",
+            lambda model: refine_from_afar(reference, model, plain, plan, amount.far, seed, progress),
+        )
 
     # Rounded to the type that a file stores, so that the errors are those of what is stored.
     store_cores(stages.model, plan)
