@@ -10,7 +10,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch._dynamo
 import torchvision
 from torch import Tensor, nn
 
@@ -39,8 +38,9 @@ Call = Callable[[], object]
 
 def compared(dense: nn.Module, ours: nn.Module, x: Tensor, way: str) -> Row:
     """Median seconds of both, and the median of the ratios, by turns."""
-    # So many kinds of one layer are compiled that torch would give up after some.
-    torch._dynamo.reset()
+    if way == "compiled":
+        # So many kinds of one layer are compiled that torch would give up after some.
+        torch._dynamo.reset()
     modules = [each.eval().requires_grad_(False) for each in (dense, ours)]
     runs = [ready(each, x, way) for each in modules]
     counts = [repeats(run, x.device) for run in runs]
