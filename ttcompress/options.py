@@ -302,7 +302,7 @@ TABLE: tuple[Option, ...] = (
     ),
     Option(
         "input_size", COUNTS, LAYERS, (*SHAPING, "expand", "export", "bench"),
-        "Of one input, such as 3,224,224, or tokens of a text, where something has to run: for export, bench, --macs-ratio, "
+        "Of one input, such as 3,224,224, or tokens of a text, where something runs: for export, bench, --macs-ratio, "
         "--latency-ratio, --tune and --factors.",
         otherwise="what the file records, or the architecture is known for", metavar="A,B,..",
     ),

@@ -27,7 +27,7 @@ from ttcompress.networks.onnx_files import (
 from ttcompress.networks.opening import example_of, open_any
 from ttcompress.networks.plain import plain_network
 from ttcompress.networks.reader import Reader
-from ttcompress.networks.running import call, finite, input_dtype, made_up, tensors_of
+from ttcompress.networks.running import call, finite, forward, input_dtype, made_up, tensors_of
 from ttcompress.networks.stored import stored_tensors
 from ttcompress.networks.text_examples import answer_of, half_masked, output_name, text_example
 from ttcompress.records.common import Json
@@ -104,6 +104,9 @@ def export_file(
         )
     inputs = _inputs(model, network.reader, shape)
     name = output_name(model, inputs[0])
+    if network.reader is None and name == "":
+        # Says that it is no tensor, and what it is.
+        forward(model, inputs[0])
     with torch.inference_mode():
         wanted = [finite(answer_of(call(model, x), name)) for x in inputs]
     program = program_of(model, inputs[-1])

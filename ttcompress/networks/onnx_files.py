@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ttcompress.errors import ExportError, shortlist
 from ttcompress.networks.running import input_dtype
-from ttcompress.networks.text_examples import Answering, output_name
+from ttcompress.networks.text_examples import Answering, AnsweringOne, output_name
 
 OPSET = 18
 """What torch's exporter writes without converting; any runtime since 2023 reads it."""
@@ -65,7 +65,7 @@ def program_of(model: nn.Module, sample: Tensor | Mapping[str, Tensor]) -> Any:
         axes[1] = torch.export.Dim("sequence")
         model = Answering(model, output)
     elif output is not None:
-        raise ExportError("the network returns several tensors, of which a file has one")
+        model = AnsweringOne(model, output)
     with torch.no_grad(), _silence():
         try:
             program: Any = torch.onnx.export(

@@ -87,6 +87,20 @@ class Answering(nn.Module):
         return answer_of(found, self._output)
 
 
+class AnsweringOne(nn.Module):
+    """The same of a network of one input without a name, such as images."""
+
+    def __init__(self, network: nn.Module, output: str | None) -> None:
+        """Wrap a network; `output` as `output_name` has it."""
+        super().__init__()
+        self.network = network
+        self._output = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What counts of the output."""
+        return answer_of(self.network(x), self._output)
+
+
 def answer_of(output: Any, name: str | None) -> Tensor:
     """The tensor of an output that counts, by the name that `output_name` gave it."""
     if name is None:
