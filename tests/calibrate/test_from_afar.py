@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from ttcompress.data.calibration_images import draw_calibration
 
 from ttcompress.calibrate import from_afar, stages
 from ttcompress.calibrate.from_afar import (
@@ -23,7 +24,6 @@ from ttcompress.calibrate.held_out_errors import network_error
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.stages import Effort, compress_calibrated
 from ttcompress.calibrate.statistics import measure
-from ttcompress.data.calibration_images import draw_calibration
 from ttcompress.networks.surgery import apply_plan
 from ttcompress.networks.weights import cores_of, weight_of
 from ttcompress.planning.planner import make_plan

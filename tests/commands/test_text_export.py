@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import Done
-from model_folders import VOCABULARY, save_folder, save_sentence_encoder, small_llama
+from model_folders import VOCABULARY, save_folder, save_sentence_encoder, small_llama, write_json
 
 import ttcompress
 
@@ -79,6 +79,28 @@ def test_classifiers_and_language_models_give_logits(run: Run, tmp_path: Path) -
         assert done.code == 0, done.err
         assert done.json["output"] == "logits"
         assert done.json["difference"] < 1e-4
+
+
+@pytest.mark.slow
+def test_an_image_classifier_of_the_library_gives_logits(run: Run, tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, num_labels=5, **sizes)).eval()
+    save_folder(model, tmp_path / "vit", tokenizer=False)
+    write_json(
+        tmp_path / "vit" / "preprocessor_config.json",
+        {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 32, "width": 32}},
+    )
+    assert run("compress", "vit", "--ratio", "1.2").code == 0
+    done = run("export", "vit-tt", "--onnx", "vit.onnx", "--json")
+    assert done.code == 0, done.err
+    assert (done.json["inputs"], done.json["output"], done.json["input_shape"]) == (
+        ["input"],
+        "logits",
+        [3, 32, 32],
+    )
 
 
 def test_sizes_of_texts_are_checked(run: Run, compressed: Path, tmp_path: Path) -> None:

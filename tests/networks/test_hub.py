@@ -107,7 +107,7 @@ def test_what_networks_are_for(name: str, tmp_path: Path) -> None:
         assert reader is not None
         model = open_dense(folder).model
         model(torch.full((1, reader.longest), 5))
-        with pytest.raises(IndexError, match="out of range"):
+        with pytest.raises((IndexError, RuntimeError), match=r"index|size"):
             model(torch.full((1, reader.longest + 1), 5))
 
 

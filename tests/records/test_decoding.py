@@ -118,7 +118,9 @@ WRONG_FILE: dict[Place, list[tuple[object, str]]] = {
         (MISSING, "bytes_after is missing"),
         (True, "bytes_after must be a whole number, not true"),
     ],
-    ("architecture", "kind"): [("os", 'architecture.kind must be zoo, torchvision or factory, not "os"')],
+    ("architecture", "kind"): [
+        ("os", 'architecture.kind must be zoo, torchvision, factory, transformers or timm, not "os"')
+    ],
     ("architecture", "arguments"): [
         (
             {"weights": "DEFAULT"},

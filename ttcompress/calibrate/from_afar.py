@@ -24,7 +24,7 @@ from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.refine import Schedule, augment, moved
 from ttcompress.data.augment import flipped
 from ttcompress.errors import DataError
-from ttcompress.networks.running import NetworkInput, batch_size, call, device_of, placed
+from ttcompress.networks.running import NetworkInput, batch_size, device_of, placed
 from ttcompress.networks.weights import cores_of, tt_parts, weight_of
 from ttcompress.records.common import Progress
 from ttcompress.records.plan import CompressionPlan
@@ -82,9 +82,8 @@ def refine_from_afar(
     images decide. What `compressed` was before is not in it: it would be ahead by the steps that it has had, but its
     biases have gone where units are dead, and it ends behind.
     """
-    starts = [plain.state_dict()]
-    starts += [_random(reference.dense, plain, plan, seed * RANDOM_STARTS + k) for k in range(RANDOM_STARTS)]
-    starts = [copy.deepcopy(start) for start in starts]
+    drawn = [_random(reference.dense, plain, plan, seed * RANDOM_STARTS + k) for k in range(RANDOM_STARTS)]
+    starts: list[State] = [copy.deepcopy(start) for start in (plain.state_dict(), *drawn)]
 
     compressed.requires_grad_()
     with gradients_in_eval(compressed):
@@ -128,14 +127,15 @@ def _train(
     reference: Reference, model: nn.Module, steps: int, seed: int, progress: Progress | None = None
 ) -> None:
     """Steps by Adam to half the squared error of the outputs; rates rise, then fall to nothing."""
+    answer = reference.calibration.answer
     optimizer = torch.optim.Adam(_groups(model), betas=(0.9, 0.99))
     share = Schedule(steps, 1.0, 1.0).share
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
     for step, inputs in enumerate(islice(_inputs(reference, seed), steps)):
         with torch.no_grad():
-            target = call(reference.dense, inputs)
-        loss = half_squared_error(call(model, inputs), target)
+            target = answer(reference.dense, inputs)
+        loss = half_squared_error(answer(model, inputs), target)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -24,6 +24,7 @@ from ttcompress.errors import DataError, PlanError, TTCompressError, shortlist
 from ttcompress.measure.accuracy import predict
 from ttcompress.networks.factories import check_module
 from ttcompress.networks.held import copied
+from ttcompress.networks.hub import known_architecture
 from ttcompress.networks.opening import Network
 from ttcompress.networks.running import NetworkInput, blaming
 from ttcompress.networks.weights import tt_parts
@@ -133,7 +134,7 @@ def compress(
         model = module if inplace else copied(module)
         settings = Settings.of(recipe)
         inputs = replace(_inputs(settings, calib, data, metric, val, progress), example=example)
-        return model, compress_network(Network(model, model.state_dict()), settings, plan, inputs, progress)
+        return model, compress_network(_network(model), settings, plan, inputs, progress)
 
 
 def plan(
@@ -193,7 +194,7 @@ def plan(
         _check_measures(recipe, None, None, None, val)
         settings = Settings.of(recipe)
         inputs = replace(_inputs(settings, calib, None, None, val, progress), example=example)
-        return plan_network(Network(module, module.state_dict()), settings, None, inputs, progress).plan
+        return plan_network(_network(module), settings, None, inputs, progress).plan
 
 
 def sweep(
@@ -259,7 +260,7 @@ def sweep(
         model = copied(module)
         known = _inputs(Settings.of(recipe), calib, data, metric, None, progress)
         inputs = replace(known, searched=None, example=example)
-        network = Network(model, model.state_dict())
+        network = _network(model)
         return sweep_network(network, recipe, _listed(ratios), tuple(formats), inputs, progress)
 
 
@@ -305,6 +306,11 @@ def save(module: nn.Module, report: Report, path: str | os.PathLike[str], force:
 
 
 # ------------------------------------------------------------------------------------------------------------ keywords
+
+
+def _network(module: nn.Module) -> Network:
+    """A module as the commands take it; of a library's own class a file can say how it is built."""
+    return Network(module, module.state_dict(), known_architecture(module))
 
 
 def _recipe(given: Mapping[str, Any], function: Callable[..., Any]) -> Recipe:

@@ -86,7 +86,7 @@ def model_folder(path: Path) -> ModelFolder | None:
     check_config(folder / CONFIG, config)
     generation = read_json(folder / GENERATION) or {}
     weights = _weights_in(folder) if path.is_dir() else path
-    return ModelFolder(folder, library, name, _cleaned(config), _cleaned(generation), weights)
+    return ModelFolder(folder, library, name, cleaned(config), cleaned(generation), weights)
 
 
 def _named(config: Json) -> tuple[str, str] | None:
@@ -167,12 +167,12 @@ def _entries(value: Any, place: str = "") -> Iterator[tuple[str, str, Any]]:
             yield from _entries(each, here)
 
 
-def _cleaned(value: Any) -> Any:
+def cleaned(value: Any) -> Any:
     """A configuration without what says how it was run, and with numbers that every reader of JSON has."""
     if isinstance(value, Mapping):
-        return {key: _cleaned(each) for key, each in value.items() if key not in CHOSEN_HERE}
+        return {key: cleaned(each) for key, each in value.items() if key not in CHOSEN_HERE}
     if isinstance(value, list):
-        return [_cleaned(each) for each in value]
+        return [cleaned(each) for each in value]
     if isinstance(value, float) and not isfinite(value):
         # As the transformers library itself writes them.
         return {"__float__": {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}[str(value)]}

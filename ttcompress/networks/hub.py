@@ -62,6 +62,13 @@ def known_reader(model: nn.Module, architecture: Architecture | None, path: Path
     return reader_of(model, architecture, path if path.is_dir() else path.parent)
 
 
+def known_architecture(model: nn.Module) -> Architecture | None:
+    """How a network in memory is built, where it is of a class of the transformers library itself."""
+    if not type(model).__module__.startswith("transformers.models."):
+        return None
+    return transformers_models.architecture_of(model)
+
+
 def save(model: nn.Module, architecture: Architecture, folder: Path) -> None:
     """Write a dense network into a folder that its library loads.
 

@@ -21,7 +21,7 @@ from ttcompress.files.checkpoint import (
 )
 from ttcompress.files.compressed import check_arguments, stored_report
 from ttcompress.files.header import PLAIN_KEY, blaming, read_metadata
-from ttcompress.files.model_folder import ModelFolder, model_folder
+from ttcompress.files.model_folder import CONFIG, ModelFolder, model_folder
 from ttcompress.files.tensors import aligned
 from ttcompress.layers.plain import from_description
 from ttcompress.networks import architectures as models
@@ -158,7 +158,13 @@ def open_dense(path: Path, arch: str | None = None, key: str = "") -> Network:
     folder = model_folder(path) if arch is None else None
     if folder is not None:
         return _of_library(folder, key)
-    checkpoint, network = _opened(load_checkpoint(path, key), arch)
+    try:
+        checkpoint, network = _opened(load_checkpoint(path, key), arch)
+    except ArchitectureError as error:
+        if arch is None and (path.parent / CONFIG).is_file():
+            whose = f"the {CONFIG} there names no network of the transformers library or of timm"
+            raise ArchitectureError(f"{path}: {error}; {whose}") from error
+        raise
     checkpoint.say_notes()
     return network
 

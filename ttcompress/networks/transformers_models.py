@@ -6,6 +6,7 @@ The library gets a configuration and tensors, never a name or a place, so that i
 from __future__ import annotations
 
 import inspect
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.errors import ArchitectureError, CheckpointError, TTCompressError, shortlist
-from ttcompress.files.model_folder import check_config
+from ttcompress.files.model_folder import check_config, cleaned
 from ttcompress.networks.factories import one_line
 from ttcompress.networks.limits import MOST_PARAMETERS, within_limits
 from ttcompress.records.report import Architecture
@@ -73,6 +74,23 @@ def architecture(name: str, config: Mapping[str, Any], generation: Mapping[str, 
     _class(name)
     return Architecture(
         "transformers", name, config=config, generation=generation, library=check_installed().__version__
+    )
+
+
+def architecture_of(model: nn.Module) -> Architecture | None:
+    """The reference to the class of a network in memory; None where it is built in another way."""
+    name, known = type(model).__name__, getattr(check_installed(), type(model).__name__, None)
+    if known is not type(model):
+        return None
+    generation = getattr(model, "generation_config", None)
+    config: Any = model.config
+    stated = cleaned(json.loads(config.to_json_string(use_diff=False)))
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return Architecture(
+        *("transformers", name),
+        config={**_without_dtype(stated), "architectures": [name], "dtype": dtype},
+        generation={} if generation is None else cleaned(json.loads(generation.to_json_string())),
+        library=check_installed().__version__,
     )
 
 
