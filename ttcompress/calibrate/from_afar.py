@@ -82,7 +82,7 @@ def refine_from_afar(
     images decide. What `compressed` was before is not in it: it would be ahead by the steps that it has had, but its
     biases have gone where units are dead, and it ends behind.
     """
-    starts = [plain.state_dict()]
+    starts: list[State] = [plain.state_dict()]
     starts += [_random(reference.dense, plain, plan, seed * RANDOM_STARTS + k) for k in range(RANDOM_STARTS)]
     starts = [copy.deepcopy(start) for start in starts]
 
