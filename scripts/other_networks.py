@@ -25,8 +25,11 @@ STUB = """
 import importlib.util, sys, types
 
 def package(name, **values):
+    if name in sys.modules:
+        return
     found = types.ModuleType(name)
-    found.__path__ = list(importlib.util.find_spec(name).submodule_search_locations)
+    found.__spec__ = importlib.util.find_spec(name)
+    found.__path__ = list(found.__spec__.submodule_search_locations)
     vars(found).update(values)
     sys.modules[name] = found
 """
