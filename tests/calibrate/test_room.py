@@ -56,11 +56,6 @@ def test_networks_that_take_no_few_inputs_are_not_cut() -> None:
             return super().forward(x).reshape(32, 5)
 
     assert room_for(Fixed(24, 5), [VECTORS[:32]]) is None
-    _, report = ttcompress.compress(
-        Fixed(24, 5), ranks=2, include=["*"], calib=VECTORS[:73], batch_size=32, effort="fast"
-    )
-    assert report.calibration is not None
-    assert "at_a_time" not in report.calibration
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 32, 33])
@@ -73,7 +68,7 @@ def test_pieces_are_the_batch_in_order(size: int, most: int) -> None:
     sizes = [len(each["x"]) for each in pieces]
     assert max(sizes) <= most
     assert max(sizes) - min(sizes) <= 1
-    assert [len(each["x"]) for each in at.pieces(batch, gradients=False)] == [size]
+    assert len(at.pieces(batch, gradients=False)) == -(-size // (10 * most))
 
 
 def test_longer_inputs_come_in_smaller_pieces() -> None:
