@@ -77,7 +77,9 @@ def room_for(model: nn.Module, batches: Iterable[NetworkInput]) -> Room | None:
     """
     largest = max(batches, key=numbers_of)
     # Two, for networks that drop an axis of length one.
-    inputs = placed(parts_of(largest, [0, min(2, batch_size(largest))])[0], device_of(model))
+    few = parts_of(largest, [0, min(2, batch_size(largest))])[0]
+    # Copies: part of a batch has the memory of the whole.
+    inputs = map_tensors(torch.clone, placed(few, device_of(model)))
     count = batch_size(inputs)
     try:
         saved, passing = _taken(model, inputs)

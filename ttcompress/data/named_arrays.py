@@ -75,7 +75,8 @@ def _tensor(array: NDArray[Any], name: str, file: Path) -> Tensor:
         raise DataError(f"{file}: {name} is {array.dtype}, not whole or floating-point numbers")
     if not np.isfinite(array).all():
         raise DataError(f"{file}: {name} holds NaN or Inf")
-    found = torch.from_numpy(array.astype(np.float32))
+    with np.errstate(over="ignore"):
+        found = torch.from_numpy(array.astype(np.float32))
     if not bool(found.isfinite().all()):
         raise DataError(f"{file}: {name} holds numbers that float32 does not")
     return found
