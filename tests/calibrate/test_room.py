@@ -115,7 +115,7 @@ def test_results_hardly_depend_on_the_cut(build: Any, monkeypatch: pytest.Monkey
 def ttcompress_effort(steps: int) -> Any:
     from ttcompress.calibrate.stages import Effort
 
-    return Effort(1, steps)
+    return Effort(1, steps, 0)
 
 
 def test_gradients_of_pieces_add_up_to_those_of_the_batch() -> None:

@@ -247,7 +247,7 @@ def test_onnxruntime_computes_the_same_as_torch(file: Path) -> None:
     x = torch.randn(3, 1, 28, 28)
     for runtime, most in (("onnx", 1e-4), ("onnx-int8", 0.1)):
         ready = made_ready(runtime, model, x, training=False)
-        found, wanted = ready.run(), model(x)
+        (found,), wanted = ready.run(), model(x)
         assert isinstance(found, Tensor)
         assert float((found - wanted).abs().max() / wanted.abs().max()) < most
 

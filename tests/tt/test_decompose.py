@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ttcompress.errors import ShapeError
 from ttcompress.tt import unfolding
-from ttcompress.tt.decompose import TTSVD, decompose_weight, squared_spectra, tensorize, tt_svd
+from ttcompress.tt.decompose import TTSVD, _feasible, decompose_weight, squared_spectra, tensorize, tt_svd
 from ttcompress.tt.shapes import Tensorization, feasible_ranks, tensorize_shape
 
 Full = NDArray[np.float64]
@@ -426,3 +426,15 @@ def rows_of(cores: Sequence[Tensor]) -> list[Full]:
     left = np.einsum("zaip,pbjq,qckr->abcijkr", a, b, c).reshape(64, 112, 4)
     right = np.einsum("paiq,qbjr,rckz->pabcijk", d, e, f).reshape(4, 64 * 224)
     return [(block @ right).reshape(112, 64, 224).swapaxes(0, 1).reshape(64, 25088) for block in left]
+
+
+def test_a_rank_that_one_side_cannot_carry_is_not_kept() -> None:
+    """Between modes of size 1 lie cuts of one and the same unfolding, which may be cut at different ranks."""
+    wide = [torch.randn(1, 4, 2), torch.randn(2, 1, 3), torch.randn(3, 4, 1)]
+    narrow = _feasible(wide)
+    assert [core.shape[0] for core in narrow] == [1, 2, 2]
+    torch.testing.assert_close(dense_of(narrow), dense_of(wide))
+
+
+def dense_of(cores: list[Tensor]) -> Tensor:
+    return torch.einsum("aib,bjc,ckd->ijk", *cores)

@@ -107,6 +107,7 @@ def _error(reference: Reference, model: nn.Module) -> float:
         return float("inf")
 
 
+@torch.no_grad()
 def _random(dense: nn.Module, plain: nn.Module, plan: CompressionPlan, seed: int) -> State:
     """A compressed network with normal cores whose weight has about the norm of the dense one."""
     drawn = copy.deepcopy(plain)
@@ -115,11 +116,11 @@ def _random(dense: nn.Module, plain: nn.Module, plan: CompressionPlan, seed: int
         cores = cores_of(drawn, layer)
         wanted = frobenius_norm(weight_of(dense, layer))
         for core in cores:
-            core.data = torch.randn(core.shape, generator=generator).to(core)
+            core.copy_(torch.randn(core.shape, generator=generator))
         # Of a few cores with few entries the product strays far from what is expected: it is measured.
         factor = wanted / (frobenius_norm(weight_of(drawn, layer)) or 1.0)
         for core in cores:
-            core.data *= factor ** (1 / len(cores))
+            core *= factor ** (1 / len(cores))
     return drawn.state_dict()
 
 

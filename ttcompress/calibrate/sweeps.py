@@ -74,10 +74,11 @@ def _sweep(
     weight = weight_of(reference.dense, layer)
     metric = reference.statistics[layer.fqn].output_metric
     cores = fit_layer(weight, layer, start, fitting, metric, sweeps)
-    for core, fitted in zip(own, spread_norm(cores), strict=True):
-        core.data = fitted.to(core)
-    if theirs is not None and ours is not None:
-        ours.data = _bias_for_mean(theirs, weight, weight_of(compressed, layer), pairs)
+    with torch.no_grad():
+        for core, fitted in zip(own, spread_norm(cores), strict=True):
+            core.copy_(fitted)
+        if theirs is not None and ours is not None:
+            ours.copy_(_bias_for_mean(theirs, weight, weight_of(compressed, layer), pairs))
 
 
 def _bias(model: nn.Module, layer: LayerPlan, use: Use) -> nn.Parameter | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ttcompress.errors import ShapeError
-from ttcompress.tt.arithmetic import rank_for, right_orthogonalize, times_two_to
+from ttcompress.tt.arithmetic import left_orthogonalize, rank_for, right_orthogonalize, times_two_to
 from ttcompress.tt.contract import dense_weight, merge_all
 from ttcompress.tt.estimate import bounded_spectrum
 from ttcompress.tt.quantize import as_stored
@@ -347,8 +347,7 @@ def _accurate_cores(
     while True:
         delta = share * eps * norm / sqrt(cuts) if eps else None
         cores, missed = _truncate_cuts(folded, caps, delta)
-        if not _is_feasible(cores):
-            cores = right_orthogonalize(cores)
+        cores = _feasible(cores)
         cores = [core.to(work_dtype) for core in spread_norm(cores, exponent)]
         # Below the noise, what truncation left out is not all there is to the error.
         error = missed if missed > FLOAT32_NOISE else _relative_error(folded, cores, exponent)
@@ -361,9 +360,18 @@ def _accurate_cores(
         share /= 2
 
 
-def _is_feasible(cores: Sequence[Tensor]) -> bool:
-    """Truncation by accuracy may keep a rank that the cores on its other side cannot carry."""
-    return all(core.shape[0] <= core.shape[1] * core.shape[2] for core in cores)
+def _feasible(cores: list[Tensor]) -> list[Tensor]:
+    """The same tensor at TT-ranks that all cores can carry.
+
+    Truncation by accuracy may keep a rank beyond what the cores on either side of it have room for.
+    """
+    while True:
+        if any(core.shape[0] > core.shape[1] * core.shape[2] for core in cores):
+            cores = right_orthogonalize(cores)
+        elif any(core.shape[2] > core.shape[0] * core.shape[1] for core in cores):
+            cores = left_orthogonalize(cores)
+        else:
+            return cores
 
 
 class Basis(NamedTuple):
