@@ -291,9 +291,7 @@ def test_a_search_needs_images_and_a_network_that_can_lose(digits: nn.Module, ba
         ttcompress.compress(digits, ratio=2, val=batches["test"])
     state = deepcopy(digits.state_dict())
     answers = [(images, digits(images).argmax(1)) for images, _ in batches["test"]]
-    with pytest.raises(
-        PlanError, match=r"keeps the drop within 0 points; the mildest tried: .*x loses .* points"
-    ):
+    with pytest.raises(PlanError, match=r"keeps the drop within 0; the mildest tried: .*x loses ."):
         ttcompress.compress(digits, max_drop=0, val=answers, include=["fc1"], format="matrix")
     assert all(torch.equal(value, state[key]) for key, value in digits.state_dict().items())
 

@@ -36,7 +36,7 @@ class Effort:
 
     sweeps: int
     steps: int
-    far: int
+    far: int = 0
 
 
 EFFORTS = {"fast": Effort(1, 0, 0), "default": Effort(1, 150, 1000), "max": Effort(2, 400, 4000)}

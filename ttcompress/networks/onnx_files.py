@@ -98,14 +98,14 @@ def returned(model: nn.Module, sample: Any) -> dict[str, Tensor]:
 
 
 class _Flat(nn.Module):
-    """A network that returns all its tensors as a tuple."""
+    """A network of one input that returns all its tensors as a tuple."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, *inputs: Any, **named: Any) -> tuple[Tensor, ...]:
-        return tuple(tensors_by_name(self.network(*inputs, **named)).values())
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensors_by_name(self.network(x)).values())
 
 
 @contextmanager
