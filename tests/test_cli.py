@@ -710,7 +710,7 @@ def test_results_on_stdout_nothing_on_stderr(run: Run, files: Path, arguments: l
 # -------------------------------------------------------------------------------------------------- interrupts and bugs
 
 
-@pytest.mark.parametrize("where", ["compress_network", "write_safetensors", "open_dense"])
+@pytest.mark.parametrize("where", ["compress_network", "write_network", "open_dense"])
 def test_interrupt(run: Run, mlp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt

@@ -88,6 +88,8 @@ std = [1, 0.25]
 dtype = "float16"
 device = "cpu"
 batch-size = 32
+seq-len = 64
+outputs = ["logits"]
 workers = 0
 seed = 7
 [[layers]]
@@ -285,6 +287,8 @@ def test_all_options_are_read_with_hyphens_or_underscores(tmp_path: Path) -> Non
         dtype="float16",
         device="cpu",
         batch_size=32,
+        seq_len=64,
+        outputs=("logits",),
         workers=0,
         seed=7,
         layers=(LayerRule("classifier.0", "matrix", (2, 2), (3, 3), 4), LayerRule("classifier.3")),

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from ttcompress.data.calibration_images import draw_calibration
 
 from ttcompress.calibrate import from_afar, stages
+from ttcompress.calibrate.calibration import draw_calibration
 from ttcompress.calibrate.from_afar import (
     KEPT,
     LEAST_COMPRESSION,

@@ -236,7 +236,7 @@ def check_quick(read: Callable[[dict[str, Any]], Report | CompressionPlan], data
         assert again == record
         assert again.to_json() == written
         str(record)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 5
 
 
 many = settings(max_examples=700, deadline=None, suppress_health_check=[HealthCheck.too_slow])

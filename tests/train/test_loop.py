@@ -34,7 +34,7 @@ from ttcompress.processes import World
 from ttcompress.records.common import Json
 from ttcompress.train import loop as training
 from ttcompress.train.loop import best_epoch, compile_mode, train
-from ttcompress.train.mixing import mix_images
+from ttcompress.train.mixing import mixed
 from ttcompress.train.options import TrainingOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,7 +96,7 @@ def by_hand(
         model.train()
         for step, (images, labels) in enumerate(source.epoch(epoch)):
             assert labels is not None
-            images, mixed_in, share = mix_images(images, labels, options, epoch, step)
+            images, mixed_in, share = mixed(images, labels, options, epoch, step)
             aims = soft(labels, options)
             if mixed_in is not None:
                 aims = share * aims + (1 - share) * soft(mixed_in, options)
