@@ -105,7 +105,7 @@ def test_what_the_package_imports_is_declared(wheel: Path) -> None:
     """By the wheel, outside of its extras for work on the project."""
     metadata = PathDistribution(ZipPath(wheel, f"ttcompress-{__version__}.dist-info/"))  # type: ignore[arg-type]
     declared = {
-        re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower()
+        re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower().replace("_", "-")
         for requirement in metadata.requires or []
         if "extra ==" not in requirement
         or re.search(r"extra == ['\"](onnx|timm|transformers)['\"]", requirement)
@@ -114,7 +114,7 @@ def test_what_the_package_imports_is_declared(wheel: Path) -> None:
     imported = set(re.findall(r"^\s*(?:import|from) ([a-z]\w*)", text, re.MULTILINE))
     providers = packages_distributions()
     used = {
-        provider.lower()
+        provider.lower().replace("_", "-")
         for module in imported - sys.stdlib_module_names - {"ttcompress"}
         for provider in providers.get(module, [module])
     }
