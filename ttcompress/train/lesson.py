@@ -89,10 +89,20 @@ class Vectors(Lesson):
         self, answers: Tensor, labels: Tensor | None, taught: Tensor | None, options: TrainingOptions
     ) -> Tensor:
         """The squared distance from the teacher's vectors over their squared length."""
-        assert taught is not None
-        return (answers - taught).square().sum() / taught.square().sum()
+        theirs = _required(taught)
+        return (answers - theirs).square().sum() / theirs.square().sum()
 
     def num_right(self, answers: Tensor, labels: Tensor | None, taught: Tensor | None) -> Tensor:
         """The sum of the cosines to the teacher's vectors."""
-        assert taught is not None
-        return functional.cosine_similarity(answers, taught).clamp(min=0).sum()
+        return functional.cosine_similarity(answers, _required(taught)).clamp(min=0).sum()
+
+
+def _required(taught: Tensor | None) -> Tensor:
+    """The answers of a teacher.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if taught is None:
+        raise ValueError("vectors are learned from a teacher")
+    return taught
