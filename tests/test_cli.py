@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -809,7 +810,9 @@ def test_no_traceback_without_debug(
 def test_the_installed_command_and_the_module(tmp_path: Path, mlp: Path) -> None:
     command = [sys.executable, "-m", "ttcompress", "compress", str(mlp), "--ranks", "3", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    # On a busy machine a stage may take long enough to have a line in a log.
+    assert all(re.fullmatch(r"ttcompress: \w+, \d+ s", line) for line in done.stderr.splitlines())
     assert json.loads(done.stdout)["file"] == "mlp-tt.safetensors"
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (again.returncode, again.stdout) == (2, "")

@@ -209,7 +209,6 @@ def network() -> nn.Module:
 
 
 RUNS = [
-    pytest.param({"ratio": 1.5}, marks=pytest.mark.slow),
     {"eps": 0.8},
     {"ranks": 3, "conv_ranks": 3},
     {"ranks": 3, "conv_ranks": 3, "effort": "fast"},
