@@ -811,8 +811,8 @@ def test_the_installed_command_and_the_module(tmp_path: Path, mlp: Path) -> None
     command = [sys.executable, "-m", "ttcompress", "compress", str(mlp), "--ranks", "3", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0
-    # On a busy machine a stage may take long enough to have a line in a log.
-    assert all(re.fullmatch(r"ttcompress: \w+, \d+ s", line) for line in done.stderr.splitlines())
+    # On a busy machine a stage may take long enough to have a line in a log; nothing else may be there.
+    assert re.sub(r"^ttcompress: \w+, [1-9]\d* s\n", "", done.stderr, flags=re.MULTILINE) == ""
     assert json.loads(done.stdout)["file"] == "mlp-tt.safetensors"
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (again.returncode, again.stdout) == (2, "")

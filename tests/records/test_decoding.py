@@ -221,6 +221,12 @@ def test_layers_from_before_a_key_are_read(key: str) -> None:
     Report.from_json(changed(FILE, ("layers", 0, key), MISSING))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _decoders() -> None:
+    """What is made once, at the first reading, is no part of the time that a reading takes."""
+    str(Report.from_json(FILE))
+
+
 def check_quick(read: Callable[[dict[str, Any]], Report | CompressionPlan], data: dict[str, Any]) -> None:
     """It is one clear line, or it is valid and stays as it is."""
     started = time.process_time()
@@ -236,7 +242,7 @@ def check_quick(read: Callable[[dict[str, Any]], Report | CompressionPlan], data
         assert again == record
         assert again.to_json() == written
         str(record)
-    assert time.process_time() - started < 5
+    assert time.process_time() - started < 1
 
 
 many = settings(max_examples=700, deadline=None, suppress_health_check=[HealthCheck.too_slow])

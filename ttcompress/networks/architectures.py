@@ -17,7 +17,7 @@ from ttcompress.errors import ArchitectureError, shortlist
 from ttcompress.networks import known_keys, timm_models, transformers_models
 from ttcompress.networks.factories import Factory, built_by, is_factory, load_factory, one_line, split_factory
 from ttcompress.networks.known_keys import OPTIONAL
-from ttcompress.networks.limits import BUFFERS, MOST_PARAMETERS, WeightsOnMeta, within_limits
+from ttcompress.networks.limits import BUFFERS, MOST_PARAMETERS, weights_on_meta, within_limits
 from ttcompress.networks.zoo import DEFAULT_CLASSES, ZOO, mlp_widths, named_widths, zoo_preprocessing
 from ttcompress.records.report import Architecture, Preprocessing
 
@@ -145,7 +145,7 @@ def _waiting(architecture: Architecture, construct: Callable[[], nn.Module]) -> 
     if architecture.kind == "timm":
         # Its arguments come from a file.
         return within_limits(_reference(architecture), construct, MOST_PARAMETERS)
-    with WeightsOnMeta():
+    with weights_on_meta():
         model = construct()
     count = sum(parameter.numel() for parameter in model.parameters())
     if count > MOST_PARAMETERS:

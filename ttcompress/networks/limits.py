@@ -25,35 +25,35 @@ MOST_TENSORS = 100_000
 """Parameters and buffers, which each take time."""
 
 
-class WeightsOnMeta(TorchFunctionMode):
+class _Placing(TorchFunctionMode):
+    """One function of torch makes its tensors on another device than the one that is set."""
+
+    def __init__(self, makes: Callable[..., Tensor], device: str) -> None:
+        super().__init__()
+        self._makes, self._device = makes, device
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **{**kwargs, "device": self._device} if func is self._makes else kwargs)
+
+
+def weights_on_meta() -> TorchFunctionMode:
     """Parameters take no memory and no initialisation time, while other tensors hold numbers.
 
     `torch.device("meta")` would do but for torchvision's RegNets, which compute their widths with tensors.
     """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        return func(*args, **{**kwargs, "device": "meta"} if func is torch.empty else kwargs)
+    return _Placing(torch.empty, "meta")
 
 
-class _ReadableSteps(TorchFunctionMode):
+def _readable_steps() -> TorchFunctionMode:
     """What rates of dropping are made of is read by constructors, which nothing on the meta device can be."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        return func(*args, **{"device": "cpu", **kwargs} if func is torch.linspace else kwargs)
+    return _Placing(torch.linspace, "cpu")
 
 
 def within_limits(name: str, construct: Callable[[], nn.Module], most: int) -> nn.Module:
@@ -70,13 +70,13 @@ def within_limits(name: str, construct: Callable[[], nn.Module], most: int) -> n
         register_module_buffer_registration_hook(counter.buffer),
     ]
     try:
-        with torch.device("meta"), _ReadableSteps():
+        with torch.device("meta"), _readable_steps():
             construct()
     finally:
         for handle in handles:
             handle.remove()
 
-    with WeightsOnMeta():
+    with weights_on_meta():
         return construct()
 
 
