@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ttcompress
-from ttcompress.calibrate import layer_statistics, observe, sweeps
+from ttcompress.calibrate import layer_statistics, observe
+from ttcompress.calibrate import pairs as pairs_module
 from ttcompress.calibrate import statistics as calibrate
 from ttcompress.calibrate.batch_norm import recalibrate_batch_norm
 from ttcompress.calibrate.calibration import DEFAULT_IMAGES, Calibration, draw_calibration
@@ -25,9 +26,10 @@ from ttcompress.calibrate.decompose import decompose, weight_only
 from ttcompress.calibrate.held_out_errors import network_error, output_errors
 from ttcompress.calibrate.layer_statistics import LayerStatistics
 from ttcompress.calibrate.observe import layer_inputs
+from ttcompress.calibrate.pairs import input_pairs
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.statistics import measure
-from ttcompress.calibrate.sweeps import fit_layer, input_pairs, sweep_layers
+from ttcompress.calibrate.sweeps import fit_layer, sweep_layers
 from ttcompress.calibrate.uses import Kind, Use
 from ttcompress.errors import DataError
 from ttcompress.layers.spec import layer_spec
@@ -555,7 +557,7 @@ def test_a_mean_that_the_bias_takes_up_costs_no_rank() -> None:
 @nets
 def test_pairs_are_the_inputs_of_both_networks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observe, "POSITIONS", 10**9)
-    monkeypatch.setattr(sweeps, "SWEEP_IMAGES", 17)
+    monkeypatch.setattr(pairs_module, "SWEEP_IMAGES", 17)
     dense, model, plan, calibration = compressed(name)
     fqn, last, ran = ORDER[name][1], "4" if name == "vectors" else "head", []
     for each in (dense, model):

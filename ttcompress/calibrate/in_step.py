@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ttcompress.calibrate.observe import Call, hooked
-from ttcompress.networks.running import NetworkInput, call
+from ttcompress.errors import DataError
+from ttcompress.networks.running import NetworkInput, call, tensors_of
 
 
 class _Ended(BaseException):
@@ -129,3 +132,55 @@ def in_step(
     finally:
         for walk in walks:
             walk.stop()
+
+
+class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What operations make, so that it can be counted as long as it is alive."""
+
+    def __init__(self, inputs: NetworkInput) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        for tensor in tensors_of(inputs):
+            self._remember(tensor)
+
+    @property
+    def alive(self) -> int:
+        """Bytes of all that is still in use."""
+        in_use = {key: each for key, each in self._storages.items() if not _is_gone(each[0])}
+        self._storages = in_use
+        return sum(size for _, size in in_use.values())
+
+    def _remember(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tensors_of(made):
+            self._remember(tensor)
+        return made
+
+
+def _is_gone(storage: StorageWeakRef) -> bool:
+    gone: bool = storage.expired()  # type: ignore[no-untyped-call]
+    return gone
+
+
+@torch.no_grad()
+def bytes_at_halts(model: nn.Module, names: Sequence[str], inputs: NetworkInput) -> dict[str, int]:
+    """Memory that a pass over these inputs holds where it comes by each module first; nothing of a network that takes them not.
+
+    Parameters do not count, inputs do.
+    """
+    held: dict[str, int] = {}
+    made = _Made(inputs)
+
+    def look(name: str, module: nn.Module, called: Call) -> None:
+        held.setdefault(name, made.alive)
+
+    try:
+        with hooked(model, dict.fromkeys(names), look), made:
+            call(model, inputs)
+    except DataError:
+        return {}
+    return held

@@ -14,11 +14,9 @@ from ttcompress.calibrate.layer_statistics import Statistics
 class Reference:
     """The dense network, frozen, the moments of its layers, and images to run it on.
 
-    It stays as it is, whatever is fitted to it. `in_step` lets a network pass over several batches at once where layer
-    after layer is fitted: many times faster, and bit for bit the same, but the memory of so many passes.
+    It stays as it is, whatever is fitted to it.
     """
 
     dense: nn.Module
     statistics: Statistics
     calibration: Calibration
-    in_step: bool = False

@@ -70,16 +70,21 @@ def numbers_of(inputs: NetworkInput) -> int:
     return max(tensor[0].numel() for tensor in tensors_of(inputs))
 
 
+def two_of(model: nn.Module, batches: Iterable[NetworkInput]) -> Any:
+    """Two of the largest inputs, or one, where the network is."""
+    largest = max(batches, key=numbers_of)
+    # Two, for networks that drop an axis of length one.
+    few = parts_of(largest, [0, min(2, batch_size(largest))])[0]
+    # Copies: part of a batch has the memory of the whole.
+    return map_tensors(torch.clone, placed(few, device_of(model)))
+
+
 def room_for(model: nn.Module, batches: Iterable[NetworkInput]) -> Room | None:
     """Room for inputs such as these, by what the largest of them takes; None of a network that takes none alone.
 
     Only sizes count, so that it is the same each time, on every machine.
     """
-    largest = max(batches, key=numbers_of)
-    # Two, for networks that drop an axis of length one.
-    few = parts_of(largest, [0, min(2, batch_size(largest))])[0]
-    # Copies: part of a batch has the memory of the whole.
-    inputs = map_tensors(torch.clone, placed(few, device_of(model)))
+    inputs = two_of(model, batches)
     count = batch_size(inputs)
     try:
         saved, passing = _taken(model, inputs)

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
-from math import prod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ttcompress.calibrate.calibration import Calibration
 from ttcompress.calibrate.decompose import weight_only
-from ttcompress.calibrate.in_step import in_step
 from ttcompress.calibrate.layer_statistics import LayerStatistics
-from ttcompress.calibrate.observe import Call, hooked
+from ttcompress.calibrate.pairs import pairs_by_layer
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.uses import Kind, Use
-from ttcompress.networks.running import NetworkInput, batch_size, call, device_of, placed, tensors_of
 from ttcompress.networks.weights import cores_of, weight_of
 from ttcompress.records.common import Progress
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.tt.decompose import spread_norm
 from ttcompress.tt.fit import fit_cores, output_error
 from ttcompress.tt.whiten import Moments
-
-IN_STEP_BYTES = 2**25
-"""Of all inputs together, up to which passes over them may be halted side by side."""
-SWEEP_IMAGES = 512
-"""Images that a layer's least-squares fit sees."""
 
 
 def sweep_layers(
@@ -111,113 +100,3 @@ def fit_layer(
 
     better = min(start, plain, key=unweighted.value)
     return fit_cores(better, unweighted, sweeps)[0]
-
-
-class _Reached(BaseException):
-    """The layer whose input is wanted has been reached; what follows it need not run.
-
-    It is no error, so that a network that catches errors does not catch it.
-    """
-
-
-@contextmanager
-def pairs_by_layer(
-    reference: Reference, compressed: nn.Module, order: Sequence[str]
-) -> Iterator[Callable[[LayerPlan, Use], Moments]]:
-    """What gives the paired moments of a weight's inputs, to be asked for in this order of modules."""
-    dense = reference.dense
-    one_by_one = partial(input_pairs, dense, compressed, calibration=reference.calibration)
-    batches = _fitted_batches(reference) if reference.in_step else []
-    if not batches:
-        yield one_by_one
-        return
-
-    with in_step([compressed, dense], order, [batch for batch, _ in batches]) as walks:
-
-        def together(layer: LayerPlan, use: Use) -> Moments:
-            ours, theirs = (walk.calls(use.fqn) if walk.is_on_time else None for walk in walks)
-            # A network that comes by its modules in another order is run anew for each.
-            if ours is None or theirs is None:
-                return one_by_one(layer, use)
-
-            geometry = dense.get_submodule(use.fqn)
-            pairs = Pairs(layer)
-            for (batch, offset), *calls in zip(batches, ours, theirs, strict=True):
-                models = zip((compressed, dense), calls, strict=True)
-                mine, other = (
-                    use.inputs(model.get_submodule(use.fqn), at, offset, geometry) for model, at in models
-                )
-                pairs.add(mine, other, batch_size(batch))
-            return pairs.moments
-
-        yield together
-
-
-def _fitted_batches(reference: Reference) -> list[tuple[NetworkInput, int]]:
-    """The batches that weights are fitted to, and their numbers; none where so many at once would take much memory."""
-    calibration = reference.calibration
-    batches, held = [], 0
-    for piece, number in _swept(calibration):
-        held += sum(tensor.nbytes for tensor in tensors_of(piece))
-        # What is cut to pieces would be halted in all of them at once.
-        if held > IN_STEP_BYTES or len(calibration.pieces(piece)) > 1:
-            return []
-        batches.append((placed(piece, device_of(reference.dense)), number))
-    return batches
-
-
-def _swept(calibration: Calibration) -> Iterator[tuple[NetworkInput, int]]:
-    """The images that weights are fitted to, in pieces, with the number of the batch."""
-    seen = 0
-    for number, batch in enumerate(calibration.fitting(0)):
-        if seen >= SWEEP_IMAGES:
-            break
-        seen += batch_size(batch)
-        for piece in calibration.pieces(batch, gradients=False):
-            yield piece, number
-
-
-class Pairs:
-    """Paired moments of a weight's inputs, every position of which counts as much as another."""
-
-    def __init__(self, layer: LayerPlan) -> None:
-        self.moments = Moments(prod(layer.spec.view_shape[1:]), paired=True)
-        self._usual = 0
-
-    def add(self, ours: tuple[Tensor, int], theirs: tuple[Tensor, int], count: int) -> None:
-        """Add the columns of so many images in both networks, each with the positions that an image has."""
-        columns, positions = ours
-        self._usual = self._usual or positions
-        self.moments.add(columns, theirs[0], count * (positions / self._usual))
-
-
-def input_pairs(
-    dense: nn.Module, compressed: nn.Module, layer: LayerPlan, use: Use, calibration: Calibration
-) -> Moments:
-    """Paired moments of a weight's inputs in the compressed network (own) and in the dense one (crossed)."""
-    pairs = Pairs(layer)
-    geometry = dense.get_submodule(use.fqn)
-    for piece, number in _swept(calibration):
-        inputs = placed(piece, device_of(dense))
-        ours, theirs = (_columns(each, geometry, use, inputs, number) for each in (compressed, dense))
-        pairs.add(ours, theirs, batch_size(piece))
-    return pairs.moments
-
-
-@torch.no_grad()
-def _columns(
-    model: nn.Module, geometry: nn.Module, use: Use, inputs: NetworkInput, offset: int
-) -> tuple[Tensor, int]:
-    """What the weight multiplies at the first call of its module, as `Use.inputs`; the rest of the network does not run.
-
-    A layer that runs several times for a batch is fitted at its first call.
-    """
-    caught: list[tuple[Tensor, int]] = []
-
-    def catch(_: str, module: nn.Module, at: Call) -> None:
-        caught.append(use.inputs(module, at, offset, geometry))
-        raise _Reached
-
-    with hooked(model, [use.fqn], catch), suppress(_Reached):
-        call(model, inputs)
-    return caught[0]

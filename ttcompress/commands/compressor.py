@@ -71,7 +71,7 @@ class Compressed:
 class Compressor:
     """How one network is compressed; what does not depend on the target is computed once.
 
-    `measured` are the statistics of layers so far; compressors of the same network and images may share them. `in_step` as in `Reference`.
+    `measured` are the statistics of layers so far; compressors of the same network and images may share them.
     `results` may compute spectra elsewhere. Multiply-adds and latency depend on the first input of `example`, else
     on `input_shape`, that of one input, else on the first input to calibrate on.
     """
@@ -85,7 +85,6 @@ class Compressor:
     input_shape: tuple[int, ...] = ()
     example: NetworkInput | None = None
     measured: dict[str, LayerStatistics] = field(default_factory=dict)
-    in_step: bool = False
 
     def sharing(self, other: Compressor) -> Compressor:
         """This one with the statistics of the other, which is of the same network and images."""
@@ -155,7 +154,7 @@ class Compressor:
             prediction = self._predicted(plan)
             return Compressed(model, self._decomposed(model, plan), prediction=prediction)
         statistics = self._statistics({layer.fqn: layer.spec for layer in plan.layers})
-        reference = Reference(self._dense, statistics, images, self.in_step)
+        reference = Reference(self._dense, statistics, images)
         compressed, plan, stages = compress_calibrated(
             reference, plan, self.settings.effort, self.settings.seed, self.progress
         )

@@ -279,8 +279,7 @@ class _Sweep:
         known = self._compressors.get(settings.format)
         if known is None:
             first = next(iter(self._compressors.values()), None)
-            made = compressor_for(self._network, settings, None, self._inputs, self._progress)
-            known = replace(made, in_step=True)
+            known = compressor_for(self._network, settings, None, self._inputs, self._progress)
             if first is not None:
                 known = known.sharing(first)
             self._compressors[settings.format] = known

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ttcompress.records.layers import ConvSpec, EmbeddingSpec, LayerSpec, LinearSpec, Spec
@@ -64,7 +65,9 @@ def empty_layer(spec: LayerSpec) -> Replaceable:
     if isinstance(spec, LinearSpec):
         return nn.Linear(**arguments, device="meta")
     if isinstance(spec, EmbeddingSpec):
-        return nn.Embedding(**arguments, device="meta")
+        # A table of its own would be drawn at random, for which torch loads a second of modules on this device.
+        table = torch.empty(spec.num_embeddings, spec.embedding_dim, device="meta")
+        return nn.Embedding(**arguments, _weight=table)
 
     if not arguments.pop("transposed"):
         del arguments["output_padding"]

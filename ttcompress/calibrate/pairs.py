@@ -1,0 +1,144 @@
+"""What a weight multiplies in the compressed network and in the dense one, for one layer after the other.
+
+Layers are asked for in forward order, and each may change what the later ones are given. A pass over the network for each
+layer would grow with the square of the depth; passes that halt at each layer in its turn are one for all, but hold what
+is under way. So layers whose passes take too much memory, the first of an image network, are run for one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from math import inf, prod
+
+import torch
+from torch import Tensor, nn
+
+from ttcompress.calibrate.calibration import Calibration
+from ttcompress.calibrate.in_step import bytes_at_halts, in_step
+from ttcompress.calibrate.observe import Call, hooked
+from ttcompress.calibrate.reference import Reference
+from ttcompress.calibrate.room import two_of
+from ttcompress.calibrate.uses import Use
+from ttcompress.networks.running import NetworkInput, batch_size, call, device_of, placed
+from ttcompress.records.plan import LayerPlan
+from ttcompress.tt.whiten import Moments
+
+IN_STEP_BYTES = 3 << 28
+"""That all passes of both networks may hold while they are halted at a layer."""
+SWEEP_IMAGES = 512
+"""Images that a layer's least-squares fit sees."""
+
+
+class Pairs:
+    """Paired moments of a weight's inputs, every position of which counts as much as another."""
+
+    def __init__(self, layer: LayerPlan) -> None:
+        self.moments = Moments(prod(layer.spec.view_shape[1:]), paired=True)
+        self._usual = 0
+
+    def add(self, ours: tuple[Tensor, int], theirs: tuple[Tensor, int], count: int) -> None:
+        """Add the columns of so many images in both networks, each with the positions that an image has."""
+        columns, positions = ours
+        self._usual = self._usual or positions
+        self.moments.add(columns, theirs[0], count * (positions / self._usual))
+
+
+@contextmanager
+def pairs_by_layer(
+    reference: Reference, compressed: nn.Module, order: Sequence[str]
+) -> Iterator[Callable[[LayerPlan, Use], Moments]]:
+    """What gives the paired moments of a weight's inputs, to be asked for in this order of modules."""
+    dense, calibration = reference.dense, reference.calibration
+    one_by_one = partial(input_pairs, dense, compressed, calibration=calibration)
+    late = _order_in_step(reference, order)
+    if not late:
+        yield one_by_one
+        return
+
+    batches = [(placed(piece, device_of(dense)), number) for piece, number in _fitted(calibration)]
+    with in_step([compressed, dense], late, [batch for batch, _ in batches]) as walks:
+
+        def pairs_of(layer: LayerPlan, use: Use) -> Moments:
+            is_late = use.fqn in late
+            ours, theirs = (walk.calls(use.fqn) if is_late and walk.is_on_time else None for walk in walks)
+            # A network that comes by its modules in another order is run anew for each.
+            if ours is None or theirs is None:
+                return one_by_one(layer, use)
+
+            geometry = dense.get_submodule(use.fqn)
+            pairs = Pairs(layer)
+            for (batch, offset), *calls in zip(batches, ours, theirs, strict=True):
+                models = zip((compressed, dense), calls, strict=True)
+                mine, other = (
+                    use.inputs(model.get_submodule(use.fqn), at, offset, geometry) for model, at in models
+                )
+                pairs.add(mine, other, batch_size(batch))
+            return pairs.moments
+
+        yield pairs_of
+
+
+def _order_in_step(reference: Reference, order: Sequence[str]) -> Sequence[str]:
+    """The last of these modules, from where on there is memory for passes over all images that halt at each."""
+    pieces = [piece for piece, _ in _fitted(reference.calibration)]
+    count = sum(map(batch_size, pieces))
+    few = two_of(reference.dense, pieces)
+    held = bytes_at_halts(reference.dense, order, few)
+
+    most = IN_STEP_BYTES * batch_size(few) / (2 * count)
+    first = len(order)
+    while first and held.get(order[first - 1], inf) <= most:
+        first -= 1
+    return order[first:]
+
+
+def _fitted(calibration: Calibration) -> Iterator[tuple[NetworkInput, int]]:
+    """The images that weights are fitted to, in pieces, with the number of the batch."""
+    seen = 0
+    for number, batch in enumerate(calibration.fitting(0)):
+        if seen >= SWEEP_IMAGES:
+            break
+        seen += batch_size(batch)
+        for piece in calibration.pieces(batch, gradients=False):
+            yield piece, number
+
+
+class _Reached(BaseException):
+    """The layer whose input is wanted has been reached; what follows it need not run.
+
+    It is no error, so that a network that catches errors does not catch it.
+    """
+
+
+def input_pairs(
+    dense: nn.Module, compressed: nn.Module, layer: LayerPlan, use: Use, calibration: Calibration
+) -> Moments:
+    """Paired moments of a weight's inputs in the compressed network (own) and in the dense one (crossed)."""
+    pairs = Pairs(layer)
+    geometry = dense.get_submodule(use.fqn)
+    for piece, number in _fitted(calibration):
+        inputs = placed(piece, device_of(dense))
+        ours, theirs = (_columns(each, geometry, use, inputs, number) for each in (compressed, dense))
+        pairs.add(ours, theirs, batch_size(piece))
+    return pairs.moments
+
+
+@torch.no_grad()
+def _columns(
+    model: nn.Module, geometry: nn.Module, use: Use, inputs: NetworkInput, offset: int
+) -> tuple[Tensor, int]:
+    """What the weight multiplies at the first call of its module, as `Use.inputs`; the rest of the network does not run.
+
+    A layer that runs several times for a batch is fitted at its first call.
+    """
+    caught: list[tuple[Tensor, int]] = []
+
+    def catch(_: str, module: nn.Module, at: Call) -> None:
+        caught.append(use.inputs(module, at, offset, geometry))
+        raise _Reached
+
+    with hooked(model, [use.fqn], catch), suppress(_Reached):
+        call(model, inputs)
+    return caught[0]
