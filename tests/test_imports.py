@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "networks": {"layers", "files", "tt"},
     "train": {"networks", "layers", "data", "files", "processes"},
     "measure": {"data", "networks", "layers", "files", "tt"},
-    "calibrate": {"networks", "layers", "data", "tt"},
+    "calibrate": {"networks", "layers", "data", "runtime", "tt"},
     "planning": {"measure", "networks", "layers", "files", "recipe", "tt"},
     "commands": {
         "calibrate", "data", "files", "layers", "measure", "networks", "options", "planning", "processes", "recipe",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -12,6 +13,8 @@ from ttcompress.errors import PlanError
 from ttcompress.torchrun import own_place
 
 MOST_THREADS = 16
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""The numbers by which glibc's mallopt knows its settings (malloc.h)."""
 
 
 @contextmanager
@@ -54,6 +57,29 @@ def with_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Tensors of a megabyte and more give their memory back when they go, where the C library is glibc.
+
+    It would keep it for others, but leaves most of it unused where tensors of many passes come and go by turns: to an
+    aligned one it never gives the place of another of the same size.
+    """
+    _set_heap(1 << 20, 1 << 21)
+    try:
+        yield
+    finally:
+        # What it would have come to by itself, with large tensors.
+        _set_heap(1 << 25, 1 << 26)
+
+
+def _set_heap(mmap_threshold: int, trim_threshold: int) -> None:
+    # Other C libraries have no such function.
+    with suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, mmap_threshold)
+        mallopt(M_TRIM_THRESHOLD, trim_threshold)
 
 
 def chosen_device(name: str) -> torch.device:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -122,3 +124,31 @@ def test_memory_says_from_which_layer_on(monkeypatch: pytest.MonkeyPatch) -> Non
     assert order_within(held["second"]) == NAMES
     assert order_within(held["second"] - 1) == ["third", "head"]
     assert order_within(held["head"] - 1) == []
+
+
+PASSES_OF_A_LARGE_NETWORK = """
+import resource, sys
+import torch
+from torch import nn
+from ttcompress.calibrate.in_step import in_step
+
+torch.set_num_threads(1)
+# What a layer makes is 8 MB, and gone when the next one has run.
+model = nn.Sequential(nn.Conv2d(3, 128, 1), *(nn.Conv2d(128, 128, 1) for _ in range(3)), nn.MaxPool2d(32))
+names = [str(number) for number in range(5)]
+batches = [torch.randn(1, 3, 128, 128) for _ in range(24)]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with in_step([model], names, batches) as (walk,):
+    for name in names:
+        walk.calls(name)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read where Linux says it")
+def test_halted_passes_hold_what_is_alive_and_little_more() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", PASSES_OF_A_LARGE_NETWORK], check=True, capture_output=True, text=True
+    )
+    alive = 24 * 8
+    assert alive < float(run.stdout) < 1.5 * alive

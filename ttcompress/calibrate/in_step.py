@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ttcompress.calibrate.observe import Call, hooked
 from ttcompress.errors import DataError
 from ttcompress.networks.running import NetworkInput, call, tensors_of
+from ttcompress.runtime import freed_at_once
 
 
 class _Ended(BaseException):
@@ -125,13 +126,14 @@ def in_step(
 ) -> Iterator[list[InStep]]:
     """Passes of several networks over the same batches, which end with the block."""
     walks = []
-    try:
-        for model in models:
-            walks.append(InStep(model, names, batches))
-        yield walks
-    finally:
-        for walk in walks:
-            walk.stop()
+    with freed_at_once():
+        try:
+            for model in models:
+                walks.append(InStep(model, names, batches))
+            yield walks
+        finally:
+            for walk in walks:
+                walk.stop()
 
 
 class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
