@@ -155,6 +155,9 @@ def _patches(
 ) -> Tensor:
     """Windows of a batch (images, in, ...) as columns (in window, images positions)."""
     axes = len(kernel_size)
+    if max(kernel_size) == 1:
+        every = (slice(None, None, stride) for stride in strides)
+        return padded[(slice(None), slice(None), *every)].transpose(0, 1).flatten(1)
     if axes == 2:
         columns = functional.unfold(padded, kernel_size, dilation, stride=strides)  # type: ignore[arg-type]
         return columns.transpose(0, 1).flatten(1)
