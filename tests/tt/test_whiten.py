@@ -337,9 +337,21 @@ def test_metrics_are_the_damped_partial_traces_of_the_samples(
             factor += whiten.DAMPING * np.trace(factor) / len(factor) * np.eye(len(factor))
             root = matrix((metric.out, metric.inp)[side])
             expected = np.diag(factor.diagonal()) if diagonal else factor
-            assert np.linalg.eigvalsh(root).min() > 0
-            np.testing.assert_allclose(root @ root, expected, rtol=1e-9, atol=1e-10)
-            np.testing.assert_allclose(root, root.T, rtol=1e-9, atol=1e-10)
+            assert np.linalg.svd(root, compute_uv=False).min() > 0
+            np.testing.assert_allclose(root.T @ root, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("below", [0.0, -1e-3, -0.4])
+def test_a_moment_that_round_off_left_below_zero_has_a_root(below: float) -> None:
+    turn = np.linalg.qr(normal(1, 5, 5))[0]
+    values = np.array([4.0, 2.0, 1.0, 0.0, below])
+    root = whiten._root(torch.from_numpy(turn * values @ turn.T)).numpy()
+    damping = whiten.DAMPING * values.mean()
+    found = np.linalg.eigvalsh(root.T @ root)
+    # Where damping makes up for it, it stays what it is.
+    least = below + damping if below + damping > 0 else damping
+    np.testing.assert_allclose(found.max(), 4 + damping, rtol=1e-9)
+    np.testing.assert_allclose(found.min(), least, rtol=1e-6)
 
 
 @cases

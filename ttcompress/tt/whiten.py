@@ -219,9 +219,10 @@ def _mean_eigenvalue(moment: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ModeMetric:
-    """Symmetric factors of a mode: one of its outputs, one of its inputs and window together.
+    """Roots R of the metric R^T R of a mode: one of its outputs, one of its inputs and window together.
 
-    They are (m_k, m_k) and (n_k w_k, n_k w_k). A diagonal factor is the vector of its diagonal.
+    They are (m_k, m_k) and (n_k w_k, n_k w_k). A diagonal one is the vector of its diagonal. Which root it is makes no
+    difference to norms, singular values, or what is undone again.
     """
 
     out: Tensor
@@ -253,7 +254,7 @@ def _inverse(factor: Tensor) -> Tensor:
 
 
 def _square(factor: Tensor) -> Tensor:
-    return factor * factor if factor.dim() == 1 else factor @ factor
+    return factor * factor if factor.dim() == 1 else factor.mT @ factor
 
 
 def mode_metrics(
@@ -330,15 +331,22 @@ def _partial_diagonal(own: Tensor, is_sketch: bool, sizes: Sequence[int], group:
 
 
 def _root(moment: Tensor) -> Tensor:
-    """Take the square root of a moment (k, k) or of a diagonal (k), damped."""
+    """Take a root R of a moment R^T R (k, k), or of a diagonal (k), damped."""
     if moment.dim() == 1:
         damping = DAMPING * moment.mean().clamp(min=TINY)
         return (moment + damping).sqrt()
 
     damping = DAMPING * _mean_eigenvalue(moment).clamp(min=TINY)
+    damped = moment + damping * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    root: Tensor
+    root, failed = torch.linalg.cholesky_ex(damped, upper=True)
+    if not int(failed):
+        return root
+
+    # Round-off has left more below zero than damping makes up for.
     values, vectors = solved_for_eigenvalues(moment, torch.linalg.eigh)
     roots = (values.clamp(min=0) + damping).sqrt()
-    root: Tensor = (vectors * roots) @ vectors.T
+    root = (vectors * roots) @ vectors.T
     return root
 
 
