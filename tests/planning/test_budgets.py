@@ -95,9 +95,7 @@ def check_window(model: nn.Module, ratio: float) -> None:
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize(
-    "name", ["resnet20", "vgg16 with a narrow classifier", "resnet50", "vit_b_16"]
-)
+@pytest.mark.parametrize("name", ["resnet20", "vgg16 with a narrow classifier", "resnet50", "vit_b_16"])
 @pytest.mark.usefixtures("spectra_once")
 def test_ratio_is_met_from_above_within_two_percent(name: str, ratio: float) -> None:
     check_window(network(name), ratio)

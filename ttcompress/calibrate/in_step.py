@@ -1,21 +1,72 @@
-"""Passes of a network over several batches that halt at one layer after the other and go on when they are told to."""
+"""Passes of a network over several batches that halt at one layer after the other and go on when they are told to.
+
+What they hold while they are halted is laid aside where it is too much.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ttcompress.calibrate.observe import Call, hooked
 from ttcompress.errors import DataError
+from ttcompress.layers.base import TTLayer
+from ttcompress.layers.rebuilt import TTWeight
 from ttcompress.networks.running import NetworkInput, call, tensors_of
 from ttcompress.runtime import freed_at_once
+from ttcompress.tt.spool import Spool
+
+WORTH_LAYING_ASIDE = 1 << 16
+"""Bytes of a tensor; smaller ones stay."""
+
+
+class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What the operations of a pass have made and is still in use."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._seen: dict[int, StorageWeakRef] = {}
+
+    @property
+    def alive(self) -> list[UntypedStorage]:
+        """The memory of all tensors that the pass may need again."""
+        found = []
+        for place, seen in list(self._seen.items()):
+            storage = UntypedStorage._new_with_weak_ptr(seen.cdata)
+            if storage is None:
+                del self._seen[place]
+            else:
+                found.append(storage)
+        return found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        made = func(*args, **given)
+        # What is a view of something else, such as of a weight, was not made here.
+        old = {each._cdata for each in _storages((args, given))}
+        for storage in _storages(made):
+            if storage._cdata not in old:
+                self._seen[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        return made
+
+
+def _storages(tensors: Any) -> Iterator[UntypedStorage]:
+    return (each.untyped_storage() for each in tensors_of(tensors) if each.layout is torch.strided)
+
+
+def _num_bytes(storages: Sequence[UntypedStorage]) -> int:
+    return sum(each.nbytes() for each in storages)
+
+
+# -------------------------------------------------------------------------------------------------------------- passes
 
 
 class _Ended(BaseException):
@@ -29,7 +80,8 @@ class _Pass:
         self.at: str | None = None
         self.called: Call | None = None
         self.error: BaseException | None = None
-        self._model, self._inputs = model, inputs
+        self._model, self._inputs, self._made = model, inputs, _Made()
+        self._aside: list[tuple[UntypedStorage, Callable[[], Tensor]]] = []
         self._go, self._halted = threading.Semaphore(0), threading.Semaphore(0)
         self._stopping = False
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -56,6 +108,28 @@ class _Pass:
         if self._stopping:
             raise _Ended
 
+    @property
+    def held(self) -> int:
+        """Bytes of memory that it takes where it is halted."""
+        return _num_bytes(self._made.alive)
+
+    def lay_aside(self, spool: Spool, shared: Collection[int]) -> None:
+        """Put what it holds elsewhere, until it is called back, but for what others share, by its place."""
+        for storage in self._made.alive:
+            is_own = storage._cdata not in shared and storage.resizable()
+            if is_own and storage.nbytes() >= WORTH_LAYING_ASIDE:
+                # A copy: memory that NumPy has seen, as files do, cannot be given back any more.
+                self._aside.append((storage, spool.lay_once(_bytes_of(storage).clone())))
+                storage.resize_(0)
+
+    def call_back(self) -> None:
+        """Give it back what was laid aside."""
+        for storage, fetch in self._aside:
+            content = fetch()
+            storage.resize_(content.numel())
+            _bytes_of(storage).copy_(content)
+        self._aside.clear()
+
     def stop(self) -> None:
         """End it wherever it is."""
         if self._thread.is_alive():
@@ -67,7 +141,7 @@ class _Pass:
         self._go.acquire()
         if not self._stopping:
             try:
-                with torch.no_grad():
+                with torch.no_grad(), self._made:
                     call(self._model, self._inputs)
             except _Ended:
                 return
@@ -77,35 +151,56 @@ class _Pass:
         self._halted.release()
 
 
+def _bytes_of(storage: UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
 class InStep:
     """All passes of a network over some batches, each halted at the first call of the layer that is next.
 
     What a layer is given is what it would be given in a pass of its own from the start, as long as layers change only
-    while the passes are halted before them. So one pass over the network does for all its layers.
+    while the passes are halted before them. So one pass over the network does for all its layers. Passes beyond those
+    that take `most` bytes lie in a file while others run.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], batches: Sequence[NetworkInput]) -> None:
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], batches: Sequence[NetworkInput], most: float
+    ) -> None:
         self.is_on_time = True
         """Whether all passes came by the layers in the order in which they were asked for."""
         self._passes = [_Pass(model, batch) for batch in batches]
+        self._held = [0] * len(batches)
+        self._most, self._spool = most, Spool()
+        self._layers = [each for each in model.modules() if isinstance(each, TTLayer | TTWeight)]
         self._seen: dict[int, set[str]] = {number: set() for number in range(len(batches))}
         self._hooks = hooked(model, dict.fromkeys(names), self._reached)
         self._hooks.__enter__()
 
-    def calls(self, name: str) -> list[Call] | None:
-        """What this module is called with for each batch; None where some pass does not come by it next.
+    def call(self, number: int, name: str) -> Call | None:
+        """What this module is called with for a batch; None where its pass does not come by it next.
 
         A module that is asked for again, as an attention with several weights, is still halted at.
         """
-        found = []
-        for each in self._passes:
-            if each.at != name:
-                each.go_on()
-            if each.at != name or each.called is None:
-                self.is_on_time = False
-                return None
-            found.append(each.called)
-        return found
+        each = self._passes[number]
+        each.call_back()
+        if each.at != name:
+            each.go_on()
+        if each.at != name:
+            self.is_on_time = False
+        return each.called if self.is_on_time else None
+
+    def leave(self, number: int) -> None:
+        """Let the pass of a batch wait, in a file where all together take too much."""
+        each = self._passes[number]
+        self._held[number] = each.held
+        if sum(self._held) > self._most:
+            each.lay_aside(self._spool, self._shared())
+            self._held[number] = each.held
+
+    def _shared(self) -> set[int]:
+        """What TT layers keep of one pass for the next."""
+        kept = (tensor for layer in self._layers for tensor in layer.cached_tensors())
+        return {storage._cdata for storage in _storages([*kept])}
 
     def stop(self) -> None:
         """End all passes."""
@@ -122,67 +217,53 @@ class InStep:
 
 @contextmanager
 def in_step(
-    models: Sequence[nn.Module], names: Sequence[str], batches: Sequence[NetworkInput]
+    models: Sequence[nn.Module], names: Sequence[str], batches: Sequence[NetworkInput], most: float
 ) -> Iterator[list[InStep]]:
-    """Passes of several networks over the same batches, which end with the block."""
+    """Passes of several networks over the same batches, which end with the block.
+
+    All together hold `most` bytes while they are halted; the others are laid aside.
+    """
     walks = []
     with freed_at_once():
         try:
             for model in models:
-                walks.append(InStep(model, names, batches))
+                walks.append(InStep(model, names, batches, most / len(models)))
             yield walks
         finally:
             for walk in walks:
                 walk.stop()
 
 
-class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What operations make, so that it can be counted as long as it is alive."""
-
-    def __init__(self, inputs: NetworkInput) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        for tensor in tensors_of(inputs):
-            self._remember(tensor)
-
-    @property
-    def alive(self) -> int:
-        """Bytes of all that is still in use."""
-        in_use = {key: each for key, each in self._storages.items() if not _is_gone(each[0])}
-        self._storages = in_use
-        return sum(size for _, size in in_use.values())
-
-    def _remember(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tensors_of(made):
-            self._remember(tensor)
-        return made
+# ------------------------------------------------------------------------------------------------- what they would take
 
 
-def _is_gone(storage: StorageWeakRef) -> bool:
-    gone: bool = storage.expired()  # type: ignore[no-untyped-call]
-    return gone
+class Halt(NamedTuple):
+    """Where a pass comes by a module first: bytes that it holds there, and seconds since it began."""
+
+    held: int
+    seconds: float
+
+
+class Halts(NamedTuple):
+    """All halts of a pass by module, its seconds in all, and whether the network keeps nothing of what it makes."""
+
+    by_name: dict[str, Halt]
+    seconds: float
+    keeps_nothing: bool
 
 
 @torch.no_grad()
-def bytes_at_halts(model: nn.Module, names: Sequence[str], inputs: NetworkInput) -> dict[str, int]:
-    """Memory that a pass over these inputs holds where it comes by each module first; nothing of a network that takes them not.
-
-    Parameters do not count, inputs do.
-    """
-    held: dict[str, int] = {}
-    made = _Made(inputs)
+def halts_of(model: nn.Module, names: Sequence[str], inputs: NetworkInput) -> Halts | None:
+    """What a pass over these inputs takes; None of a network that takes them not."""
+    found: dict[str, Halt] = {}
+    made, start = _Made(), time.perf_counter()
 
     def look(name: str, module: nn.Module, called: Call) -> None:
-        held.setdefault(name, made.alive)
+        found.setdefault(name, Halt(_num_bytes(made.alive), time.perf_counter() - start))
 
     try:
         with hooked(model, dict.fromkeys(names), look), made:
             call(model, inputs)
     except DataError:
-        return {}
-    return held
+        return None
+    return Halts(found, time.perf_counter() - start, not made.alive)

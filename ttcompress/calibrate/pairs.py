@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.calibrate.calibration import Calibration
-from ttcompress.calibrate.in_step import bytes_at_halts, in_step
+from ttcompress.calibrate.in_step import Halt, halts_of, in_step
 from ttcompress.calibrate.observe import Call, hooked
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.room import two_of
@@ -26,7 +26,9 @@ from ttcompress.records.plan import LayerPlan
 from ttcompress.tt.whiten import Moments
 
 IN_STEP_BYTES = 3 << 28
-"""That all passes of both networks may hold while they are halted at a layer."""
+"""That all passes of both networks may hold while they are halted at a layer; what is beyond lies in a file."""
+FILE_SPEED = 1e9
+"""Bytes a second that a file takes and gives back, roughly: most of it stays in the memory that the system has left."""
 SWEEP_IMAGES = 512
 """Images that a layer's least-squares fit sees."""
 
@@ -58,40 +60,54 @@ def pairs_by_layer(
         return
 
     batches = [(placed(piece, device_of(dense)), number) for piece, number in _fitted(calibration)]
-    with in_step([compressed, dense], late, [batch for batch, _ in batches]) as walks:
+    inputs = [batch for batch, _ in batches]
+    with in_step([compressed, dense], late, inputs, IN_STEP_BYTES) as walks:
 
         def pairs_of(layer: LayerPlan, use: Use) -> Moments:
-            is_late = use.fqn in late
-            ours, theirs = (walk.calls(use.fqn) if is_late and walk.is_on_time else None for walk in walks)
-            # A network that comes by its modules in another order is run anew for each.
-            if ours is None or theirs is None:
-                return one_by_one(layer, use)
+            pairs, geometry = Pairs(layer), dense.get_submodule(use.fqn)
+            for number, (batch, offset) in enumerate(batches):
+                calls = [walk.call(number, use.fqn) for walk in walks if use.fqn in late and walk.is_on_time]
+                mine, other = calls if len(calls) == len(walks) else (None, None)
+                # A network that comes by its modules in another order is run anew for each.
+                if mine is None or other is None:
+                    return one_by_one(layer, use)
 
-            geometry = dense.get_submodule(use.fqn)
-            pairs = Pairs(layer)
-            for (batch, offset), *calls in zip(batches, ours, theirs, strict=True):
-                models = zip((compressed, dense), calls, strict=True)
-                mine, other = (
-                    use.inputs(model.get_submodule(use.fqn), at, offset, geometry) for model, at in models
-                )
-                pairs.add(mine, other, batch_size(batch))
+                ours = use.inputs(compressed.get_submodule(use.fqn), mine, offset, geometry)
+                theirs = use.inputs(geometry, other, offset, geometry)
+                pairs.add(ours, theirs, batch_size(batch))
+                for walk in walks:
+                    walk.leave(number)
             return pairs.moments
 
         yield pairs_of
 
 
 def _order_in_step(reference: Reference, order: Sequence[str]) -> Sequence[str]:
-    """The last of these modules, from where on there is memory for passes over all images that halt at each."""
+    """The last of these modules, from where on passes over all images that halt at each of them take the least time.
+
+    A pass of its own for a module takes as long as it takes to come there. In step it takes none, unless what all passes
+    hold has to lie in a file.
+    """
     pieces = [piece for piece, _ in _fitted(reference.calibration)]
     count = sum(map(batch_size, pieces))
     few = two_of(reference.dense, pieces)
-    held = bytes_at_halts(reference.dense, order, few)
+    halts = halts_of(reference.dense, order, few)
+    if halts is None:
+        return []
 
-    most = IN_STEP_BYTES * batch_size(few) / (2 * count)
-    first = len(order)
-    while first and held.get(order[first - 1], inf) <= most:
-        first -= 1
-    return order[first:]
+    # For a few images, in both networks alike.
+    alone = [halts.by_name.get(name, Halt(0, halts.seconds)).seconds for name in order]
+    best, least = len(order), 0.0
+    seconds = alone[-1] if alone else 0.0
+    for first in reversed(range(len(order))):
+        halt = halts.by_name.get(order[first])
+        held = inf if halt is None else halt.held
+        is_too_much = 2 * held * count > IN_STEP_BYTES * batch_size(few)
+        if is_too_much:
+            seconds += 2 * held / FILE_SPEED if halts.keeps_nothing else inf
+        if seconds + sum(alone[:first]) < sum(alone[:best]) + least:
+            best, least = first, seconds
+    return order[best:]
 
 
 def _fitted(calibration: Calibration) -> Iterator[tuple[NetworkInput, int]]:

@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections.abc import Callable
 from functools import cached_property
-from math import prod
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ class Spool:
     def __init__(self, in_memory: int = IN_MEMORY) -> None:
         self._left = in_memory
         self._end = 0
+        self._free: dict[int, list[int]] = {}
 
     @cached_property
     def _file(self) -> Any:
@@ -44,20 +44,35 @@ class Spool:
         if self._left >= 0:
             return lambda: tensor
 
-        file, start = self._file, self._end
+        start = self._write(tensor, self._end)
+        self._end += tensor.nbytes
         shape, dtype, device = tensor.shape, tensor.dtype, tensor.device
-        content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        file.seek(start)
-        file.write(content.numpy().data)
-        file.flush()
-        self._end += content.numel()
+        return lambda: self._read(torch.empty(shape, dtype=dtype), start).to(device)
+
+    def lay_once(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """The same in the file, where its place is free again when it has been fetched, which is done once."""
+        free = self._free.setdefault(tensor.nbytes, [])
+        start = self._write(tensor, free.pop() if free else self._end)
+        self._end = max(self._end, start + tensor.nbytes)
+        shape, dtype, device = tensor.shape, tensor.dtype, tensor.device
 
         def fetch() -> Tensor:
-            found = torch.empty(prod(shape), dtype=dtype)
-            target = memoryview(found.view(torch.uint8).numpy())  # type: ignore[arg-type]
-            done = 0
-            while done < len(target):
-                done += os.preadv(file.fileno(), [target[done:]], start + done)
-            return found.reshape(shape).to(device)
+            found = self._read(torch.empty(shape, dtype=dtype), start)
+            free.append(start)
+            return found.to(device)
 
         return fetch
+
+    def _write(self, tensor: Tensor, start: int) -> int:
+        content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        self._file.seek(start)
+        self._file.write(content.numpy().data)
+        self._file.flush()
+        return start
+
+    def _read(self, into: Tensor, start: int) -> Tensor:
+        target = memoryview(into.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        done = 0
+        while done < len(target):
+            done += os.preadv(self._file.fileno(), [target[done:]], start + done)
+        return into
