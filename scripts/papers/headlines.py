@@ -26,7 +26,9 @@ def headlines(rows: Sequence[Row]) -> list[str]:
         change = f"{dense['layers']:,} -> {tt['layers']:,} parameters"
         lines.append(f"MNIST, 1024-1024-10 from scratch, first layer {change}: {errors}")
     for row in sorted(read(FINETUNED), key=lambda row: float(row["ratio"])):
-        if row["network"].startswith("resnet20") and row["ratio"] in (2, 3) and not row["options"]:
+        is_float32_at_2 = row["ratio"] == 2 and not row["options"]
+        is_bfloat16_at_4 = row["ratio"] == 4 and row["options"] == {"precision": "bfloat16"}
+        if row["network"].startswith("resnet20") and (is_float32_at_2 or is_bfloat16_at_4):
             change = f"{row['dense']:.2f} -> {row['before']:.2f} without training, {row['compressed']:.2f}"
             lines.append(
                 f"ResNet-20, CIFAR-10, {row['ratio']:g}x: top-1 {change} after {row['epochs']} epochs"
