@@ -25,7 +25,7 @@ from ttcompress.networks.running import NetworkInput, batch_size, call, device_o
 from ttcompress.records.plan import LayerPlan
 from ttcompress.tt.whiten import Moments
 
-IN_STEP_BYTES = 3 << 28
+IN_STEP_BYTES = 1 << 28
 """That all passes of both networks may hold while they are halted at a layer; what is beyond lies in a file."""
 FILE_SPEED = 1e9
 """Bytes a second that a file takes and gives back, roughly: most of it stays in the memory that the system has left."""
