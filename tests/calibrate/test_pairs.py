@@ -106,7 +106,7 @@ def test_all_ways_of_passing_give_the_same_bits(
 ) -> None:
     monkeypatch.setattr(in_step, "WORTH_LAYING_ASIDE", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(pairs, "_order_in_step", lambda reference, order: [])
+        patch.setattr(pairs, "_order_in_step", lambda reference, order: ([], 0))
         alone = swept(build(), batch_size)
 
     # All in a file, some of it, the last layers only, nothing.
@@ -142,7 +142,7 @@ def test_what_is_laid_aside_takes_no_memory_and_is_the_same_when_called_back() -
 def test_batches_that_are_cut_pass_in_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ttcompress.calibrate.room.BUDGET", 200_000)
     together = swept(Narrowing())
-    monkeypatch.setattr(pairs, "_order_in_step", lambda reference, order: [])
+    monkeypatch.setattr(pairs, "_order_in_step", lambda reference, order: ([], 0))
     alone = swept(Narrowing())
     assert all(torch.equal(value, alone[name]) for name, value in together.items())
 
@@ -219,7 +219,22 @@ def test_from_which_layer_on_passes_go_in_step(
         "toy", len(IMAGES), None, 0, lambda indices: IMAGES[torch.tensor(indices)].split(16)
     )
     reference: Any = type("Of", (), {"dense": Narrowing(), "calibration": calibration})
-    assert list(pairs._order_in_step(reference, NAMES)) == expected
+    assert pairs._order_in_step(reference, NAMES) == (expected, most * 84)
+
+
+@pytest.mark.usefixtures("slow_passes")
+def test_what_a_network_keeps_is_never_laid_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its passes are said to fit, and then hold more."""
+    monkeypatch.setattr(in_step, "WORTH_LAYING_ASIDE", 1)
+    alone = swept(Remembering())
+    monkeypatch.setattr(
+        pairs,
+        "halts_of",
+        lambda *_: Halts({name: Halt(0, 1 + at) for at, name in enumerate(NAMES)}, 5, keeps_nothing=False),
+    )
+    monkeypatch.setattr(pairs, "IN_STEP_BYTES", 1)
+    together = swept(Remembering())
+    assert all(torch.equal(value, alone[name]) for name, value in together.items())
 
 
 PASSES_OF_A_LARGE_NETWORK = """

@@ -2,7 +2,7 @@
 
 Layers are asked for in forward order, and each may change what the later ones are given. A pass over the network for each
 layer would grow with the square of the depth; passes that halt at each layer in its turn are one for all, but hold what
-is under way. So layers whose passes take too much memory, the first of an image network, are run for one by one.
+is under way. What is too much for memory lies in a file, unless a pass for a layer takes less time, as for the first ones.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def pairs_by_layer(
     """What gives the paired moments of a weight's inputs, to be asked for in this order of modules."""
     dense, calibration = reference.dense, reference.calibration
     one_by_one = partial(input_pairs, dense, compressed, calibration=calibration)
-    late = _order_in_step(reference, order)
+    late, most = _order_in_step(reference, order)
     if not late:
         yield one_by_one
         return
 
     batches = [(placed(piece, device_of(dense)), number) for piece, number in _fitted(calibration)]
     inputs = [batch for batch, _ in batches]
-    with in_step([compressed, dense], late, inputs, IN_STEP_BYTES) as walks:
+    with in_step([compressed, dense], late, inputs, most) as walks:
 
         def pairs_of(layer: LayerPlan, use: Use) -> Moments:
             pairs, geometry = Pairs(layer), dense.get_submodule(use.fqn)
@@ -82,18 +82,19 @@ def pairs_by_layer(
         yield pairs_of
 
 
-def _order_in_step(reference: Reference, order: Sequence[str]) -> Sequence[str]:
+def _order_in_step(reference: Reference, order: Sequence[str]) -> tuple[Sequence[str], float]:
     """The last of these modules, from where on passes over all images that halt at each of them take the least time.
 
     A pass of its own for a module takes as long as it takes to come there. In step it takes none, unless what all passes
-    hold has to lie in a file.
+    hold has to lie in a file. Also how many bytes they may hold: all, where the network keeps some of what it makes,
+    which other passes may then need.
     """
     pieces = [piece for piece, _ in _fitted(reference.calibration)]
     count = sum(map(batch_size, pieces))
     few = two_of(reference.dense, pieces)
     halts = halts_of(reference.dense, order, few)
     if halts is None:
-        return []
+        return [], 0.0
 
     # For a few images, in both networks alike.
     alone = [halts.by_name.get(name, Halt(0, halts.seconds)).seconds for name in order]
@@ -107,7 +108,7 @@ def _order_in_step(reference: Reference, order: Sequence[str]) -> Sequence[str]:
             seconds += 2 * held / FILE_SPEED if halts.keeps_nothing else inf
         if seconds + sum(alone[:first]) < sum(alone[:best]) + least:
             best, least = first, seconds
-    return order[best:]
+    return order[best:], IN_STEP_BYTES if halts.keeps_nothing else inf
 
 
 def _fitted(calibration: Calibration) -> Iterator[tuple[NetworkInput, int]]:
