@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from math import inf
 from typing import Any
 
@@ -89,13 +90,14 @@ class Aliases(nn.Module):
 
 
 class Remembering(Narrowing):
-    """Keeps what it made for the next batch of the same size."""
+    """Keeps what it made for the next batch of the same size; what passes that halt need is made by the first of them."""
 
     def forward(self, x: Tensor) -> Tensor:
         known = vars(self).setdefault("known", {})
-        if x.shape not in known:
-            known[x.shape] = torch.ones_like(x)
-        return super().forward(x * known[x.shape])
+        key = x.shape, threading.current_thread() is threading.main_thread()
+        if key not in known:
+            known[key] = torch.ones_like(x)
+        return super().forward(x * known[key])
 
 
 @pytest.mark.parametrize("build", [Narrowing, lambda: Narrowing(turned=True), Aliases, Remembering])
@@ -106,7 +108,7 @@ def test_all_ways_of_passing_give_the_same_bits(
 ) -> None:
     monkeypatch.setattr(in_step, "WORTH_LAYING_ASIDE", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(pairs, "_order_in_step", lambda reference, order: ([], 0))
+        patch.setattr(pairs, "_order_in_step", lambda reference, order: [])
         alone = swept(build(), batch_size)
 
     # All in a file, some of it, the last layers only, nothing.
@@ -142,7 +144,7 @@ def test_what_is_laid_aside_takes_no_memory_and_is_the_same_when_called_back() -
 def test_batches_that_are_cut_pass_in_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ttcompress.calibrate.room.BUDGET", 200_000)
     together = swept(Narrowing())
-    monkeypatch.setattr(pairs, "_order_in_step", lambda reference, order: ([], 0))
+    monkeypatch.setattr(pairs, "_order_in_step", lambda reference, order: [])
     alone = swept(Narrowing())
     assert all(torch.equal(value, alone[name]) for name, value in together.items())
 
@@ -174,15 +176,12 @@ def test_what_is_alive_at_a_halt_is_counted() -> None:
         "third": 5 * 5 * one_pixel,
         "head": 2 * 2 * one_pixel + one_pixel,
     }
-    assert found.keeps_nothing
     assert 0 < found.by_name["first"].seconds < found.by_name["head"].seconds < found.seconds
 
 
 def test_views_of_weights_are_not_what_a_pass_made() -> None:
     found = halts(Aliases())
     assert found.by_name["first"].held == 0
-    assert found.keeps_nothing
-    assert not halts(Remembering()).keeps_nothing
 
 
 def test_a_network_that_takes_not_these_inputs_is_not_halted() -> None:
@@ -212,29 +211,28 @@ def test_from_which_layer_on_passes_go_in_step(
         name: Halt(held, second)
         for name, held, second in zip(NAMES, (0, 60, 20, 10), (10, 30, 40, 60), strict=True)
     }
-    monkeypatch.setattr(pairs, "halts_of", lambda *_: Halts(by_name, 70, keeps_nothing=True))
+    monkeypatch.setattr(pairs, "halts_of", lambda *_: Halts(by_name, 70))
     monkeypatch.setattr(pairs, "IN_STEP_BYTES", most * 84)
     monkeypatch.setattr(pairs, "FILE_SPEED", speed)
     calibration = draw_calibration(
         "toy", len(IMAGES), None, 0, lambda indices: IMAGES[torch.tensor(indices)].split(16)
     )
     reference: Any = type("Of", (), {"dense": Narrowing(), "calibration": calibration})
-    assert pairs._order_in_step(reference, NAMES) == (expected, most * 84)
+    assert pairs._order_in_step(reference, NAMES) == expected
 
 
 @pytest.mark.usefixtures("slow_passes")
-def test_what_a_network_keeps_is_never_laid_aside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its passes are said to fit, and then hold more."""
+def test_what_a_network_keeps_is_there_for_all_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(in_step, "WORTH_LAYING_ASIDE", 1)
-    alone = swept(Remembering())
-    monkeypatch.setattr(
-        pairs,
-        "halts_of",
-        lambda *_: Halts({name: Halt(0, 1 + at) for at, name in enumerate(NAMES)}, 5, keeps_nothing=False),
-    )
-    monkeypatch.setattr(pairs, "IN_STEP_BYTES", 1)
-    together = swept(Remembering())
-    assert all(torch.equal(value, alone[name]) for name, value in together.items())
+    model = Remembering().eval()
+    with in_step.in_step([model], NAMES, [IMAGES[:4], IMAGES[4:8], IMAGES[8:12]], 0) as (walk,):
+        for name in NAMES[:2]:
+            for number in range(3):
+                assert walk.call(number, name) is not None
+                walk.leave(number)
+        (kept,) = vars(model)["known"].values()
+        assert kept.untyped_storage().nbytes() == 0
+    assert torch.equal(kept, torch.ones(4, 3, 12, 12))
 
 
 PASSES_OF_A_LARGE_NETWORK = """

@@ -28,11 +28,37 @@ WORTH_LAYING_ASIDE = 1 << 16
 """Bytes of a tensor; smaller ones stay."""
 
 
-class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What the operations of a pass have made and is still in use."""
+class _Aside:
+    """Memory of the passes of a network that lies in a file, by its place, until it is needed."""
 
     def __init__(self) -> None:
+        self._spool = Spool()
+        self._fetches: dict[int, tuple[UntypedStorage, Callable[[], Tensor]]] = {}
+
+    def lay(self, storage: UntypedStorage) -> None:
+        """Put its content into the file, and give its memory back."""
+        # A copy: memory that NumPy has seen, as files do, cannot be given back any more.
+        self._fetches[storage._cdata] = storage, self._spool.lay_once(_bytes_of(storage).clone())
+        storage.resize_(0)
+
+    def call_back(self, place: int) -> None:
+        """Fetch what lies in the file, if it does."""
+        if place in self._fetches:
+            storage, fetch = self._fetches.pop(place)
+            content = fetch()
+            storage.resize_(content.numel())
+            _bytes_of(storage).copy_(content)
+
+
+class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What the operations of a pass have made and is still in use.
+
+    What other passes made may be needed too, where a network keeps it: it is called back in time.
+    """
+
+    def __init__(self, aside: _Aside) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._aside = aside
         self._seen: dict[int, StorageWeakRef] = {}
 
     @property
@@ -49,9 +75,11 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
-        made = func(*args, **given)
         # What is a view of something else, such as of a weight, was not made here.
         old = {each._cdata for each in _storages((args, given))}
+        for place in old:
+            self._aside.call_back(place)
+        made = func(*args, **given)
         for storage in _storages(made):
             if storage._cdata not in old:
                 self._seen[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
@@ -76,12 +104,11 @@ class _Ended(BaseException):
 class _Pass:
     """One batch on its way, in a thread of its own that runs only while its owner waits for it."""
 
-    def __init__(self, model: nn.Module, inputs: NetworkInput) -> None:
+    def __init__(self, model: nn.Module, inputs: NetworkInput, aside: _Aside) -> None:
         self.at: str | None = None
         self.called: Call | None = None
         self.error: BaseException | None = None
-        self._model, self._inputs, self._made = model, inputs, _Made()
-        self._aside: list[tuple[UntypedStorage, Callable[[], Tensor]]] = []
+        self._model, self._inputs, self._made, self._aside = model, inputs, _Made(aside), aside
         self._go, self._halted = threading.Semaphore(0), threading.Semaphore(0)
         self._stopping = False
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -113,25 +140,21 @@ class _Pass:
         """Bytes of memory that it takes where it is halted."""
         return _num_bytes(self._made.alive)
 
-    def lay_aside(self, spool: Spool, shared: Collection[int]) -> None:
-        """Put what it holds elsewhere, until it is called back, but for what others share, by its place."""
+    def lay_aside(self, shared: Collection[int]) -> None:
+        """Put what it holds elsewhere, but for what others share, by its place."""
         for storage in self._made.alive:
             is_own = storage._cdata not in shared and storage.resizable()
             if is_own and storage.nbytes() >= WORTH_LAYING_ASIDE:
-                # A copy: memory that NumPy has seen, as files do, cannot be given back any more.
-                self._aside.append((storage, spool.lay_once(_bytes_of(storage).clone())))
-                storage.resize_(0)
+                self._aside.lay(storage)
 
     def call_back(self) -> None:
         """Give it back what was laid aside."""
-        for storage, fetch in self._aside:
-            content = fetch()
-            storage.resize_(content.numel())
-            _bytes_of(storage).copy_(content)
-        self._aside.clear()
+        for storage in self._made.alive:
+            self._aside.call_back(storage._cdata)
 
     def stop(self) -> None:
-        """End it wherever it is."""
+        """End it wherever it is; what the network keeps of it stays."""
+        self.call_back()
         if self._thread.is_alive():
             self._stopping = True
             self._go.release()
@@ -168,9 +191,9 @@ class InStep:
     ) -> None:
         self.is_on_time = True
         """Whether all passes came by the layers in the order in which they were asked for."""
-        self._passes = [_Pass(model, batch) for batch in batches]
-        self._held = [0] * len(batches)
-        self._most, self._spool = most, Spool()
+        aside = _Aside()
+        self._passes = [_Pass(model, batch, aside) for batch in batches]
+        self._held, self._most = [0] * len(batches), most
         self._layers = [each for each in model.modules() if isinstance(each, TTLayer | TTWeight)]
         self._seen: dict[int, set[str]] = {number: set() for number in range(len(batches))}
         self._hooks = hooked(model, dict.fromkeys(names), self._reached)
@@ -194,7 +217,7 @@ class InStep:
         each = self._passes[number]
         self._held[number] = each.held
         if sum(self._held) > self._most:
-            each.lay_aside(self._spool, self._shared())
+            each.lay_aside(self._shared())
             self._held[number] = each.held
 
     def _shared(self) -> set[int]:
@@ -202,10 +225,15 @@ class InStep:
         kept = (tensor for layer in self._layers for tensor in layer.cached_tensors())
         return {storage._cdata for storage in _storages([*kept])}
 
-    def stop(self) -> None:
-        """End all passes."""
+    def end(self) -> None:
+        """End all passes, for a network that is to be run otherwise from here on."""
+        self.is_on_time = False
         for each in self._passes:
             each.stop()
+
+    def stop(self) -> None:
+        """End all passes, and watch the network no longer."""
+        self.end()
         self._hooks.__exit__(None, None, None)
 
     def _reached(self, name: str, module: nn.Module, called: Call) -> Any:
@@ -245,18 +273,17 @@ class Halt(NamedTuple):
 
 
 class Halts(NamedTuple):
-    """All halts of a pass by module, its seconds in all, and whether the network keeps nothing of what it makes."""
+    """All halts of a pass by module, and its seconds in all."""
 
     by_name: dict[str, Halt]
     seconds: float
-    keeps_nothing: bool
 
 
 @torch.no_grad()
 def halts_of(model: nn.Module, names: Sequence[str], inputs: NetworkInput) -> Halts | None:
     """What a pass over these inputs takes; None of a network that takes them not."""
     found: dict[str, Halt] = {}
-    made, start = _Made(), time.perf_counter()
+    made, start = _Made(_Aside()), time.perf_counter()
 
     def look(name: str, module: nn.Module, called: Call) -> None:
         found.setdefault(name, Halt(_num_bytes(made.alive), time.perf_counter() - start))
@@ -266,4 +293,4 @@ def halts_of(model: nn.Module, names: Sequence[str], inputs: NetworkInput) -> Ha
             call(model, inputs)
     except DataError:
         return None
-    return Halts(found, time.perf_counter() - start, not made.alive)
+    return Halts(found, time.perf_counter() - start)

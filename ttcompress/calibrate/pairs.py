@@ -54,14 +54,14 @@ def pairs_by_layer(
     """What gives the paired moments of a weight's inputs, to be asked for in this order of modules."""
     dense, calibration = reference.dense, reference.calibration
     one_by_one = partial(input_pairs, dense, compressed, calibration=calibration)
-    late, most = _order_in_step(reference, order)
+    late = _order_in_step(reference, order)
     if not late:
         yield one_by_one
         return
 
     batches = [(placed(piece, device_of(dense)), number) for piece, number in _fitted(calibration)]
     inputs = [batch for batch, _ in batches]
-    with in_step([compressed, dense], late, inputs, most) as walks:
+    with in_step([compressed, dense], late, inputs, IN_STEP_BYTES) as walks:
 
         def pairs_of(layer: LayerPlan, use: Use) -> Moments:
             pairs, geometry = Pairs(layer), dense.get_submodule(use.fqn)
@@ -70,6 +70,8 @@ def pairs_by_layer(
                 mine, other = calls if len(calls) == len(walks) else (None, None)
                 # A network that comes by its modules in another order is run anew for each.
                 if mine is None or other is None:
+                    for walk in walks:
+                        walk.end()
                     return one_by_one(layer, use)
 
                 ours = use.inputs(compressed.get_submodule(use.fqn), mine, offset, geometry)
@@ -82,19 +84,18 @@ def pairs_by_layer(
         yield pairs_of
 
 
-def _order_in_step(reference: Reference, order: Sequence[str]) -> tuple[Sequence[str], float]:
+def _order_in_step(reference: Reference, order: Sequence[str]) -> Sequence[str]:
     """The last of these modules, from where on passes over all images that halt at each of them take the least time.
 
     A pass of its own for a module takes as long as it takes to come there. In step it takes none, unless what all passes
-    hold has to lie in a file. Also how many bytes they may hold: all, where the network keeps some of what it makes,
-    which other passes may then need.
+    hold has to lie in a file.
     """
     pieces = [piece for piece, _ in _fitted(reference.calibration)]
     count = sum(map(batch_size, pieces))
     few = two_of(reference.dense, pieces)
     halts = halts_of(reference.dense, order, few)
     if halts is None:
-        return [], 0.0
+        return []
 
     # For a few images, in both networks alike.
     alone = [halts.by_name.get(name, Halt(0, halts.seconds)).seconds for name in order]
@@ -105,10 +106,10 @@ def _order_in_step(reference: Reference, order: Sequence[str]) -> tuple[Sequence
         held = inf if halt is None else halt.held
         is_too_much = 2 * held * count > IN_STEP_BYTES * batch_size(few)
         if is_too_much:
-            seconds += 2 * held / FILE_SPEED if halts.keeps_nothing else inf
+            seconds += 2 * held / FILE_SPEED
         if seconds + sum(alone[:first]) < sum(alone[:best]) + least:
             best, least = first, seconds
-    return order[best:], IN_STEP_BYTES if halts.keeps_nothing else inf
+    return order[best:]
 
 
 def _fitted(calibration: Calibration) -> Iterator[tuple[NetworkInput, int]]:
