@@ -55,8 +55,8 @@ def swept(model: nn.Module, batch_size: int = 32) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def slow_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file costs nothing, so that what does not fit is laid aside."""
+def free_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file takes no time, so that what does not fit is laid aside."""
     monkeypatch.setattr(pairs, "FILE_SPEED", inf)
 
 
@@ -102,7 +102,7 @@ class Remembering(Narrowing):
 
 @pytest.mark.parametrize("build", [Narrowing, lambda: Narrowing(turned=True), Aliases, Remembering])
 @pytest.mark.parametrize("batch_size", [32, 13])
-@pytest.mark.usefixtures("slow_passes")
+@pytest.mark.usefixtures("free_file")
 def test_all_ways_of_passing_give_the_same_bits(
     build: Any, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,7 +118,7 @@ def test_all_ways_of_passing_give_the_same_bits(
         assert all(torch.equal(value, other[name]) for name, value in alone.items())
 
 
-@pytest.mark.usefixtures("slow_passes")
+@pytest.mark.usefixtures("free_file")
 def test_what_is_laid_aside_takes_no_memory_and_is_the_same_when_called_back() -> None:
     model = Aliases().eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -221,7 +221,7 @@ def test_from_which_layer_on_passes_go_in_step(
     assert pairs._order_in_step(reference, NAMES) == expected
 
 
-@pytest.mark.usefixtures("slow_passes")
+@pytest.mark.usefixtures("free_file")
 def test_what_a_network_keeps_is_there_for_all_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(in_step, "WORTH_LAYING_ASIDE", 1)
     model = Remembering().eval()
