@@ -6,7 +6,6 @@ import argparse
 import importlib
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 WRITES = "import sys, json; open(sys.argv[1], 'a').write(json.dumps({'gpu_row': sys.argv[2]}) + chr(10))"
-LASTS = "import time; time.sleep(60)"
+LASTS = "import time; time.sleep(86400)"
 FAILS = "raise SystemExit('no such luck')"
 
 
@@ -72,10 +71,8 @@ def test_rows_are_in_order_of_worth_and_not_run_twice(session: Callable[..., Any
 def test_what_runs_at_the_end_is_stopped(
     session: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    begin = time.monotonic()
     found = session({"resnet20 4x": LASTS, "conv baseline": WRITES, "wide rank 10": LASTS}, seconds=2.0)
     assert found.run() == 1
-    assert time.monotonic() - begin < 30
     assert not found.running
     printed = capsys.readouterr().out
     assert "left: resnet20 4x, wide rank 10" in printed

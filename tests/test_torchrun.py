@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from datetime import timedelta
 
 import pytest
@@ -88,11 +87,9 @@ def test_a_meeting_that_never_comes_ends_with_its_address(
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", store)
     monkeypatch.setattr(processes, "REACHED_WITHIN", timedelta(seconds=1))
     monkeypatch.setattr(processes, "ALL_THERE_WITHIN", timedelta(seconds=1))
-    started = time.monotonic()
     with (
         pytest.raises(TTCompressError, match=r"2 processes do not meet at 127\.0\.0\.1:29777") as error,
         joined(torch.device("cpu"), timedelta(days=30)),
     ):
         raise AssertionError("they met")
-    assert time.monotonic() - started < 30
     assert error.value.__cause__ is not None
