@@ -32,7 +32,7 @@ from ttcompress.calibrate.statistics import measure
 from ttcompress.calibrate.sweeps import fit_layer, sweep_layers
 from ttcompress.calibrate.uses import Kind, Use
 from ttcompress.errors import DataError
-from ttcompress.layers.spec import layer_spec
+from ttcompress.layers.spec import layer_spec, viewed
 from ttcompress.networks.surgery import apply_plan
 from ttcompress.planning.planner import make_plan
 from ttcompress.recipe import Recipe
@@ -364,6 +364,57 @@ def test_squared_norms_in_the_metric_are_changes_of_the_network(
     assert found == pytest.approx(expected, rel=0.1)
 
 
+class Averaged(nn.Module):
+    """Classes of the mean output of a layer over all positions."""
+
+    def __init__(self, layer: nn.Module, last: int) -> None:
+        super().__init__()
+        self.layer, self.classes, self.last = layer, nn.Linear(5, 4), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classes(self.layer(x).movedim(self.last, -1).flatten(1, -2).mean(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("kind", ["tokens", "images", "upwards", "table"])
+def test_what_positions_have_in_common_adds_up(
+    kind: str, alike: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight of which all positions of an image see the same costs more than the sum of what each costs."""
+    monkeypatch.setattr(layer_statistics, "EVEN", 0.0)
+    monkeypatch.setattr(layer_statistics, "UNSEEN", 0.0)
+    monkeypatch.setattr(whiten, "DAMPING", 0.0)
+    torch.manual_seed(0)
+    layer: Any = {
+        "tokens": nn.Linear(6, 5),
+        "images": nn.Conv2d(6, 5, 1),
+        "upwards": nn.ConvTranspose2d(6, 5, 1),
+        "table": nn.Embedding(6, 5),
+    }[kind]
+    count = 1 if alike else 12
+    shape = {"tokens": (12, 6), "table": (12,)}.get(kind, (6, 3, 4))
+    if kind == "table":
+        inputs = torch.randint(0, 6, (4096, count)).expand(4096, 12)
+    else:
+        seen = (count, 6) if kind == "tokens" else (6, *(shape[1:] if count > 1 else (1, 1)))
+        inputs = torch.randn(4096, *seen).expand(4096, *shape)
+
+    model = Averaged(layer, 1 if kind in ("images", "upwards") else -1).requires_grad_(False)
+    spec = specs(model, ["layer"])["layer"]
+    found = measure(model, {"layer": spec}, calibrated(inputs, 512), 0)["layer"]
+
+    view = tensorize_shape("lowrank", spec.view_shape)
+    metrics = found.metrics(view)
+    expected = cost = 0.0
+    for difference in torch.randn(50, *layer.weight.shape):
+        changed = deepcopy(model)
+        changed.layer.weight += difference
+        missed = changed(inputs) - model(inputs)
+        expected += float((missed - missed.mean(1, keepdim=True)).square().sum(1).mean())
+        cost += float(whitened(viewed(difference, spec), view, metrics).square().sum())
+    assert cost == pytest.approx(expected, rel=0.2)
+
+
 class Gated(nn.Module):
     """Gradients at the outputs of a layer that are 0 for some images and not for others."""
 
@@ -382,7 +433,7 @@ def test_images_count_alike_whatever_the_size_of_their_batch() -> None:
     (found,) = measure(gated, specs(gated, ["layer"]), calibration, 0).values()
     for moments in (found.inputs, found.held_out):
         close(moments.own, np.full((3, 3), 2 / 32), 1e-6)
-    assert float(found.outputs.own.trace()) == pytest.approx(999 * 2 / 32, rel=0.2)
+    assert found.inputs.trace * found.outputs.trace == pytest.approx(3 * 999 * 2 / 32, rel=0.2)
 
 
 @pytest.mark.parametrize("bad", [0, 1], ids=["fitting", "held out"])

@@ -109,7 +109,7 @@ def test_results_hardly_depend_on_the_cut(build: Any, monkeypatch: pytest.Monkey
     assert least[0] == pytest.approx(least[1], rel=0.25)
     x = inputs[:20]
     close = (cut.eval()(x) - whole.eval()(x)).norm() / whole(x).norm()
-    assert float(close.detach()) < 0.1
+    assert float(close.detach()) < 0.15
 
 
 def ttcompress_effort(steps: int) -> Any:

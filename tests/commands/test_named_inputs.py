@@ -174,7 +174,13 @@ def test_every_token_counts_as_much_as_another() -> None:
     torch.testing.assert_close(found.inputs.own, tokens.T @ tokens / len(tokens), rtol=1e-5, atol=1e-6)
     held = torch.cat([batch.reshape(-1, 6) for batch in calibration.held_out()]).double()
     torch.testing.assert_close(found.held_out.own, held.T @ held / len(held), rtol=1e-5, atol=1e-6)
-    assert found.positions == pytest.approx(len(tokens) / calibration.num_images)
+    # What a token costs is its square, in each of four outputs.
+    expected = 4 * float(tokens.square().sum()) / calibration.num_images
+    costs = []
+    for seed in range(16):
+        found = measure(net, {"0": layer_spec(net[0])}, calibration, seed)["0"]
+        costs.append(found.inputs.trace * found.outputs.trace)
+    assert np.mean(costs) == pytest.approx(expected, rel=0.1)
 
 
 ONES = {"input_ids": np.ones((32, 3), np.int64)}

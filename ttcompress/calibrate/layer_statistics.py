@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
 
+import torch
 from torch import Tensor, nn
 
-from ttcompress.calibrate.observe import Call, layer_outputs
+from ttcompress.calibrate.observe import Call, channel_axis, layer_outputs
+from ttcompress.calibrate.shifts import Shift
 from ttcompress.calibrate.uses import Kind, Use
 from ttcompress.records.layers import LayerSpec
 from ttcompress.tt.shapes import Tensorization
@@ -28,30 +30,54 @@ UNSEEN = 0.05
 Rows that the calibration data never looks up would cost nothing, and would be given up for the others."""
 
 
+ALONE = 0.1
+"""Share of the input metric that is of positions one by one, where an image has many.
+
+What matters are sums over the positions of an image; but of these there are only as many as images."""
+
+
+PROBES = 8
+"""Random sums of a layer's outputs whose gradients stand for those of all outputs."""
+
+
+CONSTANT = 1e-6
+"""Share of their squares below which inputs do not vary."""
+
+
 @dataclass(frozen=True)
 class LayerStatistics:
     """Moments of one weight: inputs (in, window) row-major, the same held out, and gradients at its outputs.
 
-    They are averages over the `positions` of an image at which a convolution has its weight. `unseen` is the share
-    of the input metric that is spread evenly, `use` the one module at which the weight is seen, where there is one.
+    `summed` has E[G^T G], G = sum_p g_p x_p^T the gradient of the weight over all positions p of an image, None where
+    there is but one. `unseen` is the share of the input metric that is spread evenly, `use` the one module at which the
+    weight is seen, where there is one, `shift` what can take up its mean error. The product of the traces of input and
+    output metric is what an image costs in all directions together.
     """
 
     inputs: Moments
     held_out: Moments
     outputs: Moments
-    positions: float = 1
     unseen: float = 0.0
     use: Use | None = None
+    shift: Shift | None = None
+    summed: Moments | None = None
 
     @property
     def input_metric(self) -> Moments:
-        """What an error at each input costs."""
-        return self.inputs.blended(self.unseen)
+        """What an error at each input costs, apart from a mean error that something else takes up."""
+        alone = self._spread(self.inputs)
+        if self.summed is None:
+            return alone.blended(self.unseen)
+        together = self.summed.scaled((1 - ALONE) * alone.trace / self.summed.trace)
+        return Moments.total([alone.scaled(ALONE), together])
 
     @property
     def held_out_metric(self) -> Moments:
-        """The same on the held-out images."""
-        return self.held_out.blended(self.unseen)
+        """The same on the held-out images, whose positions count one by one."""
+        return self._spread(self.held_out).blended(self.unseen)
+
+    def _spread(self, moments: Moments) -> Moments:
+        return _around_mean(moments) if self.shift else moments
 
     @property
     def output_metric(self) -> Moments:
@@ -60,17 +86,23 @@ class LayerStatistics:
 
     def lay_aside(self, spool: Spool) -> None:
         """Put the moments where they take less memory."""
-        for moments in (self.inputs, self.held_out, self.outputs):
-            moments.lay_aside(spool.lay)
+        for moments in (self.inputs, self.held_out, self.outputs, self.summed):
+            if moments is not None:
+                moments.lay_aside(spool.lay)
 
     def metrics(self, tensorization: Tensorization, diagonal: bool = False) -> list[ModeMetric]:
-        """Roots of the metric of each mode, in which squared norms are changes of the network's outputs.
+        """Roots of the metric of each mode, in which squared norms are changes of the network's outputs."""
+        return mode_metrics(tensorization, self.input_metric, self.output_metric, diagonal)
 
-        An image passes a convolution's weight at all its `positions`, and their changes add up, so that
-        layers with large maps weigh more.
-        """
-        first, *rest = mode_metrics(tensorization, self.input_metric, self.output_metric, diagonal)
-        return [ModeMetric(first.out * sqrt(self.positions), first.inp), *rest]
+    def metrics_of_steps(self, tensorization: Tensorization) -> list[ModeMetric]:
+        """The same where nothing takes up a mean error, which a step makes like any other."""
+        return mode_metrics(tensorization, self.inputs.blended(self.unseen), self.output_metric)
+
+
+def _around_mean(moments: Moments) -> Moments:
+    """Covariances, where there is more to them than round-off: of inputs that are always the same the mean is all."""
+    around = moments.centred()
+    return around if around.trace > CONSTANT * moments.trace else moments
 
 
 Statistics = Mapping[str, LayerStatistics]
@@ -92,25 +124,24 @@ class Batch:
 class Part:
     """Moments of one use of a weight, along its inputs and outputs as it is decomposed; of its gradient without one."""
 
-    def __init__(self, use: Use | None, inp: int, out: int, diagonals: tuple[bool, bool]) -> None:
-        self.use = use
+    def __init__(
+        self, use: Use | None, inp: int, out: int, diagonals: tuple[bool, bool], shift: Shift | None = None
+    ) -> None:
+        self.use, self.shift = use, shift
         self.inputs = Moments(inp, is_diagonal=diagonals[0])
         self.held_out = Moments(inp, is_diagonal=diagonals[0])
         self.outputs = Moments(out, is_diagonal=diagonals[1])
+        self.summed = Moments(inp, is_diagonal=diagonals[0])
         self.has_run = False
         self._images = 0
-        self._seen = 0
+        self._cost: Tensor | float = 0.0
         self._usual = {False: 0, True: 0}
+        self._generator = torch.Generator().manual_seed(0)
 
     @property
     def num_bytes(self) -> int:
         """Memory that the moments take at a time: those that are fitted to are laid aside before the others add up."""
-        return max(self.inputs.num_bytes + self.outputs.num_bytes, self.held_out.num_bytes)
-
-    @property
-    def positions(self) -> float:
-        """How many an image has on average; samples may be of different lengths."""
-        return self._seen / self._images if self._images else 1
+        return max(2 * self.inputs.num_bytes + self.outputs.num_bytes, self.held_out.num_bytes)
 
     def _counts(self, at: Batch, positions: int, is_gradient: bool = False) -> float:
         """What a batch counts for: every position as much as another, in units of those that the first image has."""
@@ -118,9 +149,20 @@ class Part:
         return at.num_images * (positions / usual)
 
     @property
-    def weight(self) -> float:
-        """What an image costs in all directions together."""
-        return self.inputs.trace * self.outputs.trace * self.positions
+    def cost(self) -> float:
+        """What an image costs in all directions together: E||G||^2, G the gradient of the weight.
+
+        It is a sum over all positions at which the image meets the weight. What they change may go together, as before
+        a pooling, or not at all: moments of single positions do not tell.
+        """
+        if self.needs_own_gradient:
+            return self.outputs.trace
+        return float(self._cost) / (self._images or 1)
+
+    @property
+    def spread(self) -> float:
+        """The trace of the moment of the inputs, around their mean where something takes up a mean error."""
+        return (_around_mean(self.inputs) if self.shift else self.inputs).trace
 
     @property
     def needs_own_gradient(self) -> bool:
@@ -133,26 +175,70 @@ class Part:
             return None if is_held_out else self.outputs
         return self.held_out if is_held_out else self.inputs
 
-    def add_inputs(self, use: Use, module: nn.Module, call: Call, at: Batch) -> None:
-        """Add what goes into the module."""
+    def add_inputs(self, use: Use, module: nn.Module, call: Call, at: Batch) -> Tensor:
+        """Add what goes into the module, and return it, as columns or indices."""
         self.has_run = True
         found, positions = use.inputs(module, call, at.offset)
         if not at.is_held_out:
             self._images += at.num_images
-            self._seen += at.num_images * positions
         goal = self._goal(use.swapped, at.is_held_out)
         if goal is not None:
             add = goal.count if use.kind is Kind.LOOKUP else goal.add
             add(found.detach(), weight=self._counts(at, positions))
+        return found.detach()
 
-    def add_gradient(self, use: Use, module: nn.Module, at: Batch, gradient: Tensor) -> None:
-        """Add the gradients at what comes out of it."""
+    def add_gradient(
+        self, use: Use, module: nn.Module, call: Call, inputs: Tensor, at: Batch, gradient: Tensor
+    ) -> None:
+        """Add the gradients at what comes out of it, `inputs` being what went in."""
+        columns = layer_outputs(module, gradient)
+        positions = max(1, columns.shape[1] // at.num_images)
         goal = self._goal(not use.swapped, at.is_held_out)
         if goal is not None:
-            columns = layer_outputs(module, gradient)
-            goal.add(
-                columns, weight=self._counts(at, max(1, columns.shape[1] // at.num_images), is_gradient=True)
-            )
+            goal.add(columns, weight=self._counts(at, positions, is_gradient=True))
+        if at.is_held_out:
+            return
+        if positions > 1:
+            self._add_summed(use, module, call, inputs, at, gradient)
+        else:
+            self._add_single(use, inputs, columns)
+
+    def _add_single(self, use: Use, inputs: Tensor, gradient: Tensor) -> None:
+        """Add the cost of images that meet the weight once, from columns of both."""
+        powers = gradient.square().sum(0, dtype=torch.float64)
+        if use.kind is not Kind.LOOKUP:
+            inputs = inputs if self.shift is None else inputs - self._mean(inputs)[:, None]
+            powers = powers * inputs.square().sum(0, dtype=torch.float64)
+        self._cost = self._cost + powers.sum()
+
+    def _mean(self, like: Tensor) -> Tensor:
+        """That of the inputs so far."""
+        return self.inputs.means[0].to(like.device, like.dtype)
+
+    def _add_summed(
+        self, use: Use, module: nn.Module, call: Call, inputs: Tensor, at: Batch, gradient: Tensor
+    ) -> None:
+        """Add what all positions of each image say together, of a few random sums of the outputs."""
+        channels = channel_axis(module, gradient)
+        signs = torch.randint(0, 2, (PROBES, gradient.shape[channels]), generator=self._generator) * 2 - 1
+        probed = torch.tensordot(
+            signs.to(gradient.device, gradient.dtype) / sqrt(PROBES), gradient, ([1], [channels])
+        )
+        probed = probed.movedim(0, channels)
+
+        mean = self._mean(gradient) if self.shift else None
+        rows = []
+        for gradient_of_one, sums in use.weight_gradients(module, call, inputs, probed, at.num_images):
+            rows.append(gradient_of_one if mean is None else gradient_of_one - sums.outer(mean))
+        self._cost = self._cost + torch.stack([each.square().sum(dtype=torch.float64) for each in rows]).sum()
+        if self.has_summed:
+            self.summed.add(torch.cat(rows).T, weight=at.num_images)
+
+    @property
+    def has_summed(self) -> bool:
+        """Whether sums over positions are the metric of the inputs: of tables and sketches only their size counts."""
+        are_inputs = self.use is not None and self.use.shows_outputs and not self.use.swapped
+        return are_inputs and not self.inputs.is_diagonal and not self.inputs.is_sketch
 
     def add_own_gradient(self, gradient: Tensor, at: Batch) -> None:
         """Add the gradient (out, in, window) of the weight itself, a sum over the images of a batch.
@@ -176,7 +262,7 @@ class Part:
 class Measured:
     """One weight while its moments add up: by each of its uses, or from its own gradient where there are none."""
 
-    def __init__(self, fqn: str, spec: LayerSpec, uses: Sequence[Use]) -> None:
+    def __init__(self, fqn: str, spec: LayerSpec, uses: Sequence[Use], shift: Shift | None) -> None:
         self.fqn = fqn
         self.spec = spec
         self.unseen = UNSEEN if any(use.kind is Kind.LOOKUP for use in uses) else 0.0
@@ -188,7 +274,7 @@ class Measured:
         is_large = [size > MATRIX_LIMIT and len(uses) != 1 for size in (inp, out)]
         diagonals = rows[0] or is_large[0], rows[1] or is_large[1]
         ways: Sequence[Use | None] = uses or [None]
-        self.parts = [Part(use, inp, out, diagonals) for use in ways]
+        self.parts = [Part(use, inp, out, diagonals, shift) for use in ways]
 
     @property
     def has_run(self) -> bool:
@@ -213,30 +299,33 @@ class Measured:
     def lay_aside(self, spool: Spool) -> None:
         """Put the moments that are complete once all images have been fitted to where they take less memory."""
         for part in self.parts:
-            part.inputs.lay_aside(spool.lay)
-            part.outputs.lay_aside(spool.lay)
+            for moments in (part.inputs, part.outputs, part.summed):
+                moments.lay_aside(spool.lay)
 
     def statistics(self) -> LayerStatistics:
         """What has added up; a weight of several uses has the sum of their metrics."""
         if len(self.parts) > 1:
             return self._total()
         (part,) = self.parts
-        outputs = part.outputs
-        if part.needs_own_gradient:
-            # Its moments have the whole of both sides, which is to count once.
-            outputs = outputs.scaled(1 / (part.inputs.trace * part.positions or 1.0))
-        return LayerStatistics(part.inputs, part.held_out, outputs, part.positions, self.unseen, part.use)
+        outputs = part.outputs.scaled(_ratio(part.cost, part.spread * part.outputs.trace))
+        summed = part.summed if part.has_summed and part.summed.trace else None
+        return LayerStatistics(part.inputs, part.held_out, outputs, self.unseen, part.use, part.shift, summed)
 
     def _total(self) -> LayerStatistics:
-        """The moments of a sum of products of moments: each weighed by what the other one has."""
-        parts = [part for part in self.parts if part.weight] or self.parts
-        by_outputs = [(part.outputs.trace or 1.0) * part.positions for part in parts]
-        by_inputs = [(part.inputs.trace or 1.0) * part.positions for part in parts]
-        whole = sum(part.weight for part in parts) or 1.0
+        """The moments of a sum of products of moments, each of which counts for what its uses cost."""
+        parts = [part for part in self.parts if part.cost] or self.parts
+        whole = sum(part.cost for part in parts)
+        by_inputs = [_ratio(part.cost, part.inputs.trace) for part in parts]
+        by_outputs = [_ratio(part.cost, part.outputs.trace * whole) for part in parts]
 
-        inputs = [part.inputs.scaled(by) for part, by in zip(parts, by_outputs, strict=True)]
-        held_out = [part.held_out.scaled(by) for part, by in zip(parts, by_outputs, strict=True)]
-        outputs = [part.outputs.scaled(by / whole) for part, by in zip(parts, by_inputs, strict=True)]
+        inputs = [part.inputs.scaled(by) for part, by in zip(parts, by_inputs, strict=True)]
+        held_out = [part.held_out.scaled(by) for part, by in zip(parts, by_inputs, strict=True)]
+        outputs = [part.outputs.scaled(by) for part, by in zip(parts, by_outputs, strict=True)]
         return LayerStatistics(
-            Moments.total(inputs), Moments.total(held_out), Moments.total(outputs), 1, self.unseen
+            Moments.total(inputs), Moments.total(held_out), Moments.total(outputs), self.unseen
         )
+
+
+def _ratio(cost: float, by: float) -> float:
+    """Their ratio; 1 where nothing costs anything."""
+    return cost / by if cost and by else 1.0

@@ -66,7 +66,7 @@ class NaturalGradient:
         self._inverses: list[list[Callable[[], ModeMetric]]] = []
         lay = (spool or Spool()).lay
         for name, layer in layers.items():
-            metrics = statistics[name].metrics(layer.tensorization)
+            metrics = statistics[name].metrics_of_steps(layer.tensorization)
             # As the cores are multiplied by them.
             dtype = torch.promote_types(layer.cores[0].dtype, torch.float32)
             inverses = (metric.squared().inverse() for metric in metrics)

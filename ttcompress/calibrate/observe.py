@@ -99,7 +99,7 @@ def layer_inputs(module: Any, x: Tensor, offset: int = 0) -> tuple[Tensor, int]:
         return x.reshape(-1, size).T, max(1, x[0].numel() // size)
 
     axes = len(module.kernel_size)
-    batch = x if x.dim() == axes + 2 else x[None]
+    batch = batched(module, x)
     padded, stride = _stuffed(module, batch) if module.transposed else _padded(module, batch)
     sizes = _output_sizes(module, padded, stride)
     positions = prod(sizes)
@@ -121,6 +121,11 @@ def layer_inputs(module: Any, x: Tensor, offset: int = 0) -> tuple[Tensor, int]:
         window = columns.reshape(-1, *module.kernel_size, columns.shape[1])
         columns = window.flip([*range(1, axes + 1)]).flatten(0, axes)
     return columns, positions
+
+
+def batched(module: Any, x: Tensor) -> Tensor:
+    """What goes through a convolution, which takes a single input without a batch axis too."""
+    return x if x.dim() == len(module.kernel_size) + 2 else x[None]
 
 
 def _padded(module: Any, batch: Tensor) -> tuple[Tensor, Sequence[int]]:
@@ -172,6 +177,38 @@ def _patches(
 
 def layer_outputs(module: Any, outputs: Tensor) -> Tensor:
     """A layer's outputs, or gradients there, as columns (out, rows)."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return outputs.movedim(-1 - len(module.kernel_size), 0).flatten(1)
-    return outputs.reshape(-1, outputs.shape[-1]).T
+    return outputs.movedim(channel_axis(module, outputs), 0).flatten(1)
+
+
+def channel_axis(module: Any, outputs: Tensor) -> int:
+    """Which axis of a layer's outputs has their channels or features."""
+    window = len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else 0
+    return outputs.dim() - 1 - window
+
+
+def kernel_gradient(module: Any, x: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient (out, in window) of a convolution's weight, from its input and the gradient at its output.
+
+    Both have a batch axis; channels of the gradient may be others than the module has.
+    """
+    padding = module.padding
+    if not module.transposed:
+        # Padding may be of another kind than zeros, and by name.
+        (x, _), padding = _padded(module, x), [0] * len(module.kernel_size)
+
+    channels = x.shape[1], gradient.shape[1]
+    shape = channels if module.transposed else channels[::-1]
+    _, of_weight, _ = torch.ops.aten.convolution_backward(
+        gradient,
+        x,
+        x.new_empty(1).expand(*shape, *module.kernel_size),
+        None,
+        module.stride,
+        padding,
+        module.dilation,
+        module.transposed,
+        module.output_padding,
+        1,
+        [False, True, False],
+    )
+    return (of_weight.transpose(0, 1) if module.transposed else of_weight).flatten(1)  # type: ignore[no-any-return]

@@ -101,11 +101,11 @@ def compress_calibrated(
     def whitened(weight: Tensor, layer: LayerPlan) -> list[Tensor]:
         return decompose(weight, layer, reference.statistics[layer.fqn])
 
-    stages.run("weights", lambda model: _decompose_all(model, dense, plan, weight_only, progress))
+    stages.run("weights", lambda model: _decompose_all(model, reference, plan, weight_only, progress))
     plain = stages.model
     is_far = amount.far > 0 and keeps_little(dense, plain, plan)
     stages.unseen = unseen_rows(dense, plain, plan, reference.statistics)
-    stages.run("whitened", lambda model: _decompose_all(model, dense, plan, whitened, progress))
+    stages.run("whitened", lambda model: _decompose_all(model, reference, plan, whitened, progress))
     if amount.sweeps:
         stages.run("sweeps", lambda model: sweep_layers(reference, model, plan, amount.sweeps, progress))
     if progress:
@@ -144,15 +144,22 @@ def _with_errors(plan: CompressionPlan, dense: nn.Module, stages: Stages) -> Com
 
 def _decompose_all(
     model: nn.Module,
-    dense: nn.Module,
+    reference: Reference,
     plan: CompressionPlan,
     cores_of: Callable[[Tensor, LayerPlan], list[Tensor]],
     progress: Progress | None,
 ) -> None:
+    """Each layer by itself, what it misses in the mean taken up where something can."""
+    dense = reference.dense
     for done, layer in enumerate(plan.layers):
         if progress:
             progress(f"decomposing {layer.fqn}", done, len(plan.layers))
-        swap_in(model, dense, layer, cores_of(weight_of(dense, layer), layer))
+        weight, statistics = weight_of(dense, layer), reference.statistics[layer.fqn]
+        swap_in(model, dense, layer, cores_of(weight, layer))
+        if statistics.shift:
+            mean = statistics.inputs.means[0]
+            missed = weight - weight_of(model, layer)
+            statistics.shift.move(model, dense, missed.flatten(1).to(mean) @ mean)
 
 
 def _relative_error(dense: nn.Module, model: nn.Module, layer: LayerPlan) -> float:

@@ -15,6 +15,7 @@ from ttcompress.calibrate.calibration import Calibration
 from ttcompress.calibrate.layer_statistics import Batch, LayerStatistics, Measured, Part
 from ttcompress.calibrate.observe import Call, gradients_in_eval, hooked
 from ttcompress.calibrate.room import parts_of
+from ttcompress.calibrate.shifts import batch_norms_after, shift_of
 from ttcompress.calibrate.uses import Use, around_weight, modules_run, parameter_named, uses_of
 from ttcompress.errors import DataError
 from ttcompress.layers.spec import viewed
@@ -84,6 +85,7 @@ def _in_order(model: nn.Module, specs: Mapping[str, LayerSpec], calibration: Cal
     ran = modules_run(model, names, first)
     order = {name: number for number, name in enumerate(ran)}
     tied = tied_names(model)
+    norms = batch_norms_after(model, first)
 
     found = []
     for fqn, spec in specs.items():
@@ -91,7 +93,8 @@ def _in_order(model: nn.Module, specs: Mapping[str, LayerSpec], calibration: Cal
         # A parent may read the weight of a child that never runs.
         innermost = next((name for name in around_weight(fqn, spec) if name in ran), "")
         first = uses[0].fqn if uses else innermost
-        found.append((order.get(first, 0), Measured(fqn, spec, uses)))
+        shift = shift_of(model, fqn, spec, uses, norms)
+        found.append((order.get(first, 0), Measured(fqn, spec, uses, shift)))
     return [measured for _, measured in sorted(found, key=itemgetter(0))]
 
 
@@ -196,17 +199,16 @@ def _backward(
             raise DataError(
                 f"{name} runs without gradients, which calibration needs: exclude it, or leave out calib"
             )
-        for use, part in parts[name]:
-            part.add_inputs(use, module, called, at)
-
-        shown = [(use, part) for use, part in parts[name] if use.shows_outputs]
+        seen = [(use, part, part.add_inputs(use, module, called, at)) for use, part in parts[name]]
+        shown = [each for each in seen if each[0].shows_outputs]
         if not shown:
             return None
         # Attention returns its weights beside its output.
         first, *others = output if isinstance(output, tuple) else (output,)
         leaf = _leaf(first)
-        for use, part in shown:
-            leaf.register_hook(partial(part.add_gradient, use, module, at))  # type: ignore[no-untyped-call]
+        for use, part, found in shown:
+            add = partial(part.add_gradient, use, module, called, found, at)
+            leaf.register_hook(add)  # type: ignore[no-untyped-call]
         return (leaf, *others) if isinstance(output, tuple) else leaf
 
     own = [each for each in group if each.needs_own_gradient]

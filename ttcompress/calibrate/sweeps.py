@@ -54,32 +54,28 @@ def _fitted_use(statistics: LayerStatistics) -> Use | None:
 def _sweep(
     reference: Reference, compressed: nn.Module, layer: LayerPlan, use: Use, pairs: Moments, sweeps: int
 ) -> None:
-    # Where there is a bias it takes up the mean error, so that the cores need not.
-    theirs, ours = (_bias(each, layer, use) for each in (reference.dense, compressed))
-    fitting = pairs if theirs is None else pairs.centred()
+    statistics = reference.statistics[layer.fqn]
+    # What takes up the mean error leaves the rest to the cores.
+    fitting = pairs.centred() if statistics.shift else pairs
 
     own = cores_of(compressed, layer)
     start = [core.detach().double() for core in own]
     weight = weight_of(reference.dense, layer)
-    metric = reference.statistics[layer.fqn].output_metric
-    cores = fit_layer(weight, layer, start, fitting, metric, sweeps)
+    cores = fit_layer(weight, layer, start, fitting, statistics.output_metric, sweeps)
     with torch.no_grad():
         for core, fitted in zip(own, spread_norm(cores), strict=True):
             core.copy_(fitted)
-        if theirs is not None and ours is not None:
-            ours.copy_(_bias_for_mean(theirs, weight, weight_of(compressed, layer), pairs))
+    if statistics.shift:
+        by = _missed_mean(weight, weight_of(compressed, layer), pairs)
+        statistics.shift.move(compressed, reference.dense, by)
 
 
-def _bias(model: nn.Module, layer: LayerPlan, use: Use) -> nn.Parameter | None:
-    return getattr(model.get_submodule(layer.module_fqn), use.bias) if use.bias else None
-
-
-def _bias_for_mean(bias: Tensor, weight: Tensor, fitted: Tensor, pairs: Moments) -> Tensor:
-    """The bias with which the mean output is that of the dense layer: b + W mean[x] - W~ mean[x~]."""
+def _missed_mean(weight: Tensor, fitted: Tensor, pairs: Moments) -> Tensor:
+    """What the mean output of the dense layer is above that of the fitted one: W mean[x] - W~ mean[x~]."""
     mean_ours, mean_dense = pairs.means
     wanted = weight.flatten(1).to(mean_dense) @ mean_dense
     given = fitted.flatten(1).to(mean_ours) @ mean_ours
-    return (bias.detach() + (wanted - given)).to(bias)
+    return wanted - given
 
 
 def fit_layer(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ttcompress.calibrate.observe import Call, hooked, layer_inputs
+from ttcompress.calibrate.observe import Call, batched, hooked, kernel_gradient, layer_inputs
 from ttcompress.layers.spec import has_inputs_first
 from ttcompress.networks.running import NetworkInput, call, device_of, placed
 from ttcompress.records.layers import LayerSpec
@@ -72,6 +73,42 @@ class Use:
         if self.kind is Kind.ATTENDED:
             return layer_inputs(None, attended(module, call))
         return layer_inputs(geometry or module, call.first, offset)
+
+    def weight_gradients(
+        self, module: nn.Module, call: Call, inputs: Tensor, gradient: Tensor, images: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The gradient of the weight for each image, (out, in window), and the sum (out) of that at what comes out.
+
+        For a lookup there are columns only of the rows that are looked up, and no window. Where images are not along the
+        first axis, the batch counts as one image.
+
+        Args:
+            inputs: those of `inputs`.
+            gradient: that at what comes out of the module; channels may be others, and fewer, than the module has.
+        """
+        given = call.first.detach()
+        of_one: Callable[[Tensor, Tensor], Tensor]
+        if isinstance(module, nn.modules.conv._ConvNd):
+            # The inputs are those at some of the positions.
+            given = batched(module, given)
+            ours, theirs, of_one = given, batched(module, gradient), partial(kernel_gradient, module)
+        elif self.kind is Kind.LOOKUP:
+            ours, theirs, of_one = inputs.flatten(), gradient.flatten(0, -2), _gradient_of_rows
+        else:
+            ours, theirs, of_one = inputs.T, gradient.flatten(0, -2), _gradient_of_product
+
+        count = images if len(given) == images else 1
+        for x, g in zip(ours.chunk(count), theirs.chunk(count), strict=True):
+            yield of_one(x, g), g.transpose(0, 1).flatten(1).sum(1)
+
+
+def _gradient_of_rows(indices: Tensor, gradient: Tensor) -> Tensor:
+    rows, place = torch.unique(indices, return_inverse=True)
+    return gradient.new_zeros(len(rows), gradient.shape[1]).index_add_(0, place, gradient).T
+
+
+def _gradient_of_product(inputs: Tensor, gradient: Tensor) -> Tensor:
+    return gradient.T @ inputs
 
 
 @dataclass(frozen=True)
