@@ -241,8 +241,9 @@ from torch import nn
 from ttcompress.calibrate.in_step import halts_of, in_step
 
 def held():
+    # Of its own making: what is read from libraries comes and goes.
     with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmRSS:"))
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("RssAnon:"))
 
 torch.set_num_threads(1)
 # What a layer makes is 8 MB, and gone when the next one has run.
