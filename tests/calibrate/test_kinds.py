@@ -24,6 +24,7 @@ from ttcompress.calibrate.calibration import Calibration, draw_calibration
 from ttcompress.calibrate.held_out_errors import network_error
 from ttcompress.calibrate.layer_statistics import LayerStatistics
 from ttcompress.calibrate.observe import layer_inputs, layer_outputs
+from ttcompress.calibrate.shifts import Shift
 from ttcompress.calibrate.statistics import measure
 from ttcompress.layers.spec import unviewed, viewed
 from ttcompress.networks.running import map_tensors, tensors_of
@@ -306,10 +307,36 @@ def test_a_large_table_never_makes_a_matrix_of_its_rows() -> None:
 
 
 class Own(nn.Linear):
-    """A Linear whose forward is not known."""
+    """A Linear whose forward is not that of torch."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(input, self.weight, self.bias)
+        return functional.linear(input, self.weight, self.bias) + 1
+
+
+class Padded(nn.Conv2d):
+    """Pads by itself, as networks that came from other libraries do."""
+
+    def __init__(self, *sizes: int, by: int) -> None:
+        super().__init__(*sizes)  # type: ignore[arg-type]
+        self.by = by
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.conv2d(functional.pad(input, [0, self.by] * 2), self.weight, self.bias)
+
+
+def test_a_forward_that_does_as_its_layer_of_torch_is_that_layer() -> None:
+    torch.manual_seed(0)
+    own = nn.Sequential(
+        Padded(3, 4, 1, by=0), nn.ReLU(), Padded(4, 5, 2, by=1), nn.Flatten(), nn.Linear(45, 3)
+    )
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), *own[1:])
+    plain.load_state_dict(own.state_dict())
+    calibration = calibrated(torch.randn(32, 3, 3, 3))
+    found, expected = statistics(own, calibration), statistics(plain, calibration)
+    assert torch.equal(found["0"].inputs.own, expected["0"].inputs.own)
+    assert found["0"].use == expected["0"].use
+    assert found["0"].shift == Shift("0.bias")
+    assert found["2"].use is None
 
 
 def test_a_weight_of_unknown_use_has_the_moments_of_its_own_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

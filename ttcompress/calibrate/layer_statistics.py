@@ -141,7 +141,8 @@ class Part:
     @property
     def num_bytes(self) -> int:
         """Memory that the moments take at a time: those that are fitted to are laid aside before the others add up."""
-        return max(2 * self.inputs.num_bytes + self.outputs.num_bytes, self.held_out.num_bytes)
+        fitted = (1 + self.has_summed) * self.inputs.num_bytes + self.outputs.num_bytes
+        return max(fitted, self.held_out.num_bytes)
 
     def _counts(self, at: Batch, positions: int, is_gradient: bool = False) -> float:
         """What a batch counts for: every position as much as another, in units of those that the first image has."""

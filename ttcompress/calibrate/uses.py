@@ -113,9 +113,10 @@ def _gradient_of_product(inputs: Tensor, gradient: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Run:
-    """A module as it ran: an attention with one input for all, or another."""
+    """A module as it ran: an attention with one input for all, or another; or as the layer of torch that it derives from."""
 
     is_self_attention: bool = False
+    is_product: bool = False
 
 
 def uses_of(
@@ -160,11 +161,12 @@ def _use(model: nn.Module, name: str, spec: LayerSpec, ran: Mapping[str, Run]) -
         return Use(outer, Kind.ATTENDED, bias="bias")
 
     runs = forward_of(module)
+    is_product = runs in PRODUCTS or (fqn in ran and ran[fqn].is_product)
     swapped = has_inputs_first(module) != spec.transposed
     if parameter == "weight" and runs is nn.Embedding.forward:
         return Use(fqn, Kind.LOOKUP, swapped)
     # A group sees some of the inputs only.
-    if parameter == "weight" and runs in PRODUCTS and getattr(module, "groups", 1) == 1:
+    if parameter == "weight" and is_product and getattr(module, "groups", 1) == 1:
         return Use(fqn, Kind.PRODUCT, swapped, bias="bias")
     return None
 
@@ -190,6 +192,20 @@ def attended(module: Any, call: Call) -> Tensor:
     return output  # type: ignore[no-any-return]
 
 
+def _is_product(module: nn.Module, call: Call) -> bool:
+    """Whether a layer with a forward of its own comes to what the layer of torch that it derives from does."""
+    kinds: list[Any] = [kind for kind in (nn.Linear, *CONVOLUTIONS) if isinstance(module, kind)]
+    if not kinds or forward_of(module) in PRODUCTS:
+        return bool(kinds)
+    given, named = call.given, call.named
+    own = module.forward(*given, **named)
+    try:
+        plain = kinds[0].forward(module, *given, **named)
+    except (RuntimeError, TypeError):
+        return False
+    return isinstance(own, Tensor) and own.shape == plain.shape and torch.allclose(own, plain)
+
+
 def parameter_named(model: nn.Module, fqn: str, spec: LayerSpec) -> Tensor:
     """The parameter of a weight."""
     return model.get_parameter(weight_name(fqn, spec.parameter))
@@ -212,7 +228,8 @@ def modules_run(model: nn.Module, names: Iterable[str], inputs: NetworkInput) ->
 
     def see(name: str, module: nn.Module, call: Call) -> None:
         if forward_of(module) is not ATTENTION:
-            found.setdefault(name, Run())
+            so_far = found.get(name, Run(is_product=True))
+            found[name] = Run(is_product=so_far.is_product and _is_product(module, call))
             return
         query, key, value = (call.argument(k, ("query", "key", "value")) for k in range(3))
         is_self = query is key and key is value
