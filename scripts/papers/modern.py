@@ -19,7 +19,7 @@ PUBLISHED = {
     ("resnet20", 4): "ALDS 90.92 (-0.47), 182 epochs",
     (
         "resnet20",
-        6,
+        6.8,
     ): "PSTRN 89.30 (-1.95) at 6.76x; SPARK 92.13 (+0.88) at 6.8x, with an unstructured sparse part",
     ("resnet32", 6): "T-Basis 91.85 at 5.57x, 1,000 epochs",
     ("resnet32", 10): "T-Basis 90.24 at 10.5x, 1,000 epochs",
