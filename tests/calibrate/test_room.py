@@ -16,7 +16,7 @@ from ttcompress.calibrate.room import Room, numbers_of, room_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-VECTORS = torch.randn(96, 24, generator=torch.Generator().manual_seed(0))
+VECTORS = torch.randn(384, 24, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(96, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
 
@@ -109,7 +109,7 @@ def test_results_hardly_depend_on_the_cut(build: Any, monkeypatch: pytest.Monkey
     assert least[0] == pytest.approx(least[1], rel=0.25)
     x = inputs[:20]
     close = (cut.eval()(x) - whole.eval()(x)).norm() / whole(x).norm()
-    assert float(close.detach()) < 0.15
+    assert float(close.detach()) < 0.1
 
 
 def ttcompress_effort(steps: int) -> Any:

@@ -135,6 +135,7 @@ class Part:
         self.has_run = False
         self._images = 0
         self._cost: Tensor | float = 0.0
+        self._is_around_mean = False
         self._usual = {False: 0, True: 0}
         self._generator = torch.Generator().manual_seed(0)
 
@@ -162,8 +163,8 @@ class Part:
 
     @property
     def spread(self) -> float:
-        """The trace of the moment of the inputs, around their mean where something takes up a mean error."""
-        return (_around_mean(self.inputs) if self.shift else self.inputs).trace
+        """The trace of the moment of the inputs that `cost` has: around their mean or not."""
+        return (_around_mean(self.inputs) if self._is_around_mean else self.inputs).trace
 
     @property
     def needs_own_gradient(self) -> bool:
@@ -208,13 +209,8 @@ class Part:
         """Add the cost of images that meet the weight once, from columns of both."""
         powers = gradient.square().sum(0, dtype=torch.float64)
         if use.kind is not Kind.LOOKUP:
-            inputs = inputs if self.shift is None else inputs - self._mean(inputs)[:, None]
             powers = powers * inputs.square().sum(0, dtype=torch.float64)
         self._cost = self._cost + powers.sum()
-
-    def _mean(self, like: Tensor) -> Tensor:
-        """That of the inputs so far."""
-        return self.inputs.means[0].to(like.device, like.dtype)
 
     def _add_summed(
         self, use: Use, module: nn.Module, call: Call, inputs: Tensor, at: Batch, gradient: Tensor
@@ -227,7 +223,9 @@ class Part:
         )
         probed = probed.movedim(0, channels)
 
-        mean = self._mean(gradient) if self.shift else None
+        # That of the inputs so far.
+        mean = self.inputs.means[0].to(gradient.device, gradient.dtype) if self.shift else None
+        self._is_around_mean = mean is not None
         rows = []
         for gradient_of_one, sums in use.weight_gradients(module, call, inputs, probed, at.num_images):
             rows.append(gradient_of_one if mean is None else gradient_of_one - sums.outer(mean))

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -59,14 +60,16 @@ def shift_of(
 def batch_norms_after(model: nn.Module, inputs: NetworkInput) -> dict[str, str]:
     """By the name of a module: the batch norm that takes its output, where each of both runs once for a batch."""
     calls: Counter[str] = Counter()
-    outputs: list[tuple[str, Any]] = []
+    # Not held: all outputs of a batch are much memory.
+    outputs: list[tuple[str, ReferenceType[Tensor]]] = []
     found: dict[str, str] = {}
 
     def see(name: str, module: nn.Module, at: Call, output: Any) -> None:
         calls[name] += 1
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            found.update({layer: name for layer, made in outputs if made is at.first})
-        outputs.append((name, output))
+            found.update({layer: name for layer, made in outputs if made() is at.first})
+        if isinstance(output, Tensor):
+            outputs.append((name, ref(output)))
 
     leaves = [name for name, module in model.named_modules() if not any(module.children())]
     with hooked(model, leaves, see, after=True):

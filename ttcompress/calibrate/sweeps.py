@@ -39,7 +39,7 @@ def sweep_layers(
         for done, (layer, use) in enumerate(fitted):
             if progress:
                 progress(f"fitting {layer.fqn}", done, len(fitted))
-            _sweep(reference, compressed, layer, use, pairs_of(layer, use), sweeps)
+            _sweep(reference, compressed, layer, pairs_of(layer, use), sweeps)
 
 
 def _fitted_use(statistics: LayerStatistics) -> Use | None:
@@ -52,7 +52,7 @@ def _fitted_use(statistics: LayerStatistics) -> Use | None:
 
 
 def _sweep(
-    reference: Reference, compressed: nn.Module, layer: LayerPlan, use: Use, pairs: Moments, sweeps: int
+    reference: Reference, compressed: nn.Module, layer: LayerPlan, pairs: Moments, sweeps: int
 ) -> None:
     statistics = reference.statistics[layer.fqn]
     # What takes up the mean error leaves the rest to the cores.
