@@ -614,7 +614,7 @@ def test_pairs_are_the_inputs_of_both_networks(name: str, monkeypatch: pytest.Mo
     for each in (dense, model):
         each.get_submodule(last).register_forward_hook(lambda *_: ran.append(1))
     (layer,) = [layer for layer in plan.layers if layer.fqn == fqn]
-    pairs = input_pairs(dense, model, layer, Use(fqn, Kind.PRODUCT), calibration)
+    pairs = input_pairs(dense, model, layer, Use(fqn, Kind.PRODUCT), calibration).fitted
     assert not ran
     batches = [*calibration.fitting(0)][:2]
     (ours, _), (theirs, _) = (seen(each, fqn, batches) for each in (model, dense))

@@ -235,6 +235,21 @@ def test_blended_moments_keep_trace_and_directions(size: int, count: int, share:
     np.testing.assert_allclose(even, values.mean() * np.eye(size), rtol=1e-12)
 
 
+@settings(max_examples=25, deadline=None)
+@given(size=st.integers(1, 6), share=st.floats(0, 1), seed=SEEDS)
+def test_blended_pairs_are_their_own_partners_in_what_is_added(size: int, share: float, seed: int) -> None:
+    before = Moments(size, paired=True)
+    before.add(torch.tensor(normal(seed, size, 9)), torch.tensor(normal(seed + 1, size, 9)))
+    after = before.blended(share)
+    np.testing.assert_allclose(
+        (after.own - (1 - share) * before.own).numpy(),
+        (after.crossed - (1 - share) * before.crossed).numpy(),
+        atol=1e-12,
+    )
+    alone = moments(normal(seed, size, 9))
+    np.testing.assert_allclose(after.own.numpy(), alone.blended(share).own.numpy(), atol=1e-12)
+
+
 def test_a_sketch_is_neither_centred_nor_blended() -> None:
     rows = moments(normal(0, 3, 9), sketch=5)
     assert torch.equal(rows.centred().own, rows.own)

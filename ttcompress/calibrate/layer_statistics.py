@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ttcompress.calibrate.observe import Call, channel_axis, layer_outputs
 from ttcompress.calibrate.shifts import Shift
+from ttcompress.calibrate.shrinkage import likeliest_share, sampling_share
 from ttcompress.calibrate.uses import Kind, Use
 from ttcompress.records.layers import LayerSpec
 from ttcompress.tt.shapes import Tensorization
@@ -18,7 +19,7 @@ from ttcompress.tt.spool import Spool
 from ttcompress.tt.whiten import MATRIX_LIMIT, ModeMetric, Moments, mode_metrics
 
 EVEN = 0.2
-"""Share of the output metric that is spread evenly over all directions.
+"""Least share of the output metric that is spread evenly over all directions.
 
 A few hundred images do not show all that matters: outputs to which none of them is sensitive would cost
 nothing, and would be given up for the others."""
@@ -49,15 +50,16 @@ class LayerStatistics:
     """Moments of one weight: inputs (in, window) row-major, the same held out, and gradients at its outputs.
 
     `summed` has E[G^T G], G = sum_p g_p x_p^T the gradient of the weight over all positions p of an image, None where
-    there is but one. `unseen` is the share of the input metric that is spread evenly, `use` the one module at which the
-    weight is seen, where there is one, `shift` what can take up its mean error. The product of the traces of input and
-    output metric is what an image costs in all directions together.
+    there is but one. `unseen` and `unfelt` are the shares of the input and the output metric that are spread evenly, `use`
+    the one module at which the weight is seen, where there is one, `shift` what can take up its mean error. The product
+    of the traces of input and output metric is what an image costs in all directions together.
     """
 
     inputs: Moments
     held_out: Moments
     outputs: Moments
     unseen: float = 0.0
+    unfelt: float = EVEN
     use: Use | None = None
     shift: Shift | None = None
     summed: Moments | None = None
@@ -73,16 +75,19 @@ class LayerStatistics:
 
     @property
     def held_out_metric(self) -> Moments:
-        """The same on the held-out images, whose positions count one by one."""
-        return self._spread(self.held_out).blended(self.unseen)
+        """The same on the held-out images, whose positions count one by one.
+
+        They are no fair sample of the rows of a table, most of which none of them looks up.
+        """
+        return self._spread(self.held_out).blended(self.unseen if self.held_out.is_diagonal else 0.0)
 
     def _spread(self, moments: Moments) -> Moments:
         return _around_mean(moments) if self.shift else moments
 
     @property
     def output_metric(self) -> Moments:
-        """What an error at each output costs, as the gradients have it, an EVEN share of it spread evenly."""
-        return self.outputs.blended(EVEN)
+        """What an error at each output costs, as the gradients have it."""
+        return self.outputs.blended(self.unfelt)
 
     def lay_aside(self, spool: Spool) -> None:
         """Put the moments where they take less memory."""
@@ -135,6 +140,7 @@ class Part:
         self.has_run = False
         self._images = 0
         self._cost: Tensor | float = 0.0
+        self._squares: Tensor | float = 0.0
         self._is_around_mean = False
         self._usual = {False: 0, True: 0}
         self._generator = torch.Generator().manual_seed(0)
@@ -165,6 +171,24 @@ class Part:
     def spread(self) -> float:
         """The trace of the moment of the inputs that `cost` has: around their mean or not."""
         return (_around_mean(self.inputs) if self._is_around_mean else self.inputs).trace
+
+    @property
+    def unseen(self) -> float:
+        """The share of the inputs that is spread evenly, where an image meets the weight once.
+
+        There are only as many directions as images, and what truncation gives up are the others.
+        """
+        if not self.has_summed or self.summed.trace or not self.held_out.trace:
+            return 0.0
+        both = [_around_mean(each) if self.shift else each for each in (self.inputs, self.held_out)]
+        return likeliest_share(*both)
+
+    @property
+    def unfelt(self) -> float:
+        """The share of the outputs that is spread evenly: more where images differ much in what they are sensitive to."""
+        if not self._squares or self.outputs.is_sketch or self.outputs.is_diagonal:
+            return EVEN
+        return max(EVEN, sampling_share(self.outputs, float(self._squares) / self._images, self._images))
 
     @property
     def needs_own_gradient(self) -> bool:
@@ -200,6 +224,8 @@ class Part:
             goal.add(columns, weight=self._counts(at, positions, is_gradient=True))
         if at.is_held_out:
             return
+        if goal is self.outputs and positions * at.num_images == columns.shape[1]:
+            self._add_squares(columns, at.num_images)
         if positions > 1:
             self._add_summed(use, module, call, inputs, at, gradient)
         else:
@@ -211,6 +237,13 @@ class Part:
         if use.kind is not Kind.LOOKUP:
             powers = powers * inputs.square().sum(0, dtype=torch.float64)
         self._cost = self._cost + powers.sum()
+
+    def _add_squares(self, columns: Tensor, images: int) -> None:
+        """Add ||M||_F^2, M the moment of the gradients at the positions of one image, which come one after the other."""
+        each = columns.reshape(len(columns), images, -1).transpose(0, 1)
+        # Either has the same norm.
+        gram = each @ each.mT if each.shape[2] > each.shape[1] else each.mT @ each
+        self._squares = self._squares + (gram / each.shape[2]).double().square().sum()
 
     def _add_summed(
         self, use: Use, module: nn.Module, call: Call, inputs: Tensor, at: Batch, gradient: Tensor
@@ -308,7 +341,16 @@ class Measured:
         (part,) = self.parts
         outputs = part.outputs.scaled(_ratio(part.cost, part.spread * part.outputs.trace))
         summed = part.summed if part.has_summed and part.summed.trace else None
-        return LayerStatistics(part.inputs, part.held_out, outputs, self.unseen, part.use, part.shift, summed)
+        return LayerStatistics(
+            part.inputs,
+            part.held_out,
+            outputs,
+            self.unseen or part.unseen,
+            part.unfelt,
+            part.use,
+            part.shift,
+            summed,
+        )
 
     def _total(self) -> LayerStatistics:
         """The moments of a sum of products of moments, each of which counts for what its uses cost."""

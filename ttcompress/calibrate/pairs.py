@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ttcompress.calibrate.calibration import Calibration
 from ttcompress.calibrate.in_step import Halt, halts_of, in_step
+from ttcompress.calibrate.layer_statistics import Batch
 from ttcompress.calibrate.observe import Call, hooked
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.room import two_of
@@ -34,23 +35,25 @@ SWEEP_IMAGES = 512
 
 
 class Pairs:
-    """Paired moments of a weight's inputs, every position of which counts as much as another."""
+    """Paired moments of a weight's inputs, every position of which counts as much as another, and those held out."""
 
     def __init__(self, layer: LayerPlan) -> None:
-        self.moments = Moments(prod(layer.spec.view_shape[1:]), paired=True)
+        size = prod(layer.spec.view_shape[1:])
+        self.fitted, self.held_out = Moments(size, paired=True), Moments(size, paired=True)
         self._usual = 0
 
-    def add(self, ours: tuple[Tensor, int], theirs: tuple[Tensor, int], count: int) -> None:
-        """Add the columns of so many images in both networks, each with the positions that an image has."""
+    def add(self, ours: tuple[Tensor, int], theirs: tuple[Tensor, int], at: Batch) -> None:
+        """Add the columns of a batch in both networks, each with the positions that an image has."""
         columns, positions = ours
         self._usual = self._usual or positions
-        self.moments.add(columns, theirs[0], count * (positions / self._usual))
+        goal = self.held_out if at.is_held_out else self.fitted
+        goal.add(columns, theirs[0], at.num_images * (positions / self._usual))
 
 
 @contextmanager
 def pairs_by_layer(
     reference: Reference, compressed: nn.Module, order: Sequence[str]
-) -> Iterator[Callable[[LayerPlan, Use], Moments]]:
+) -> Iterator[Callable[[LayerPlan, Use], Pairs]]:
     """What gives the paired moments of a weight's inputs, to be asked for in this order of modules."""
     dense, calibration = reference.dense, reference.calibration
     one_by_one = partial(input_pairs, dense, compressed, calibration=calibration)
@@ -59,13 +62,13 @@ def pairs_by_layer(
         yield one_by_one
         return
 
-    batches = [(placed(piece, device_of(dense)), number) for piece, number in _fitted(calibration)]
+    batches = [(placed(piece, device_of(dense)), at) for piece, at in _pieces(calibration)]
     inputs = [batch for batch, _ in batches]
     with in_step([compressed, dense], late, inputs, IN_STEP_BYTES) as walks:
 
-        def pairs_of(layer: LayerPlan, use: Use) -> Moments:
+        def pairs_of(layer: LayerPlan, use: Use) -> Pairs:
             pairs, geometry = Pairs(layer), dense.get_submodule(use.fqn)
-            for number, (batch, offset) in enumerate(batches):
+            for number, at in enumerate(at for _, at in batches):
                 calls = [walk.call(number, use.fqn) for walk in walks if use.fqn in late and walk.is_on_time]
                 mine, other = calls if len(calls) == len(walks) else (None, None)
                 # A network that comes by its modules in another order is run anew for each.
@@ -74,12 +77,12 @@ def pairs_by_layer(
                         walk.end()
                     return one_by_one(layer, use)
 
-                ours = use.inputs(compressed.get_submodule(use.fqn), mine, offset, geometry)
-                theirs = use.inputs(geometry, other, offset, geometry)
-                pairs.add(ours, theirs, batch_size(batch))
+                ours = use.inputs(compressed.get_submodule(use.fqn), mine, at.offset, geometry)
+                theirs = use.inputs(geometry, other, at.offset, geometry)
+                pairs.add(ours, theirs, at)
                 for walk in walks:
                     walk.leave(number)
-            return pairs.moments
+            return pairs
 
         yield pairs_of
 
@@ -90,7 +93,7 @@ def _order_in_step(reference: Reference, order: Sequence[str]) -> Sequence[str]:
     A pass of its own for a module takes as long as it takes to come there. In step it takes none, unless what all passes
     hold has to lie in a file.
     """
-    pieces = [piece for piece, _ in _fitted(reference.calibration)]
+    pieces = [piece for piece, _ in _pieces(reference.calibration)]
     count = sum(map(batch_size, pieces))
     few = two_of(reference.dense, pieces)
     halts = halts_of(reference.dense, order, few)
@@ -112,15 +115,18 @@ def _order_in_step(reference: Reference, order: Sequence[str]) -> Sequence[str]:
     return order[best:]
 
 
-def _fitted(calibration: Calibration) -> Iterator[tuple[NetworkInput, int]]:
-    """The images that weights are fitted to, in pieces, with the number of the batch."""
+def _pieces(calibration: Calibration) -> Iterator[tuple[NetworkInput, Batch]]:
+    """The images that weights are fitted to and those that are held out, in pieces, each batch at positions of its own."""
     seen = 0
     for number, batch in enumerate(calibration.fitting(0)):
         if seen >= SWEEP_IMAGES:
             break
         seen += batch_size(batch)
         for piece in calibration.pieces(batch, gradients=False):
-            yield piece, number
+            yield piece, Batch(batch_size(piece), number)
+    for number, batch in enumerate(calibration.held_out()):
+        for piece in calibration.pieces(batch, gradients=False):
+            yield piece, Batch(batch_size(piece), number, is_held_out=True)
 
 
 class _Reached(BaseException):
@@ -132,15 +138,15 @@ class _Reached(BaseException):
 
 def input_pairs(
     dense: nn.Module, compressed: nn.Module, layer: LayerPlan, use: Use, calibration: Calibration
-) -> Moments:
+) -> Pairs:
     """Paired moments of a weight's inputs in the compressed network (own) and in the dense one (crossed)."""
     pairs = Pairs(layer)
     geometry = dense.get_submodule(use.fqn)
-    for piece, number in _fitted(calibration):
+    for piece, at in _pieces(calibration):
         inputs = placed(piece, device_of(dense))
-        ours, theirs = (_columns(each, geometry, use, inputs, number) for each in (compressed, dense))
-        pairs.add(ours, theirs, batch_size(piece))
-    return pairs.moments
+        ours, theirs = (_columns(each, geometry, use, inputs, at.offset) for each in (compressed, dense))
+        pairs.add(ours, theirs, at)
+    return pairs
 
 
 @torch.no_grad()

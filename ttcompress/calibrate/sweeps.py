@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ttcompress.calibrate.decompose import weight_only
 from ttcompress.calibrate.layer_statistics import LayerStatistics
-from ttcompress.calibrate.pairs import pairs_by_layer
+from ttcompress.calibrate.pairs import Pairs, pairs_by_layer
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.uses import Kind, Use
 from ttcompress.networks.weights import cores_of, weight_of
@@ -51,22 +51,24 @@ def _fitted_use(statistics: LayerStatistics) -> Use | None:
     return None if use is None or use.kind is Kind.LOOKUP or use.swapped else use
 
 
-def _sweep(
-    reference: Reference, compressed: nn.Module, layer: LayerPlan, pairs: Moments, sweeps: int
-) -> None:
+def _sweep(reference: Reference, compressed: nn.Module, layer: LayerPlan, pairs: Pairs, sweeps: int) -> None:
+    """Fit one layer to pairs; its cores stay what they are where they do better on those held out."""
     statistics = reference.statistics[layer.fqn]
     # What takes up the mean error leaves the rest to the cores.
-    fitting = pairs.centred() if statistics.shift else pairs
+    both = pairs.fitted, pairs.held_out
+    fitting, deciding = (each.centred() for each in both) if statistics.shift else both
 
     own = cores_of(compressed, layer)
     start = [core.detach().double() for core in own]
     weight = weight_of(reference.dense, layer)
-    cores = fit_layer(weight, layer, start, fitting, statistics.output_metric, sweeps)
+    metric = statistics.output_metric
+    cores = fit_layer(weight, layer, start, fitting.blended(statistics.unseen), metric, sweeps)
+    best = min(start, cores, key=output_error(weight, deciding, metric).value)
     with torch.no_grad():
-        for core, fitted in zip(own, spread_norm(cores), strict=True):
+        for core, fitted in zip(own, spread_norm(best), strict=True):
             core.copy_(fitted)
     if statistics.shift:
-        by = _missed_mean(weight, weight_of(compressed, layer), pairs)
+        by = _missed_mean(weight, weight_of(compressed, layer), pairs.fitted)
         statistics.shift.move(compressed, reference.dense, by)
 
 

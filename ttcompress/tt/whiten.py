@@ -154,13 +154,17 @@ class Moments:
         return self._replaced(seconds)
 
     def blended(self, share: float) -> Moments:
-        """Spread `share` of E[x x^T] evenly over all directions; a sketch stays as it is."""
+        """Spread `share` of E[x x^T] evenly over all directions; a sketch stays as it is.
+
+        So far vectors are their own partners: the same is added to E[t x^T].
+        """
         if self.is_sketch or not share:
             return self
         if self.is_diagonal:
             return self._replaced([(1 - share) * self.own + share * self.own.mean()])
         even = _mean_eigenvalue(self.own) * torch.eye(self.size, dtype=self.own.dtype, device=self.own.device)
-        return self._replaced([(1 - share) * self.own + share * even])
+        seconds = [self.own, self.crossed] if self._paired else [self.own]
+        return self._replaced([(1 - share) * each + share * even for each in seconds])
 
     def times(self, columns: Tensor) -> Tensor:
         """Multiply E[x x^T] by columns (size, count); a sketch leaves them as they are."""
