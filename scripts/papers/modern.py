@@ -23,7 +23,7 @@ PUBLISHED = {
     ): "PSTRN 89.30 (-1.95) at 6.76x; SPARK 92.13 (+0.88) at 6.8x, with an unstructured sparse part",
     ("resnet32", 6): "T-Basis 91.85 at 5.57x, 1,000 epochs",
     ("resnet32", 10): "T-Basis 90.24 at 10.5x, 1,000 epochs",
-    ("resnet32", 3): "ADMM-Tucker 93.29 (+0.80) at 2.81x, ADMM-TT 93.05 (+0.56) at 2.78x, 400 epochs",
+    ("resnet32", 2.8): "ADMM-Tucker 93.29 (+0.80) at 2.81x, ADMM-TT 93.05 (+0.56) at 2.78x, 400 epochs",
     ("resnet32", 4): "TRP 91.39 (-0.87) at 4.27x",
 }
 SOURCES = """PSTRN: Li et al. 2021, Complex & Intelligent Systems; TRP: Xu et al. 2020, IJCAI; SPARK: Yang et al. 2021;
