@@ -267,4 +267,5 @@ with in_step([model], names, batches, MOST) as (walk,):
 def test_halted_passes_hold_what_they_may_and_little_more(most: int) -> None:
     program = PASSES_OF_A_LARGE_NETWORK.replace("MOST", str(most << 20))
     run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    assert most < float(run.stdout) < most + 60
+    # What was there before may be given back meanwhile.
+    assert most - 16 < float(run.stdout) < most + 60
