@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ttcompress
-from ttcompress.calibrate import layer_statistics, observe
+from ttcompress.calibrate import measured, observe
 from ttcompress.calibrate import pairs as pairs_module
 from ttcompress.calibrate import statistics as calibrate
 from ttcompress.calibrate.batch_norm import recalibrate_batch_norm
@@ -343,7 +343,7 @@ def test_squared_norms_in_the_metric_are_changes_of_the_network(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the mean over images, for a linear network and independent positions; a shift of all logits is no change."""
-    monkeypatch.setattr(layer_statistics, "EVEN", 0.0)
+    monkeypatch.setattr(measured, "EVEN", 0.0)
     monkeypatch.setattr(whiten, "DAMPING", 0.0)
     torch.manual_seed(0)
     layer = nn.Conv2d(6, 5, 1) if kind == "images" else nn.Linear(6, 5)
@@ -381,8 +381,8 @@ def test_what_positions_have_in_common_adds_up(
     kind: str, alike: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A weight of which all positions of an image see the same costs more than the sum of what each costs."""
-    monkeypatch.setattr(layer_statistics, "EVEN", 0.0)
-    monkeypatch.setattr(layer_statistics, "UNSEEN", 0.0)
+    monkeypatch.setattr(measured, "EVEN", 0.0)
+    monkeypatch.setattr(measured, "UNSEEN", 0.0)
     monkeypatch.setattr(whiten, "DAMPING", 0.0)
     torch.manual_seed(0)
     layer: Any = {
@@ -492,12 +492,14 @@ def moments(size: int, count: int, seed: int, sketch: bool = False, moved: float
 
 
 def test_a_share_of_the_output_metric_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An eigenvalue e becomes (1 - EVEN) e + EVEN mean(e), here up to the scale that another mode carries."""
+    """An eigenvalue e becomes 0.7 e + 0.3 mean(e), here up to the scale that another mode carries."""
     monkeypatch.setattr(whiten, "DAMPING", 0.0)
     inputs, outputs = moments(6, 40, 0), moments(5, 40, 1)
-    metric = LayerStatistics(inputs, inputs, outputs).metrics(tensorize_shape("lowrank", (5, 6)))[1]
+    metric = LayerStatistics(inputs, inputs, outputs, unfelt=0.3).metrics(tensorize_shape("lowrank", (5, 6)))[
+        1
+    ]
     values = np.linalg.eigvalsh(outputs.own.numpy())
-    expected = (1 - layer_statistics.EVEN) * values + layer_statistics.EVEN * values.mean()
+    expected = 0.7 * values + 0.3 * values.mean()
     found = np.linalg.eigvalsh(metric.squared().out.numpy())
     np.testing.assert_allclose(found / found.sum(), expected / expected.sum(), rtol=1e-9)
 
@@ -510,12 +512,12 @@ def test_whitening_never_misses_the_outputs_by_more_than_weight_only(
     layer, size = planned(case, cap), prod(case[1][1:])
     weight = torch.tensor(np.random.default_rng(seed).standard_normal(case[1]))
     inputs, held_out = (moments(size, each, seed, sketch) for each in (count, 5))
-    statistics = LayerStatistics(inputs, held_out, moments(case[1][0], count, seed + 1))
+    statistics = LayerStatistics(inputs, held_out, moments(case[1][0], count, seed + 1), unfelt=0.2)
     cores = decompose(weight, layer, statistics)
     assert [tuple(core.shape) for core in cores] == layer.tensorization.core_shapes(layer.tt_ranks)
     found, plain = (weight - dense_weight(each, case[1]) for each in (cores, weight_only(weight, layer)))
     assert output_cost(found, inputs) <= output_cost(plain, inputs)
-    outputs = statistics.outputs.blended(layer_statistics.EVEN)
+    outputs = statistics.output_metric
     assert output_cost(found, held_out, outputs) <= output_cost(plain, held_out, outputs)
 
 

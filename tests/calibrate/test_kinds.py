@@ -18,7 +18,7 @@ from torch.nn import functional
 
 import ttcompress
 from ttcompress.calibrate import decompose as decomposing
-from ttcompress.calibrate import layer_statistics, observe, tables
+from ttcompress.calibrate import measured, observe, tables
 from ttcompress.calibrate import statistics as calibrate
 from ttcompress.calibrate.calibration import Calibration, draw_calibration
 from ttcompress.calibrate.held_out_errors import network_error
@@ -381,7 +381,7 @@ def test_both_ways_to_see_a_weight_agree_in_the_mean() -> None:
 
 def test_gradients_of_a_weight_know_how_positions_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a mean over positions only the mean input matters, which products of moments do not see."""
-    monkeypatch.setattr(layer_statistics, "EVEN", 0.0)
+    monkeypatch.setattr(measured, "EVEN", 0.0)
     monkeypatch.setattr(whiten, "DAMPING", 0.0)
     torch.manual_seed(0)
 
@@ -567,8 +567,8 @@ def test_a_share_of_the_metric_of_a_table_is_even_over_its_rows() -> None:
     model, tokens = toy("sentences")
     found = statistics(model, calibrated(tokens))["embed"]
     counts = found.inputs.own
-    even = layer_statistics.UNSEEN * counts.mean()
-    close(found.input_metric.own, ((1 - layer_statistics.UNSEEN) * counts + even).numpy())
+    even = measured.UNSEEN * counts.mean()
+    close(found.input_metric.own, ((1 - measured.UNSEEN) * counts + even).numpy())
     assert float(found.input_metric.own.min()) > 0
 
 

@@ -146,7 +146,7 @@ def tt_layer(case: Case, seed: int = 0, rank: int = 3) -> tuple[TTLinear | TTCon
     layer = kind.from_dense(dense.double(), tensorize_shape(*case), rank)
     size = dense.weight[0].numel()
     inputs, outputs = moments(size, seed), moments(shape[0], seed + 1)
-    return layer, {"layer": LayerStatistics(inputs, inputs, outputs)}
+    return layer, {"layer": LayerStatistics(inputs, inputs, outputs, unfelt=0.2)}
 
 
 def natural_step(layer: TTLinear | TTConv2d, statistics: Statistics) -> tuple[list[Tensor], list[Tensor]]:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.calibrate.test_calibration import calibrated, specs
-from ttcompress.calibrate.layer_statistics import EVEN, LayerStatistics
+from ttcompress.calibrate.layer_statistics import LayerStatistics
+from ttcompress.calibrate.measured import EVEN
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.shrinkage import SHARES, likeliest_share, sampling_share
 from ttcompress.calibrate.statistics import measure

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ttcompress.calibrate.calibration import Calibration
 from ttcompress.calibrate.in_step import Halt, halts_of, in_step
-from ttcompress.calibrate.layer_statistics import Batch
+from ttcompress.calibrate.measured import Batch
 from ttcompress.calibrate.observe import Call, hooked
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.room import two_of

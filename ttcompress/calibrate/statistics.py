@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.calibrate.calibration import Calibration
-from ttcompress.calibrate.layer_statistics import Batch, LayerStatistics, Measured, Part
+from ttcompress.calibrate.layer_statistics import LayerStatistics
+from ttcompress.calibrate.measured import Batch, Measured, Part
 from ttcompress.calibrate.observe import Call, gradients_in_eval, hooked
 from ttcompress.calibrate.room import parts_of
 from ttcompress.calibrate.shifts import batch_norms_after, shift_of
