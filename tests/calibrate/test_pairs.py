@@ -235,6 +235,17 @@ def test_what_a_network_keeps_is_there_for_all_and_stays(monkeypatch: pytest.Mon
     assert torch.equal(kept, torch.ones(4, 3, 12, 12))
 
 
+def test_a_sweep_looks_at_no_more_images_of_a_large_set() -> None:
+    images = torch.zeros(3000, 1)
+    calibration = draw_calibration(
+        "toy", len(images), 3000, 0, lambda indices: images[torch.tensor(indices)].split(64)
+    )
+    seen = {False: 0, True: 0}
+    for piece, at in pairs._pieces(calibration):
+        seen[at.is_held_out] += len(piece)
+    assert seen == {False: pairs.SWEEP_IMAGES, True: pairs.DECIDING_IMAGES}
+
+
 PASSES_OF_A_LARGE_NETWORK = """
 import torch
 from torch import nn

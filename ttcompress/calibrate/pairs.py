@@ -7,7 +7,7 @@ is under way. What is too much for memory lies in a file, unless a pass for a la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from math import inf, prod
@@ -32,6 +32,8 @@ FILE_SPEED = 1e9
 """Bytes a second that a file takes and gives back, roughly: most of it stays in the memory that the system has left."""
 SWEEP_IMAGES = 512
 """Images that a layer's least-squares fit sees."""
+DECIDING_IMAGES = 128
+"""Held-out images that decide on it."""
 
 
 class Pairs:
@@ -68,7 +70,7 @@ def pairs_by_layer(
 
         def pairs_of(layer: LayerPlan, use: Use) -> Pairs:
             pairs, geometry = Pairs(layer), dense.get_submodule(use.fqn)
-            for number, at in enumerate(at for _, at in batches):
+            for number, (_, at) in enumerate(batches):
                 calls = [walk.call(number, use.fqn) for walk in walks if use.fqn in late and walk.is_on_time]
                 mine, other = calls if len(calls) == len(walks) else (None, None)
                 # A network that comes by its modules in another order is run anew for each.
@@ -117,16 +119,22 @@ def _order_in_step(reference: Reference, order: Sequence[str]) -> Sequence[str]:
 
 def _pieces(calibration: Calibration) -> Iterator[tuple[NetworkInput, Batch]]:
     """The images that weights are fitted to and those that are held out, in pieces, each batch at positions of its own."""
-    seen = 0
-    for number, batch in enumerate(calibration.fitting(0)):
-        if seen >= SWEEP_IMAGES:
-            break
-        seen += batch_size(batch)
+    for number, batch in _first(SWEEP_IMAGES, calibration.fitting(0)):
         for piece in calibration.pieces(batch, gradients=False):
             yield piece, Batch(batch_size(piece), number)
-    for number, batch in enumerate(calibration.held_out()):
+    for number, batch in _first(DECIDING_IMAGES, calibration.held_out()):
         for piece in calibration.pieces(batch, gradients=False):
             yield piece, Batch(batch_size(piece), number, is_held_out=True)
+
+
+def _first(most: int, batches: Iterable[NetworkInput]) -> Iterator[tuple[int, NetworkInput]]:
+    """Batches until they have so many images, numbered."""
+    seen = 0
+    for number, batch in enumerate(batches):
+        if seen >= most:
+            return
+        seen += batch_size(batch)
+        yield number, batch
 
 
 class _Reached(BaseException):
