@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ttcompress.tt.decompose import solved_for_eigenvalues
 from ttcompress.tt.whiten import Moments
 
 SHARES = torch.arange(1, 100, dtype=torch.float64) / 100
@@ -20,15 +21,16 @@ def likeliest_share(moments: Moments, held_out: Moments) -> float:
     A Gaussian of covariance S gives vectors of moment H the log-likelihood -(log det S + tr(S^-1 H)) / 2 each, up to
     a constant.
     """
-    values, vectors = torch.linalg.eigh(moments.own)
+    values, vectors = solved_for_eigenvalues(moments.own, torch.linalg.eigh)
     values = values.clamp(min=0)
     seen = ((held_out.own @ vectors) * vectors).sum(0)
     if not values.any():
         return 0.0
 
-    spread = torch.outer(1 - SHARES, values) + SHARES[:, None] * values.mean()
+    shares = SHARES.to(values)
+    spread = torch.outer(1 - shares, values) + shares[:, None] * values.mean()
     surprise = spread.log().sum(1) + (seen / spread).sum(1)
-    return float(SHARES[surprise.argmin()])
+    return float(shares[surprise.argmin()])
 
 
 def sampling_share(moments: Moments, squares: float, count: int) -> float:
