@@ -57,8 +57,8 @@ def section(rows: Sequence[Row]) -> Iterator[str]:
         Calibrated: 1,024 training images, no labels, no training; *all formats* is the default, *low rank*
         allows the format `lowrank` alone. Trained: what another calibration came to, and 30 epochs after it
         ([finetune.md](finetune.md)), from 4x on and of ResNet-32 in bfloat16; in brackets the dense network trained
-        as long. Minutes are those of the calibrations. Published figures start from other checkpoints; the change is against their own baseline
-        ({SOURCES}).
+        as long. Minutes are those of the calibrations. Published figures start from other checkpoints; the change is
+        against their own baseline ({SOURCES}).
         """)
     whole = {row["row"]: row for row in rows}
     # In float32 where there is such a row, else in bfloat16.

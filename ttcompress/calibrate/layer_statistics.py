@@ -43,7 +43,7 @@ class LayerStatistics:
     @property
     def input_metric(self) -> Moments:
         """What an error at each input costs, apart from a mean error that something else takes up."""
-        alone = self._spread(self.inputs)
+        alone = varying(self.inputs, self.shift)
         if self.summed is None:
             return alone.blended(self.unseen)
         together = self.summed.scaled((1 - ALONE) * alone.trace / self.summed.trace)
@@ -55,10 +55,8 @@ class LayerStatistics:
 
         They are no fair sample of the rows of a table, most of which none of them looks up.
         """
-        return self._spread(self.held_out).blended(self.unseen if self.held_out.is_diagonal else 0.0)
-
-    def _spread(self, moments: Moments) -> Moments:
-        return around_mean(moments) if self.shift else moments
+        share = self.unseen if self.held_out.is_diagonal else 0.0
+        return varying(self.held_out, self.shift).blended(share)
 
     @property
     def output_metric(self) -> Moments:
@@ -78,6 +76,11 @@ class LayerStatistics:
     def metrics_of_steps(self, tensorization: Tensorization) -> list[ModeMetric]:
         """The same where nothing takes up a mean error, which a step makes like any other."""
         return mode_metrics(tensorization, self.inputs.blended(self.unseen), self.output_metric)
+
+
+def varying(moments: Moments, shift: Shift | None) -> Moments:
+    """What an error is multiplied by: inputs around their mean, where something takes up a mean error."""
+    return moments if shift is None else around_mean(moments)
 
 
 def around_mean(moments: Moments) -> Moments:

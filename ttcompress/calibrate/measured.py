@@ -9,7 +9,7 @@ from math import prod, sqrt
 import torch
 from torch import Tensor, nn
 
-from ttcompress.calibrate.layer_statistics import LayerStatistics, around_mean
+from ttcompress.calibrate.layer_statistics import LayerStatistics, around_mean, varying
 from ttcompress.calibrate.observe import Call, channel_axis, layer_outputs
 from ttcompress.calibrate.shifts import Shift
 from ttcompress.calibrate.shrinkage import likeliest_share, sampling_share
@@ -98,8 +98,7 @@ class Part:
         """
         if not self.has_summed or self.summed.trace or not self.held_out.trace:
             return 0.0
-        both = [around_mean(each) if self.shift else each for each in (self.inputs, self.held_out)]
-        return likeliest_share(*both)
+        return likeliest_share(varying(self.inputs, self.shift), varying(self.held_out, self.shift))
 
     @property
     def unfelt(self) -> float:

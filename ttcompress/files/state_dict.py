@@ -175,8 +175,10 @@ def _problem_of(text: str) -> str:
             f"holds Python objects ({unsafe[1]}), which could run code and are never loaded; "
             "save only the tensors: torch.save(model.state_dict(), ...)"
         )
-    reason = text.splitlines()[0][:100] if text else "unreadable"
-    return f"truncated, damaged, or not a checkpoint ({reason})"
+    # Before what it stumbled over, torch says at length how to load what is not safe.
+    stumbled = re.search(r"WeightsUnpickler error:\s*(.+)", text)
+    reason = stumbled[1] if stumbled else text.partition("\n")[0]
+    return f"truncated, damaged, or not a checkpoint ({reason[:100] or 'unreadable'})"
 
 
 def _check_archive(path: Path) -> None:
