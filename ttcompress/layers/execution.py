@@ -36,7 +36,11 @@ class ExecutionChoice:
 
     def plan(self, trains: bool) -> cost.ContractionPlan | None:
         """How inputs meet the cores, for layers that contract them; `trains` where gradients go to the cores."""
-        return self._plans[trains] if self._plans else None
+        if not self._plans:
+            return None
+        # By name: torch.compile before torch 2.14 leaves the graph at a list that a truth value is the index of.
+        inference, training = self._plans
+        return training if trains else inference
 
     def cheaper(self, calls: cost.Calls, cached: bool, trains: bool) -> Execution:
         """The execution that costs less for calls of this size; `cached` where what is made of the cores is at hand."""
