@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from ttcompress.tt.cost import GPU_TIME
+
 ROOT = Path(__file__).parents[1]
 WRITES = "import sys, json; open(sys.argv[1], 'a').write(json.dumps({'gpu_row': sys.argv[2]}) + chr(10))"
 LASTS = "import time; time.sleep(86400)"
@@ -125,3 +127,19 @@ def test_a_time_is_measured(way: str, gpu: ModuleType, monkeypatch: pytest.Monke
         speed.decomposition(0, place),
     ):
         assert all(value > 0 for value in found.values() if isinstance(value, float))
+
+
+def test_the_cost_model_is_what_was_measured(gpu: ModuleType) -> None:
+    """`GPU_TIME` follows from the rows that are kept, and each of them is near what it says."""
+    fitting = importlib.import_module("scripts.gpu.fit")
+    found = [
+        each for each in fitting.points(fitting.read(ROOT / "docs" / "gpu.jsonl")) if each.dtype == "float32"
+    ]
+    fitted = fitting.fit(found)
+    madd, element, kernel = fitted
+    assert len(found) >= 14
+    assert element / madd == pytest.approx(GPU_TIME.element, rel=0.05)
+    assert kernel / madd == pytest.approx(GPU_TIME.convolution, rel=0.05)
+    assert GPU_TIME.product == GPU_TIME.convolution
+    for each in found:
+        assert 0.6 < fitting.work_seconds(each, fitted) / each.seconds < 1.7, each.name

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 import ttcompress
 from ttcompress.layers.base import TTLayer
 from ttcompress.layers.kinds import tt_layer
+from ttcompress.layers.plain import StockForm, plain_forms
 from ttcompress.layers.rebuilt import TTWeight
 from ttcompress.layers.spec import layer_spec
-from ttcompress.records.layers import WeightSpec
+from ttcompress.networks.plain import cheapest
+from ttcompress.records.layers import ConvSpec, WeightSpec
 from ttcompress.tt import decompose as tt
 from ttcompress.tt.decompose import decompose_weight
 from ttcompress.tt.shapes import tensorize_shape
@@ -88,6 +90,31 @@ def test_layers_there_are_those_here(name: str, form: str, training: bool, gpu: 
             wanted.square().sum().backward()
             for ours, theirs in zip(there.parameters(), layer.parameters(), strict=True):
                 torch.testing.assert_close(home(ours.grad), theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_small_layers_are_rebuilt_there(gpu: PretendedGpu) -> None:
+    """A few kernels more take as long there as all the multiply-adds of a small convolution."""
+    view = tensorize_shape("chain", (64, 64, 3, 3))
+    small = tt_layer(spec := layer_spec(nn.Conv2d(64, 64, 3, padding=1)))(spec, view, 16).train()
+    x = torch.randn(32, 64, 16, 16)
+    assert small._call(x).execution == "chain"
+    assert copy.deepcopy(small).to(GPU)._call(x.to(GPU)).execution == "dense"
+    assert choice_of_plain(small, x) == ["Conv2d"] * 3
+    assert choice_of_plain(copy.deepcopy(small).to(GPU), x) == ["Conv2d"]
+
+    # Of a large one the weight alone takes longer to be made, and to be read.
+    view = tensorize_shape("matrix", (4096, 4096))
+    large = tt_layer(spec := layer_spec(nn.Linear(4096, 4096)))(spec, view, 4).train()
+    rows = torch.randn(2, 4096)
+    assert large._call(rows).execution == "contract"
+    assert copy.deepcopy(large).to(GPU)._call(rows.to(GPU)).execution == "contract"
+
+
+def choice_of_plain(layer: TTLayer, x: Tensor) -> list[str]:
+    """The stock layers that a layer becomes for inputs of this shape."""
+    form = cheapest(layer, plain_forms(layer), tuple(x.shape))
+    assert isinstance(form, StockForm)
+    return ["Conv2d" if isinstance(each, ConvSpec) else "Linear" for each in form.specs]
 
 
 def weight(form: str = "matrix") -> TTWeight:

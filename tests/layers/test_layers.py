@@ -667,9 +667,9 @@ def test_a_batch_of_one_does_not_rebuild_the_weight() -> None:
     """Running by the cores is the cheaper one for few rows; the dense one wins at full rank with many."""
     for weight_format in ("matrix", "lowrank"):
         layer = TTLinear.from_dense(seeded(lambda: nn.Linear(256, 256)), weight_format, 4)
-        assert layer._choice.cheaper(Calls(1, 1), cached=False, trains=True) == "contract"
+        assert layer._choice.cheaper(Calls(1, 1), cached=False, trains=True, device="cpu") == "contract"
     full = TTLinear.from_dense(seeded(lambda: nn.Linear(256, 256)))
-    assert full._choice.cheaper(Calls(100_000, 100_000), cached=False, trains=True) == "dense"
+    assert full._choice.cheaper(Calls(100_000, 100_000), cached=False, trains=True, device="cpu") == "dense"
 
 
 @pytest.mark.parametrize(

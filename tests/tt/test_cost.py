@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.linear import TTLinear
 from ttcompress.layers.spec import layer_spec
 from ttcompress.tt.contract import contract_groups
-from ttcompress.tt.cost import MULTIPLY_ADDS, TIME, Calls, ContractionPlan, Cost, LayerCosts
+from ttcompress.tt.cost import (
+    MULTIPLY_ADDS,
+    TIME,
+    Calls,
+    ContractionPlan,
+    Cost,
+    LayerCosts,
+    Unit,
+)
 from ttcompress.tt.shapes import FORMATS, Tensorization, feasible_ranks, tensorize_shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,3 +117,45 @@ def test_the_cores_of_a_matrix_add_up_to_a_sweep_without_merging(
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         contract_groups(list(layer.cores), padded, plan)
     assert parts.multiply_adds == counter.get_total_flops() // 2
+
+
+class Begun(TorchDispatchMode):
+    """Counts products and convolutions."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.count += name in ("mm", "bmm", "addmm", "mv", "dot", "convolution")
+        return func(*args, **(kwargs or {}))
+
+
+@settings(max_examples=120, deadline=None)
+@given(layers(), st.booleans())
+def test_on_a_gpu_each_product_counts(pair: tuple[nn.Module, TTLinear | TTConv2d], runs_dense: bool) -> None:
+    """In training, where what is made of the cores is made in every call."""
+    dense, layer = pair
+    x, calls = inputs(dense)
+    layer.train()
+    if runs_dense:
+        layer.execution = "dense"
+    with torch.no_grad(), Begun() as begun:
+        layer(x)
+
+    form = layer.tensorization, layer.tt_ranks
+    plan = layer._choice.plan(trains=False)
+
+    def cost(each: LayerCosts) -> Cost:
+        return each.rebuilt(*form) if runs_dense else each.by_cores(*form, cached=False, plan=plan)
+
+    assert kernels(layer, calls, cost) == begun.count
+
+
+def kernels(layer: TTLinear | TTConv2d, calls: Calls, cost: Callable[[LayerCosts], Cost]) -> float:
+    """How often a kernel is begun, by what the cost becomes when that counts much."""
+    much = 10**15
+    without, with_kernels = (
+        cost(LayerCosts(layer.spec.view_shape, calls, Unit(1, 1, each, each))) for each in (0, much)
+    )
+    assert without.elements == with_kernels.elements
+    return (with_kernels.multiply_adds - without.multiply_adds) / much

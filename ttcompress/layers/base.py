@@ -294,7 +294,7 @@ class TTMap(TTLayer):
         cores = self.own_cores()
         trains = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
         keeps = not trains and self._keeps(cores)
-        execution = self._chosen(calls, keeps, trains)
+        execution = self._chosen(calls, keeps, trains, x.device.type)
 
         make = partial(self._operands, execution, x, self._choice.plan(trains), keeps)
         made = self._cache.made(execution, x, cores, make) if keeps else made_for(x, cores, make)
@@ -302,13 +302,13 @@ class TTMap(TTLayer):
         self._cache.call = None if key is None else call
         return call
 
-    def _chosen(self, calls: Calls, keeps: bool, trains: bool) -> Execution:
+    def _chosen(self, calls: Calls, keeps: bool, trains: bool, device: str) -> Execution:
         if self._execution is not Execution.AUTO:
             return self._execution
         # Tables that are looked up as well are never rebuilt; exported is one graph for all call shapes.
         if self.is_table or torch.compiler.is_exporting() or _is_traced():
             return self._choice.by_cores
-        return self._choice.cheaper(calls, keeps, trains)
+        return self._choice.cheaper(calls, keeps, trains, device)
 
     @abstractmethod
     def _calls(self, x: Tensor) -> Calls:

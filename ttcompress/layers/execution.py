@@ -42,24 +42,28 @@ class ExecutionChoice:
         inference, training = self._plans
         return training if trains else inference
 
-    def cheaper(self, calls: cost.Calls, cached: bool, trains: bool) -> Execution:
-        """The execution that costs less for calls of this size; `cached` where what is made of the cores is at hand."""
+    def cheaper(self, calls: cost.Calls, cached: bool, trains: bool, device: str) -> Execution:
+        """The execution that costs less for calls of this size on a type of device.
+
+        `cached` where what is made of the cores is at hand.
+        """
         # Sizes are symbols there, and graphs are chosen anew by guards.
         if torch.compiler.is_compiling():
-            return self._compared(calls, cached, trains)
+            return self._compared(calls, cached, trains, device)
 
-        key = calls, cached, trains
+        key = calls, cached, trains, device
         if key not in self._made:
             if len(self._made) >= MOST_CHOICES:
                 self._made.clear()
-            self._made[key] = self._compared(calls, cached, trains)
+            self._made[key] = self._compared(*key)
         return self._made[key]
 
-    def _compared(self, calls: cost.Calls, cached: bool, trains: bool) -> Execution:
-        layer = cost.LayerCosts(self._view_shape, calls, cost.TIME, self._transposed, self._groups)
+    def _compared(self, calls: cost.Calls, cached: bool, trains: bool, device: str) -> Execution:
+        unit = cost.time_on(device)
+        layer = cost.LayerCosts(self._view_shape, calls, unit, self._transposed, self._groups)
         form = self._tensorization, self._tt_ranks
 
         by_cores = layer.by_cores(*form, cached, self.plan(trains))
         dense = layer.dense() if cached else layer.rebuilt(*form)
-        is_dense_cheaper = bool(cost.TIME.total(dense) < cost.TIME.total(by_cores))
+        is_dense_cheaper = bool(unit.total(dense) < unit.total(by_cores))
         return self.dense if is_dense_cheaper else self.by_cores

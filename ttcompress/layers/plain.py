@@ -22,18 +22,18 @@ from ttcompress.records.plain import StockLayer
 from ttcompress.tt.contract import dense_weight, merge_all, merge_groups
 from ttcompress.tt.cost import (
     BETWEEN,
-    TIME,
     Calls,
     ContractionPlan,
     Cost,
     LayerCosts,
     Shape,
+    Unit,
     contracted_shapes,
     contraction_plan,
 )
 
 LINEAR = 200_000
-"""Multiply-adds that take as long as it takes to begin one more Linear (docs/speed.md)."""
+"""Multiply-adds that take as long as it takes to begin one more Linear on a CPU (docs/speed.md)."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +51,21 @@ class StockForm:
         """Whether it is the one layer that the TT layer stands for."""
         return len(self.specs) == 1
 
-    def cost(self, pixels: int) -> float:
-        """What a call takes that reads so many rows or pixels, in multiply-adds."""
+    def cost(self, pixels: int, unit: Unit) -> float:
+        """What a call takes that reads so many rows or pixels, in multiply-adds of a device."""
         last, total = len(self.specs) - 1, Cost(0, 0)
         for index, spec in enumerate(self.specs):
             out_pixels = outputs_of(spec, pixels)
             if not isinstance(spec, EmbeddingSpec):
-                total += _costs(spec, Calls(pixels, out_pixels)).dense()
+                calls = Calls(pixels, out_pixels)
+                total += LayerCosts(spec.view_shape, calls, unit, spec.transposed, spec.groups).dense()
             if not isinstance(spec, ConvSpec):
                 total += Cost(LINEAR, 0)
             elif index < last:
                 # Counted twice already, as what one layer writes and the next one reads.
                 total += Cost(0, (BETWEEN - 2) * out_pixels * spec.out_channels)
             pixels = out_pixels
-        return float(TIME.total(total))
+        return float(unit.total(total))
 
     def build(self, layer: TTLayer, dtype: torch.dtype) -> nn.Module:
         """The layers, with their weights in this type."""
@@ -95,10 +96,6 @@ def outputs_of(spec: LayerSpec, pixels: int) -> int:
         return pixels
     strides = prod(spec.stride)
     return pixels * strides if spec.transposed else pixels // strides
-
-
-def _costs(spec: LayerSpec, calls: Calls) -> LayerCosts:
-    return LayerCosts(spec.view_shape, calls, TIME, spec.transposed, spec.groups)
 
 
 def _as_weight(core: Tensor, spec: LayerSpec) -> Tensor:
@@ -204,12 +201,12 @@ class ContractedForm:
 
     is_dense = False
 
-    def cost(self, pixels: int) -> float:
-        """What a call takes that reads so many rows, in multiply-adds."""
-        steps = len(self.plan.bounds) - 1
+    def cost(self, pixels: int, unit: Unit) -> float:
+        """What a call takes that reads so many rows, in multiply-adds of a device."""
         read = sum(prod(shape) for shape in self.shapes)
         # Turning the axes takes as long to begin as the product itself.
-        return float(TIME.total(self.plan.cost(pixels, merged=True) + Cost(2 * steps * LINEAR, read)))
+        begun = 2 * self.plan.products(merged=True) * max(LINEAR, unit.product)
+        return float(unit.total(self.plan.cost(pixels, merged=True) + Cost(begun, read)))
 
     def build(self, layer: TTLayer, dtype: torch.dtype) -> nn.Module:
         """The layer, with its weights in this type."""

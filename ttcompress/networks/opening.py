@@ -369,7 +369,9 @@ def load(
     if record := _plain_record(file):
         return open_plain(file, record, factory).to(device)
     model, report = open_compressed(file, factory)
-    return (in_stock_layers(model, report, input_size, batch_size) if plain else model).to(device)
+    # What is faster in stock layers depends on the device.
+    model = model.to(device)
+    return in_stock_layers(model, report, input_size, batch_size) if plain else model
 
 
 def in_stock_layers(

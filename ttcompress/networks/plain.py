@@ -17,6 +17,7 @@ from ttcompress.networks.replaceable import own_attributes
 from ttcompress.networks.running import Example, blaming, call, input_dtype, run
 from ttcompress.networks.surgery import restore_rebuilt
 from ttcompress.records.layers import ConvSpec, EmbeddingSpec
+from ttcompress.tt.cost import time_on
 
 Shape = tuple[int, ...]
 Pick = Callable[[TTLayer, Sequence[Form], Shape | None], Form]
@@ -91,7 +92,8 @@ def cheapest(layer: TTLayer, forms: Sequence[Form], shape: Shape | None) -> Form
         return forms[-1]
     is_table = isinstance(layer.spec, EmbeddingSpec)
     pixels = prod(shape) // (1 if is_table else layer.spec.view_shape[1] * layer.spec.groups)
-    return min(forms, key=lambda form: form.cost(max(1, pixels)))
+    unit = time_on(layer.cores[0].device.type)
+    return min(forms, key=lambda form: form.cost(max(1, pixels), unit))
 
 
 def _input_shapes(

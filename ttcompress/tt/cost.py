@@ -17,7 +17,7 @@ from ttcompress.tt.shapes import Tensorization, is_contracted
 
 Shape = Sequence[int]
 ELEMENT_COST = 16
-"""Multiply-adds that take as long as moving one element through memory, on the CPUs and GPUs we measured."""
+"""Multiply-adds that take as long as moving one element through memory, on the CPUs we measured."""
 
 TRAINING_TRAFFIC = 16
 """How much more an element of an intermediate counts in training."""
@@ -62,12 +62,13 @@ class Unit(NamedTuple):
     """What a cost is counted in.
 
     Convolutions take channels `block` at a time, an element counts `element`, beginning a convolution
-    `convolution`.
+    `convolution`, and any other product `product`.
     """
 
     block: int
     element: int
     convolution: int
+    product: int = 0
 
     def total(self, cost: Cost) -> Any:
         """Return a cost as one number."""
@@ -80,6 +81,16 @@ class Unit(NamedTuple):
 
 MULTIPLY_ADDS = Unit(1, 0, 0)
 TIME = Unit(CHANNEL_BLOCK, ELEMENT_COST, CONVOLUTION)
+GPU_TIME = Unit(block=8, element=260, convolution=1_000_000_000, product=1_000_000_000)
+"""Of a GPU, where multiply-adds are next to free and each kernel takes microseconds.
+
+Fitted to layers in float32 on an H200 (docs/speed.md).
+"""
+
+
+def time_on(device: str) -> Unit:
+    """Return what time is counted in on a type of device."""
+    return GPU_TIME if device == "cuda" else TIME
 
 
 class ContractionPlan(NamedTuple):
@@ -98,6 +109,11 @@ class ContractionPlan(NamedTuple):
         """Return the cost for `rows` input vectors; `merged` if the groups are at hand."""
         contracted = Cost(*(rows * each for each in self.per_row))
         return contracted if merged else contracted + self.merging
+
+    def products(self, merged: bool = False) -> int:
+        """Return how many products that begins, for any number of input vectors."""
+        groups = len(self.bounds) - 1
+        return groups if merged else self.bounds[-1]
 
 
 @cache
@@ -208,6 +224,14 @@ class LayerCosts(NamedTuple):
         """What the share of a group in beginning one more convolution counts."""
         return self.unit.convolution // self.groups
 
+    def _products(self, count: int) -> int:
+        """What the share of a group in beginning so many products counts."""
+        return self.unit.product * count // self.groups
+
+    def _merged(self, shapes: Sequence[Shape]) -> Cost:
+        """Return the cost of making one core of these."""
+        return merge_cost(shapes) + Cost(self._products(len(shapes) - 1), 0)
+
     def _of_all(self, cost: Cost) -> Cost:
         """Return the cost of all groups from that of one."""
         return Cost(*(self.groups * each for each in cost))
@@ -219,7 +243,7 @@ class LayerCosts(NamedTuple):
     def _dense(self) -> Cost:
         out, inp, *window = self.weight_shape
         if not window:
-            return Cost(self.calls.pixels * out * inp, out * inp)
+            return Cost(self.calls.pixels * out * inp + self._products(1), out * inp)
 
         blocked = self.unit.blocked
         madds = self._worked * blocked(inp) * blocked(out) * prod(window)
@@ -228,7 +252,7 @@ class LayerCosts(NamedTuple):
     def rebuilt(self, tensorization: Tensorization, tt_ranks: Sequence[int]) -> Cost:
         """Return the cost of a layer run by the dense weight, which is made of the cores first."""
         shapes = tensorization.core_shapes(tt_ranks)
-        return self._of_all(merge_cost(shapes)) + self.dense()
+        return self._of_all(self._merged(shapes)) + self.dense()
 
     def by_cores(
         self,
@@ -254,7 +278,8 @@ class LayerCosts(NamedTuple):
         if is_contracted(self.weight_shape, tensorization):
             contracted = contracted_shapes(shapes)
             chosen = plan or contraction_plan(contracted)
-            cost = chosen.cost(self.calls.pixels, cached)
+            begun = Cost(self._products(chosen.products(cached)), 0)
+            cost = chosen.cost(self.calls.pixels, cached) + begun
             if len(self.weight_shape) == 2:
                 return cost
             rank = shapes[0][4] if len(contracted) < len(shapes) else 1
@@ -265,7 +290,7 @@ class LayerCosts(NamedTuple):
         cost = sum(steps, Cost(0, self._moved))
         # All cores before the last become one kernel, but in a chain, where each is a kernel by itself.
         head = shapes[:1] if tensorization.format == "chain" else shapes[:-1]
-        return cost if cached else cost + merge_cost(head)
+        return cost if cached else cost + self._merged(head)
 
     def step_ratio(self, tensorization: Tensorization, tt_ranks: Sequence[int], training: bool) -> float:
         """Return the cost of a step by the cores over that of the dense layer.
