@@ -41,7 +41,12 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path, help="folder of the published CIFAR-10 ResNets")
     parser.add_argument("--results", type=Path, required=True, help="file of lines")
     parser.add_argument("--work", type=Path, default=Path("gpu-work"), help="keeps networks, states and logs")
-    parser.add_argument("--at-a-time", type=int, default=5, help="trainings (5)")
+    parser.add_argument(
+        "--at-a-time",
+        type=int,
+        default=2,
+        help="trainings (2): more share the GPU, and are no faster together",
+    )
     parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows, in this order")
     parser.add_argument("--device", default="cuda", help="cpu, to try it")
     parser.add_argument("--epochs-scale", type=float, default=1.0, help="of trainings, to try it")

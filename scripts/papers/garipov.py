@@ -23,7 +23,7 @@ from scripts.papers.rows import (
 )
 from scripts.papers.training import (
     dense,
-    dense_error,
+    dense_measured,
     from_pretrained,
     from_scratch,
     measured,
@@ -78,8 +78,8 @@ def runs(network: str, paper: dict[str, float], where: Where) -> Runs:
 
 def baseline(where: Where, network: str) -> Row:
     file = trained_dense(where, network, where.epochs)
-    ours = {"error": dense_error(file, where.need("cifar10"))}
-    return {"recipe": f"cifar10/{network}", "ours": ours, "n": 10000, "seeds": 1, "epochs": where.epochs}
+    found = dense_measured(file, where.need("cifar10"))
+    return {"recipe": f"cifar10/{network}", **found, "seeds": 1, "epochs": where.epochs}
 
 
 def trained_dense(where: Where, network: str, epochs: int) -> Path:

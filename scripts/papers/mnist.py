@@ -9,7 +9,7 @@ from functools import partial
 
 from scripts.papers.plot import chart
 from scripts.papers.rows import Group, Row, Runs, Where, cells, header, minutes, paragraph, wins
-from scripts.papers.training import dense, dense_error, from_pretrained, from_scratch, measured, recipe_of
+from scripts.papers.training import dense, dense_measured, from_pretrained, from_scratch, measured, recipe_of
 from ttcompress.records.report import Report
 
 SHAPES = {
@@ -63,8 +63,9 @@ def dense_row(where: Where, epochs: int) -> Row:
     file = where.work / f"mnist-dense-{epochs}.pt"
     dense(file, recipe_of("mnist/mr1"), where.need("mnist"), epochs)
     layer = 1024 * 1024
-    ours = {"error": dense_error(file, where.need("mnist")), "params": layer + 1024 + 10250, "layers": layer}
-    return {"ours": ours, "n": TEST_IMAGES, "seeds": 1, "epochs": epochs}
+    found = dense_measured(file, where.need("mnist"))
+    ours = {**found["ours"], "params": layer + 1024 + 10250, "layers": layer}
+    return {**found, "ours": ours, "seeds": 1, "epochs": epochs}
 
 
 def scratch_row(where: Where, recipe: str, epochs: int, seed: int = 0) -> Row:
