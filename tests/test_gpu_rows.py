@@ -143,3 +143,13 @@ def test_the_cost_model_is_what_was_measured(gpu: ModuleType) -> None:
     assert GPU_TIME.product == GPU_TIME.convolution
     for each in found:
         assert 0.6 < fitting.work_seconds(each, fitted) / each.seconds < 1.7, each.name
+
+
+def test_a_step_is_looked_into(gpu: ModuleType, tmp_path: Path) -> None:
+    step, rows = (importlib.import_module(f"scripts.gpu.{name}") for name in ("step", "rows"))
+    place = rows.Place(None, None, tmp_path, tmp_path, step.torch.device("cpu"), is_tiny=True)
+    found = step.step(False, place)
+    assert found["seconds"] > 0
+    assert found["kernels"] == 0
+    # The profile is of whole epochs: a step of two has 19 convolutions and their gradients.
+    assert {name: count for name, _, count in found["by_operator"]}["aten::convolution_backward"] >= 19

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import ttcompress
 from scripts.decomposition_speed import CASES
+from scripts.gpu import step
 from scripts.gpu.rows import Place, Row, Run
 from scripts.layer_speed import by_cores
 from scripts.rank_grid import LAYERS
@@ -222,6 +223,7 @@ def all_rows() -> Iterator[tuple[str, Run]]:
             yield f"fc6 rank 4, batch {batch}, {dtype}, {way}", partial(fc6, batch, dtype, way)
     for case in range(len(CASES)):
         yield f"TT-SVD {case}", partial(decomposition, case)
+    yield from step.ROWS.items()
     yield "network resnet20", partial(networks, "resnet20", (1, 128))
     yield "network resnet50", partial(networks, "resnet50", (1, 64))
     for channels, side in ((128, 28), (512, 14)):
