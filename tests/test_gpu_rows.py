@@ -125,6 +125,7 @@ def test_a_time_is_measured(way: str, gpu: ModuleType, monkeypatch: pytest.Monke
         speed.fc6(2, "float32", way, place),
         speed.chain(128, 28, 2, 4, "bfloat16", way, place),
         speed.decomposition(0, place),
+        speed.calibration("fast", place),
     ):
         assert all(value > 0 for value in found.values() if isinstance(value, float))
 

@@ -215,6 +215,21 @@ def decomposition(case: int, place: Place) -> Row:
     return {"shape": list(shape), "rank": rank, "seconds": median(seconds), "error": result.relative_error}
 
 
+def calibration(effort: str, place: Place) -> Row:
+    """ResNet-20 of random weights at 2x, calibrated on random images."""
+    torch.manual_seed(0)
+    model = open_fresh("resnet20").model
+    initialise(model)
+    images = torch.randn(64 if place.is_tiny else 1024, 3, 32, 32)
+    begin = time.perf_counter()
+    _, report = ttcompress.compress(
+        model.eval(), ratio=2, calib=images, effort=effort, device=str(place.device)
+    )
+    seconds = time.perf_counter() - begin
+    stages = (report.calibration or {})["stages"]
+    return {"seconds": seconds, "errors": {each["stage"]: each["error"] for each in stages}}
+
+
 def all_rows() -> Iterator[tuple[str, Run]]:
     """By name, in order of worth."""
     ways: list[Any] = [(dtype, way) for dtype in DTYPES for way in WAYS]
@@ -224,6 +239,8 @@ def all_rows() -> Iterator[tuple[str, Run]]:
     for case in range(len(CASES)):
         yield f"TT-SVD {case}", partial(decomposition, case)
     yield from step.ROWS.items()
+    for effort in ("fast", "default"):
+        yield f"calibration of resnet20 2x, {effort}", partial(calibration, effort)
     yield "network resnet20", partial(networks, "resnet20", (1, 128))
     yield "network resnet50", partial(networks, "resnet50", (1, 64))
     for channels, side in ((128, 28), (512, 14)):
