@@ -30,7 +30,8 @@ def to_plain(
     between them (docs/speed.md).
 
     Args:
-        module: what `compress` or `load` returned, or any other module with TT layers in it, in eval mode or not.
+        module: what `compress` or `load` returned, or any other module with TT layers in it, in eval mode or not. What
+            is cheaper is asked for the device that it is on.
         input_size: of one input, without the batch, such as (3, 224, 224); convolutions need it.
         example: a batch that the network takes, instead of a size.
         batch_size: how many inputs a call is going to have: what is faster depends on it.
