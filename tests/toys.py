@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from ttcompress.layers.linear import TTLinear
 from ttcompress.layers.spec import layer_spec
 from ttcompress.processes import World
 from ttcompress.records.report import Preprocessing
+from ttcompress.train.loop import train
 from ttcompress.train.options import TrainingOptions
 from ttcompress.train.setup import TrainingSetup
+from ttcompress.train.state import State
 from ttcompress.tt.shapes import tensorize_shape
 
 CPU = torch.device("cpu")
@@ -89,6 +92,17 @@ def training_setup(folder: Path, file: Path | None = None, **options: Any) -> Tr
     return TrainingSetup(**{**given, "checkpoint": file, **options})
 
 
+def trained_on(device: torch.device, folder: Path, options: TrainingOptions, **given: Any) -> State:
+    """A network trained on a device, with its teacher where the options say so."""
+    source = replace(stream(folder), device=device, augmentation="flip")
+    master = teacher().to(device) if options.distill else None
+    model = network(dropout=0)
+    # Without one torch's own batch norm reads how many batches it has seen, at every step.
+    model[8].momentum = 0.1
+    setup = {"stream": source, "teacher": master, "world": World(device), **given}
+    return train(model.to(device), options, training_setup(folder, **setup))
+
+
 def saved(file: Path) -> dict[str, Any]:
     content: dict[str, Any] = torch.load(file, weights_only=True)
     return content
@@ -123,7 +137,9 @@ def finite(content: Any) -> bool:
 def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """Norm of the difference over the norm, of all tensors together."""
     assert one.keys() == other.keys()
-    ours, theirs = (torch.cat([value.double().flatten() for value in each.values()]) for each in (one, other))
+    ours, theirs = (
+        torch.cat([value.cpu().double().flatten() for value in each.values()]) for each in (one, other)
+    )
     return float((ours - theirs).norm() / theirs.norm())
 
 

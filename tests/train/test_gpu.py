@@ -20,8 +20,7 @@ from toys import (
     equal,
     network,
     stream,
-    teacher,
-    training_setup,
+    trained_on,
     write_images,
 )
 
@@ -30,9 +29,8 @@ from ttcompress.data.augment import flipped, shifted
 from ttcompress.data.opening import open_data
 from ttcompress.data.resident import Shown
 from ttcompress.errors import DataError
-from ttcompress.processes import World
 from ttcompress.records.report import Preprocessing
-from ttcompress.train.loop import all_finite, train
+from ttcompress.train.loop import all_finite
 from ttcompress.train.options import TrainingOptions
 from ttcompress.train.state import State
 
@@ -67,13 +65,7 @@ def scored_at_home(model: nn.Module) -> float:
 
 
 def trained(folder: Path, options: TrainingOptions, device: torch.device, **given: Any) -> State:
-    source = replace(stream(folder), device=device, augmentation="flip")
-    master = teacher().to(device) if options.distill else None
-    given = {"stream": source, "teacher": master, "world": World(device), "score": scored_at_home, **given}
-    model = network(dropout=0)
-    # Without one torch's own batch norm reads how many batches it has seen, at every step.
-    model[8].momentum = 0.1
-    return train(model.to(device), options, training_setup(folder, **given))
+    return trained_on(device, folder, options, **{"score": scored_at_home, **given})
 
 
 PLAIN = TrainingOptions(epochs=1, lr=0.05, distill=0.0, precision="float32")
