@@ -102,9 +102,10 @@ def compress_calibrated(
         return decompose(weight, layer, reference.statistics[layer.fqn])
 
     stages.run("weights", lambda model: _decompose_all(model, reference, plan, weight_only, progress))
-    plain = stages.model
-    is_far = amount.far > 0 and keeps_little(dense, plain, plan)
-    stages.unseen = unseen_rows(dense, plain, plan, reference.statistics)
+    is_far = amount.far > 0 and keeps_little(dense, stages.model, plan)
+    # Held only where it is gone back to: it has the memory of a network.
+    plain = stages.model if is_far else None
+    stages.unseen = unseen_rows(dense, stages.model, plan, reference.statistics)
     stages.run("whitened", lambda model: _decompose_all(model, reference, plan, whitened, progress))
     if amount.sweeps:
         stages.run("sweeps", lambda model: sweep_layers(reference, model, plan, amount.sweeps, progress))
@@ -114,7 +115,7 @@ def compress_calibrated(
     if amount.steps:
         stages.run("refinement", lambda model: refine(reference, model, amount.steps, seed, progress))
 
-    if is_far:
+    if plain is not None:
         stages.run(
             "from afar",
             lambda model: refine_from_afar(reference, model, plain, plan, amount.far, seed, progress),

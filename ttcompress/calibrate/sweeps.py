@@ -54,27 +54,30 @@ def _fitted_use(statistics: LayerStatistics) -> Use | None:
 def _sweep(reference: Reference, compressed: nn.Module, layer: LayerPlan, pairs: Pairs, sweeps: int) -> None:
     """Fit one layer to pairs; its cores stay what they are where they do better on those held out."""
     statistics = reference.statistics[layer.fqn]
-    # What takes up the mean error leaves the rest to the cores.
-    both = pairs.fitted, pairs.held_out
-    fitting, deciding = (each.centred() for each in both) if statistics.shift else both
+    means = pairs.fitted.means
+    # In the place of what was there: these are the largest matrices of a calibration.
+    if statistics.shift:
+        # What takes up the mean error leaves the rest to the cores.
+        pairs.fitted = pairs.fitted.centred()
+        pairs.held_out = pairs.held_out.centred()
+    pairs.fitted = pairs.fitted.blended(statistics.unseen)
 
     own = cores_of(compressed, layer)
     start = [core.detach().double() for core in own]
     weight = weight_of(reference.dense, layer)
     metric = statistics.output_metric
-    cores = fit_layer(weight, layer, start, fitting.blended(statistics.unseen), metric, sweeps)
-    best = min(start, cores, key=output_error(weight, deciding, metric).value)
+    cores = fit_layer(weight, layer, start, pairs.fitted, metric, sweeps)
+    best = min(start, cores, key=output_error(weight, pairs.held_out, metric).value)
     with torch.no_grad():
         for core, fitted in zip(own, spread_norm(best), strict=True):
             core.copy_(fitted)
     if statistics.shift:
-        by = _missed_mean(weight, weight_of(compressed, layer), pairs.fitted)
+        by = _missed_mean(weight, weight_of(compressed, layer), *means)
         statistics.shift.move(compressed, reference.dense, by)
 
 
-def _missed_mean(weight: Tensor, fitted: Tensor, pairs: Moments) -> Tensor:
+def _missed_mean(weight: Tensor, fitted: Tensor, mean_ours: Tensor, mean_dense: Tensor) -> Tensor:
     """What the mean output of the dense layer is above that of the fitted one: W mean[x] - W~ mean[x~]."""
-    mean_ours, mean_dense = pairs.means
     wanted = weight.flatten(1).to(mean_dense) @ mean_dense
     given = fitted.flatten(1).to(mean_ours) @ mean_ours
     return wanted - given

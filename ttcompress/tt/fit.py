@@ -50,9 +50,11 @@ def output_error(weight: Tensor, inputs: Moments, outputs: Moments | None = None
     shape = tuple(weight.shape)
 
     # The ridge goes on both moments, for on the first alone it would shrink the weight.
-    ridge = RIDGE * inputs.own.diagonal().mean() * _identity(inputs)
-    own = inputs.own + ridge
-    target = weight.flatten(1).to(inputs.own) @ (inputs.crossed + ridge)
+    own, crossed = inputs.own, inputs.crossed
+    ridge = RIDGE * own.diagonal().mean()
+    for moment in (own, crossed):
+        moment.diagonal().add_(ridge)
+    target = weight.flatten(1).to(own) @ crossed
     target = target if outputs is None else outputs.times(target)
 
     def quadratic(cores: Sequence[Tensor]) -> Tensor:
@@ -93,10 +95,6 @@ def _output_error_on_rows(weight: Tensor, inputs: Moments) -> Objective:
         return matched + ridge * (dense * weight).sum()
 
     return Objective(quadratic, linear, STEPS_ON_ROWS)
-
-
-def _identity(inputs: Moments) -> Tensor:
-    return torch.eye(inputs.size, dtype=inputs.own.dtype, device=inputs.own.device)
 
 
 def _squared_norm(cores: Sequence[Tensor]) -> Tensor:

@@ -117,7 +117,10 @@ class Moments:
 
     @property
     def own(self) -> Tensor:
-        """The moment E[x x^T] (size, size), or its diagonal, or at most SKETCH_ROWS rows, rows^T rows being it."""
+        """The moment E[x x^T] (size, size), or its diagonal, or at most SKETCH_ROWS rows, rows^T rows being it.
+
+        It is made anew each time: what asks may change it.
+        """
         return self._mean(0)
 
     @property
@@ -162,9 +165,11 @@ class Moments:
             return self
         if self.is_diagonal:
             return self._replaced([(1 - share) * self.own + share * self.own.mean()])
-        even = _mean_eigenvalue(self.own) * torch.eye(self.size, dtype=self.own.dtype, device=self.own.device)
         seconds = [self.own, self.crossed] if self._paired else [self.own]
-        return self._replaced([(1 - share) * each + share * even for each in seconds])
+        even = share * _mean_eigenvalue(seconds[0])
+        for each in seconds:
+            each.mul_(1 - share).diagonal().add_(even)
+        return self._replaced(seconds)
 
     def times(self, columns: Tensor) -> Tensor:
         """Multiply E[x x^T] by columns (size, count); a sketch leaves them as they are."""
@@ -182,8 +187,10 @@ class Moments:
     @staticmethod
     def total(parts: Sequence[Moments]) -> Moments:
         """Return the sum of moments of vectors of one size, none of them a sketch."""
-        seconds = [part.own for part in parts]
-        return parts[0]._replaced([torch.stack(seconds).sum(0)])
+        whole = parts[0].own
+        for part in parts[1:]:
+            whole.add_(part.own)
+        return parts[0]._replaced([whole])
 
     def _replaced(self, seconds: list[Tensor]) -> Moments:
         other = Moments(self.size, len(seconds) == 2, is_diagonal=self.is_diagonal)
