@@ -348,7 +348,8 @@ def _root(moment: Tensor) -> Tensor:
         return (moment + damping).sqrt()
 
     damping = DAMPING * _mean_eigenvalue(moment).clamp(min=TINY)
-    damped = moment + damping * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    damped = moment.clone()
+    damped.diagonal().add_(damping)
     root: Tensor
     root, failed = torch.linalg.cholesky_ex(damped, upper=True)
     if not int(failed):
