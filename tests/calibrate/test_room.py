@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from copy import deepcopy
 from itertools import pairwise
 from typing import Any
@@ -40,6 +42,18 @@ def test_what_waits_for_the_way_back_is_counted() -> None:
     assert found.with_gradients == 4 * (4 * 48 + 5)
     assert found.without == room.IN_PASSING * 4 * 48
     assert found.numbers == 24
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_of_what_is_counted_stays(fails: bool) -> None:
+    """The pass leaves a graph with tensors of every layer, which nobody goes back through."""
+    model, seen = mlp(), []
+    model[3].register_forward_hook(lambda module, given, output: seen.append(weakref.ref(output)))
+    if fails:
+        model[4].register_forward_hook(lambda module, given, output: output.view(7, -1))
+    assert (room_for(model, [VECTORS[:8]]) is None) == fails
+    gc.collect()
+    assert [each() for each in seen] == [None]
 
 
 def test_the_largest_input_is_measured() -> None:

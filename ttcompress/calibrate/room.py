@@ -101,9 +101,11 @@ def _taken(model: nn.Module, inputs: NetworkInput) -> tuple[int, int]:
     own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
 
     def pack(tensor: Tensor) -> Tensor:
-        # Held, so that no other tensor comes to the same place.
-        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
+        # Held, so that no other tensor comes to the same place. Without its graph, which holds what this returns: a ring
+        # through C++ that nobody would take apart.
+        alone = tensor.detach()
+        saved.setdefault(alone.untyped_storage().data_ptr(), alone)
+        return alone
 
     def see(module: nn.Module, given: Any, output: Any) -> None:
         outputs.append(sum(tensor.nbytes for tensor in tensors_of(output)))
