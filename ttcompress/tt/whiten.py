@@ -151,9 +151,9 @@ class Moments:
             return self
 
         mean_x, mean_t = self.means
-        seconds = [self.own - mean_x.outer(mean_x)]
+        seconds = [self.own.sub_(mean_x.outer(mean_x))]
         if self._paired:
-            seconds.append(self.crossed - mean_t.outer(mean_x))
+            seconds.append(self.crossed.sub_(mean_t.outer(mean_x)))
         return self._replaced(seconds)
 
     def blended(self, share: float) -> Moments:
