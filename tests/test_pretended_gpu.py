@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 import ttcompress
 from ttcompress.layers.base import TTLayer
+from ttcompress.layers.conv import TTConv2d
 from ttcompress.layers.kinds import tt_layer
+from ttcompress.layers.linear import TTLinear
 from ttcompress.layers.plain import StockForm, plain_forms
 from ttcompress.layers.rebuilt import TTWeight
 from ttcompress.layers.spec import layer_spec
@@ -94,20 +96,19 @@ def test_layers_there_are_those_here(name: str, form: str, training: bool, gpu: 
 
 def test_small_layers_are_rebuilt_there(gpu: PretendedGpu) -> None:
     """A few kernels more take as long there as all the multiply-adds of a small convolution."""
-    view = tensorize_shape("chain", (64, 64, 3, 3))
-    small = tt_layer(spec := layer_spec(nn.Conv2d(64, 64, 3, padding=1)))(spec, view, 16).train()
-    x = torch.randn(32, 64, 16, 16)
+    small = TTConv2d(
+        layer_spec(nn.Conv2d(64, 64, 3, padding=1)), tensorize_shape("chain", (64, 64, 3, 3)), 16
+    )
+    there, x = copy.deepcopy(small).to(GPU), torch.randn(32, 64, 16, 16)
     assert small._call(x).execution == "chain"
-    assert copy.deepcopy(small).to(GPU)._call(x.to(GPU)).execution == "dense"
+    assert there._call(x.to(GPU)).execution == "dense"
     assert choice_of_plain(small, x) == ["Conv2d"] * 3
-    assert choice_of_plain(copy.deepcopy(small).to(GPU), x) == ["Conv2d"]
+    assert choice_of_plain(there, x) == ["Conv2d"]
 
     # Of a large one the weight alone takes longer to be made, and to be read.
-    view = tensorize_shape("matrix", (4096, 4096))
-    large = tt_layer(spec := layer_spec(nn.Linear(4096, 4096)))(spec, view, 4).train()
-    rows = torch.randn(2, 4096)
-    assert large._call(rows).execution == "contract"
-    assert copy.deepcopy(large).to(GPU)._call(rows.to(GPU)).execution == "contract"
+    large = TTLinear(layer_spec(nn.Linear(4096, 4096)), tensorize_shape("matrix", (4096, 4096)), 4)
+    there, x = copy.deepcopy(large).to(GPU), torch.randn(2, 4096)
+    assert large._call(x).execution == there._call(x.to(GPU)).execution == "contract"
 
 
 def choice_of_plain(layer: TTLayer, x: Tensor) -> list[str]:

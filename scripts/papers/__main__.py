@@ -44,9 +44,10 @@ GROUPS = {
 }
 
 ON_A_GPU = """
-    Not run (an epoch of the `conv` baseline took 2.0 s on an H200, beside two other trainings): `conv`, `conv-fc` (baselines, 3.23x and 82.87x, from scratch and from pretrained) with the paper's 100 epochs and `wide` at
-    rank 10 with 90, in bfloat16. On a machine with a GPU one command runs these and the rows of finetune.md and speed.md, in order of
-    worth, as far as the minutes go, and goes on from there when it is repeated; its lines belong into results.jsonl and rows.jsonl:
+    Not run (an epoch of the `conv` baseline took 2.0 s on an H200, beside two other trainings): `conv`, `conv-fc` (baselines, 3.23x and
+    82.87x, from scratch and from pretrained) with the paper's 100 epochs and `wide` at rank 10 with 90, in bfloat16. On a machine with a
+    GPU one command runs these and the rows of finetune.md and speed.md, in order of worth, as far as the minutes go, and goes on from
+    there when it is repeated; its lines belong into results.jsonl and rows.jsonl:
 """
 GPU_COMMAND = "python -m scripts.gpu MINUTES --cifar10 cifar10:ROOT --checkpoints FOLDER --results FILE"
 

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from ttcompress.tt import whiten
 from ttcompress.tt.decompose import decompose_weight, tensorize
+from ttcompress.tt.fit import output_error
 from ttcompress.tt.shapes import Tensorization, tensorize_shape
+from ttcompress.tt.spool import Spool
 from ttcompress.tt.whiten import ModeMetric, Moments, mode_metrics, output_cost, whitened, whitened_svd
 
 Full = NDArray[np.float64]
@@ -248,6 +250,26 @@ def test_blended_pairs_are_their_own_partners_in_what_is_added(size: int, share:
     )
     alone = moments(normal(seed, size, 9))
     np.testing.assert_allclose(after.own.numpy(), alone.blended(share).own.numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize("in_memory", [None, 0, 1 << 20])
+@pytest.mark.parametrize("paired", [False, True])
+def test_what_is_made_of_moments_leaves_them_as_they_are(paired: bool, in_memory: int | None) -> None:
+    """They are changed in place on the way; at a weight of one nothing is scaled."""
+    generator = torch.Generator().manual_seed(0)
+    x, t = torch.randn(2, 4, 9, generator=generator)
+    moments = Moments(4, paired)
+    moments.add(x, t if paired else None, weight=1.0)
+    if in_memory is not None:
+        moments.lay_aside(Spool(in_memory).lay)
+    before = [each.clone() for each in (moments.own, moments.crossed, *moments.means)]
+
+    moments.centred()
+    moments.blended(0.3)
+    Moments.total([moments, moments])
+    output_error(torch.randn(4, 4, generator=generator), moments, moments)
+    mode_metrics(tensorize_shape("matrix", (4, 4), (2, 2), (2, 2)), moments, moments)
+    assert all(map(torch.equal, before, [moments.own, moments.crossed, *moments.means]))
 
 
 def test_a_sketch_is_neither_centred_nor_blended() -> None:
