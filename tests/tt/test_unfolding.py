@@ -18,6 +18,8 @@ from ttcompress.tt.shapes import Mode
 from ttcompress.tt.unfolding import Folded, Side, cut_order, interleave, split
 
 Full = NDArray[np.float64]
+ENTRIES = 1 << 11
+"""Of a drawn tensor, at most."""
 
 
 @pytest.fixture(autouse=True, params=[3, 50, 1 << 18])
@@ -30,9 +32,14 @@ def block(request: pytest.FixtureRequest) -> Iterator[None]:
 @st.composite
 def folded(draw: st.DrawFn) -> tuple[Folded, int]:
     """Two to four modes, ranks at both ends, and a cut."""
-    factor = st.integers(1, 3)
-    modes = tuple(Mode(draw(factor), draw(factor), draw(factor)) for _ in range(draw(st.integers(2, 4))))
-    shape = (draw(factor), *(prod(factors) for factors in zip(*modes, strict=True)), draw(factor))
+    count = draw(st.integers(2, 4))
+    factors: list[int] = []
+    for _ in range(3 * count + 2):
+        # A side has as many rows as there are entries, at most, and its Gram matrix the square of that.
+        factors.append(draw(st.integers(1, max(1, min(3, ENTRIES // prod(factors))))))
+    first, last, *rest = draw(st.permutations(factors))
+    modes = tuple(Mode(*rest[3 * k : 3 * k + 3]) for k in range(count))
+    shape = (first, *(prod(each) for each in zip(*modes, strict=True)), last)
     values = torch.tensor(np.random.default_rng(draw(st.integers(0, 2**31))).standard_normal(shape))
     return Folded(values, modes, draw(st.booleans())), draw(st.integers(1, len(modes) - 1))
 
