@@ -283,25 +283,64 @@ def test_progress_is_told(toy: Toy) -> None:
 # ------------------------------------------------------------------------------------------------------- stages
 
 
-def test_a_change_is_tried_on_a_copy() -> None:
+def values(model: nn.Module) -> dict[str, bytes]:
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.detach().numpy().tobytes() for name, tensor in named}
+
+
+@pytest.mark.parametrize("in_memory", [0, stages.BEST_IN_MEMORY])
+def test_a_change_that_is_not_kept_is_undone_to_the_bit(
+    in_memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "BEST_IN_MEMORY", in_memory)
     toy = make_toy("mlp")
     run = Stages(toy.dense, toy.plan, toy.calibration)
-    first = run.model
     run.run("none", lambda model: False)
     assert run.log == []
-    assert run.model is first
+    assert values(run.model) == values(toy.dense)
     run.run("worse", slope)
-    worse = run.model
+    worse = values(run.model)
     assert run.log[0]["kept"]
     run.run("worse still", noise)
-    assert run.model is worse
+    assert values(run.model) == worse
     run.run("back", lambda model: model.load_state_dict(toy.state))
-    assert run.model is not worse
+    assert values(run.model) == values(toy.dense)
     assert [entry["kept"] for entry in run.log] == [True, False, True]
     assert run.log[2]["error"] == 0
     run.run("equal", lambda model: None)
     assert [entry["kept"] for entry in run.log] == [True, False, True, False]
     assert all([*errors] == ["worse", "back"] and errors["back"] == 0 for errors in run.errors.values())
+
+
+def test_parameters_that_are_shared_and_buffers_that_no_file_has_are_undone_too() -> None:
+    toy = make_toy("mlp")
+    toy.dense.register_buffer("scale", torch.ones(3), persistent=False)
+    toy.dense[2].register_parameter("again", toy.dense[4].bias)
+    run = Stages(toy.dense, toy.plan, toy.calibration)
+    run.run("first", lambda model: None)
+    before = values(run.model)
+
+    def spoil(model: nn.Module) -> None:
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.normal_()
+
+    run.run("spoilt", spoil)
+    assert [entry["kept"] for entry in run.log] == [True, False]
+    assert values(run.model) == before
+    assert run.model[2].again is run.model[4].bias
+
+
+def test_what_a_training_leaves_takes_no_memory_after_it() -> None:
+    toy = make_toy("mlp")
+    run = Stages(toy.dense, toy.plan, toy.calibration)
+
+    def train(model: nn.Module) -> None:
+        model.requires_grad_()
+        model(torch.randn(4, 12)).sum().backward()
+
+    run.run("trained", train)
+    assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
 def test_the_first_stage_is_kept_whatever_comes_of_it() -> None:

@@ -25,6 +25,7 @@ from ttcompress.networks.weights import cores_of, parameter_of, tied_names, weig
 from ttcompress.records.common import Json, Progress
 from ttcompress.records.plan import CompressionPlan, LayerPlan
 from ttcompress.tt.decompose import frobenius_norm
+from ttcompress.tt.spool import Spool
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Effort:
     far: int = 0
 
 
+BEST_IN_MEMORY = 1 << 26
+"""Bytes of the best network so far that stay in memory while a stage changes it; what is beyond lies in a file."""
 EFFORTS = {"fast": Effort(1, 0, 0), "default": Effort(1, 150, 1000), "max": Effort(2, 400, 4000)}
 
 
@@ -50,8 +53,7 @@ class Stages:
     """
 
     def __init__(self, dense: nn.Module, plan: CompressionPlan, calibration: Calibration) -> None:
-        # Until there is a compressed one, which begins as a copy of it.
-        self.model = dense
+        self.model = copied(dense)
         self.log: list[Json] = []
         self.errors: dict[str, dict[str, float]] = {layer.fqn: {} for layer in plan.layers}
         self.unseen: Mapping[str, Unseen] = {}
@@ -59,20 +61,28 @@ class Stages:
         self._least = inf
 
     def run(self, name: str, change: Callable[[nn.Module], object]) -> None:
-        """Try a change on a copy of the best network; keep it if that comes nearer to the dense network."""
-        trial = copied(self.model)
-        if change(trial) is False:
-            return
+        """Change the best network; where it comes no nearer to the dense network by that, undo the change.
 
-        # The first stage is kept whatever comes of it: it is what makes the network smaller.
-        error = self._error(trial)
-        is_better = (error < self._least and self._keeps_unseen(trial)) or not self.log
+        The first stage is kept whatever comes of it: it is what makes the network smaller. Later ones change values
+        alone.
+        """
+        is_first = not self.log
+        undo = {} if is_first else _values_of(self.model, Spool(BEST_IN_MEMORY))
+
+        if change(self.model) is False:
+            return
+        # Of all weights they have the memory of a network.
+        self.model.zero_grad()
+
+        error = self._error(self.model)
+        is_better = (error < self._least and self._keeps_unseen(self.model)) or is_first
         self.log.append({"stage": name, "error": error if isfinite(error) else None, "kept": is_better})
         if not is_better:
+            _put_back(self.model, undo)
             return
 
-        self.model, self._least = trial, error
-        by_layer = output_errors(self._dense, trial, self._plan, self._calibration)
+        self._least = error
+        by_layer = output_errors(self._dense, self.model, self._plan, self._calibration)
         for fqn, missed in by_layer.items():
             self.errors[fqn][name] = missed
 
@@ -84,6 +94,18 @@ class Stages:
             return network_error(self._dense, trial, self._calibration)
         except DataError:
             return inf
+
+
+def _values_of(model: nn.Module, spool: Spool) -> dict[str, Callable[[], Tensor]]:
+    """All values of a network, by name, laid aside."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: spool.lay(tensor.detach().clone()) for name, tensor in named}
+
+
+@torch.no_grad()
+def _put_back(model: nn.Module, values: Mapping[str, Callable[[], Tensor]]) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        tensor.copy_(values[name]())
 
 
 @torch.enable_grad()
@@ -104,7 +126,7 @@ def compress_calibrated(
     stages.run("weights", lambda model: _decompose_all(model, reference, plan, weight_only, progress))
     is_far = amount.far > 0 and keeps_little(dense, stages.model, plan)
     # Held only where it is gone back to: it has the memory of a network.
-    plain = stages.model if is_far else None
+    plain = copied(stages.model) if is_far else None
     stages.unseen = unseen_rows(dense, stages.model, plan, reference.statistics)
     stages.run("whitened", lambda model: _decompose_all(model, reference, plan, whitened, progress))
     if amount.sweeps:
