@@ -17,7 +17,10 @@ import ttcompress
 from ttcompress.calibrate import in_step, pairs
 from ttcompress.calibrate.calibration import draw_calibration
 from ttcompress.calibrate.in_step import Halt, Halts, halts_of
+from ttcompress.calibrate.measured import Batch
 from ttcompress.calibrate.observe import hooked
+from ttcompress.planning.planner import make_plan
+from ttcompress.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -116,6 +119,27 @@ def test_all_ways_of_passing_give_the_same_bits(
         monkeypatch.setattr(pairs, "IN_STEP_BYTES", most)
         other = swept(build(), batch_size)
         assert all(torch.equal(value, other[name]) for name, value in alone.items())
+
+    monkeypatch.setattr(pairs, "PAIRS_IN_MEMORY", 0)
+    other = swept(build(), batch_size)
+    assert all(torch.equal(value, other[name]) for name, value in alone.items())
+
+
+def test_pairs_that_are_laid_aside_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither while those that are held out add up, nor after."""
+    monkeypatch.setattr(pairs, "PAIRS_IN_MEMORY", 0)
+    model = Narrowing().eval()
+    plan = make_plan(model, Recipe(ranks=2, conv_ranks=2, format="lowrank"))
+    found = pairs.Pairs(plan.layers[0])
+    columns = torch.randn(found.fitted.size, 30)
+    for number in range(4):
+        found.add((columns, 5), (2 * columns, 5), Batch(6, number, is_held_out=number > 1))
+    assert not found.fitted._sums
+    assert found.held_out._sums
+    found.lay_aside()
+    assert not found.held_out._sums
+    assert torch.equal(found.fitted.own, found.held_out.own)
+    assert torch.allclose(found.fitted.crossed, 2 * found.fitted.own)
 
 
 @pytest.mark.usefixtures("free_file")

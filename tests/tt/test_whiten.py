@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from math import prod, sqrt
 
 import numpy as np
@@ -175,6 +176,27 @@ def test_moments_share_no_storage_with_the_vectors(sketch: int) -> None:
     own = made.own.numpy()
     np.testing.assert_allclose(own.T @ own if sketch else own, second(x), rtol=1e-12)
     np.testing.assert_allclose(made.means[0].numpy(), x.mean(1), rtol=1e-12)
+
+
+def test_of_pairs_one_product_is_made_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of wide layers each takes much memory."""
+    alive = weakref.WeakSet[Tensor]()
+    most = []
+
+    def watched(vectors: Sequence[Tensor], share: float) -> Iterator[Tensor]:
+        for part in products(vectors, share):
+            alive.add(part)
+            most.append(len(alive))
+            yield part
+            del part
+
+    moments = Moments(6, paired=True)
+    moments.add(torch.ones(6, 3), torch.ones(6, 3))
+    products = whiten._products
+    monkeypatch.setattr(whiten, "_products", watched)
+    moments.add(torch.ones(6, 3), 2 * torch.ones(6, 3))
+    assert most == [1, 1]
+    assert torch.equal(moments.crossed, torch.full((6, 6), 1.5).double())
 
 
 @pytest.mark.parametrize(

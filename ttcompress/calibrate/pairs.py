@@ -24,10 +24,13 @@ from ttcompress.calibrate.room import two_of
 from ttcompress.calibrate.uses import Use
 from ttcompress.networks.running import NetworkInput, batch_size, call, device_of, placed
 from ttcompress.records.plan import LayerPlan
+from ttcompress.tt.spool import Spool
 from ttcompress.tt.whiten import Moments
 
 IN_STEP_BYTES = 1 << 28
 """That all passes of both networks may hold while they are halted at a layer; what is beyond lies in a file."""
+PAIRS_IN_MEMORY = 1 << 26
+"""Bytes of a weight's paired moments that stay in memory while others add up or its cores are fitted."""
 FILE_SPEED = 1e9
 """Bytes a second that a file takes and gives back, roughly: most of it stays in the memory that the system has left."""
 SWEEP_IMAGES = 512
@@ -37,19 +40,30 @@ DECIDING_IMAGES = 128
 
 
 class Pairs:
-    """Paired moments of a weight's inputs, every position of which counts as much as another, and those held out."""
+    """Paired moments of a weight's inputs, every position of which counts as much as another, and those held out.
+
+    Held-out ones are added last.
+    """
 
     def __init__(self, layer: LayerPlan) -> None:
         size = prod(layer.spec.view_shape[1:])
         self.fitted, self.held_out = Moments(size, paired=True), Moments(size, paired=True)
         self._usual = 0
+        self._spool = Spool(PAIRS_IN_MEMORY)
 
     def add(self, ours: tuple[Tensor, int], theirs: tuple[Tensor, int], at: Batch) -> None:
         """Add the columns of a batch in both networks, each with the positions that an image has."""
         columns, positions = ours
         self._usual = self._usual or positions
+        if at.is_held_out:
+            self.fitted.lay_aside(self._spool.lay)
         goal = self.held_out if at.is_held_out else self.fitted
         goal.add(columns, theirs[0], at.num_images * (positions / self._usual))
+
+    def lay_aside(self) -> None:
+        """Put both where they take less memory; nothing is added after."""
+        for moments in (self.fitted, self.held_out):
+            moments.lay_aside(self._spool.lay)
 
 
 @contextmanager

@@ -54,20 +54,22 @@ def _fitted_use(statistics: LayerStatistics) -> Use | None:
 def _sweep(reference: Reference, compressed: nn.Module, layer: LayerPlan, pairs: Pairs, sweeps: int) -> None:
     """Fit one layer to pairs; its cores stay what they are where they do better on those held out."""
     statistics = reference.statistics[layer.fqn]
+    # These are the largest matrices of a calibration: each is in memory only while it is needed.
+    pairs.lay_aside()
     means = pairs.fitted.means
-    # In the place of what was there: these are the largest matrices of a calibration.
     if statistics.shift:
         # What takes up the mean error leaves the rest to the cores.
         pairs.fitted = pairs.fitted.centred()
-        pairs.held_out = pairs.held_out.centred()
     pairs.fitted = pairs.fitted.blended(statistics.unseen)
+    pairs.lay_aside()
 
     own = cores_of(compressed, layer)
     start = [core.detach().double() for core in own]
     weight = weight_of(reference.dense, layer)
     metric = statistics.output_metric
     cores = fit_layer(weight, layer, start, pairs.fitted, metric, sweeps)
-    best = min(start, cores, key=output_error(weight, pairs.held_out, metric).value)
+    held_out = pairs.held_out.centred() if statistics.shift else pairs.held_out
+    best = min(start, cores, key=output_error(weight, held_out, metric).value)
     with torch.no_grad():
         for core, fitted in zip(own, spread_norm(best), strict=True):
             core.copy_(fitted)

@@ -8,9 +8,10 @@ small factor a mode, S ~ S_1 (x) ... (x) S_d, which is undone core by core, so t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 
 import torch
@@ -61,6 +62,7 @@ class Moments:
         """Add the columns of x (size, count), which count for `weight` together, and of t, their partners."""
         share = weight / max(1, x.shape[1])
         vectors = [x] if t is None else [x, t]
+        seconds: Iterable[Tensor]
 
         if self.is_diagonal:
             seconds = [x.double().square().sum(1) * share]
@@ -68,20 +70,22 @@ class Moments:
             seconds = self._sketched(vectors, share)
         else:
             seconds = _products(vectors, share)
-        self._add([*seconds, *(v.sum(1).double() * share for v in vectors)], weight)
+        firsts = (v.sum(1).double() * share for v in vectors)
+        self._add(chain(seconds, firsts), weight)
 
     def count(self, indices: Tensor, weight: float = 1.0) -> None:
         """Add one unit vector an index, which count for `weight` together, to diagonal moments."""
         counts = torch.bincount(indices.flatten(), minlength=self.size).double()
         shares = counts * (weight / max(1, indices.numel()))
-        self._add([shares, shares.clone()], weight)
+        self._add(iter([shares, shares.clone()]), weight)
 
-    def _add(self, sums: list[Tensor], weight: float) -> None:
+    def _add(self, parts: Iterator[Tensor], weight: float) -> None:
         if self._sums:
-            for whole, part in zip(self._sums, sums, strict=True):
-                whole.add_(part)
+            for whole in self._sums:
+                # Made and gone one at a time: of wide layers each takes much memory.
+                whole.add_(next(parts))
         else:
-            self._sums = sums
+            self._sums = [*parts]
         self._weight += weight
 
     def _sketched(self, vectors: Sequence[Tensor], share: float) -> list[Tensor]:
@@ -199,11 +203,10 @@ class Moments:
         return other
 
 
-def _products(vectors: Sequence[Tensor], share: float) -> list[Tensor]:
+def _products(vectors: Sequence[Tensor], share: float) -> Iterator[Tensor]:
     """Multiply each of the vectors (size, count) by the first, x, to sums of v x^T."""
     x = vectors[0]
-    # In place: of wide layers each of these matrices takes much memory.
-    return [(v @ x.T).double().mul_(share) for v in vectors]
+    return ((v @ x.T).double().mul_(share) for v in vectors)
 
 
 def output_cost(difference: Tensor, inputs: Moments, outputs: Moments | None = None) -> float:
