@@ -66,12 +66,19 @@ def freed_at_once() -> Iterator[None]:
     It would keep it for others, but leaves most of it unused where tensors of many passes come and go by turns: to an
     aligned one it never gives the place of another of the same size.
     """
+    _thrifty.append(True)
     _set_heap(1 << 20, 1 << 21)
     try:
         yield
     finally:
-        # What it would have come to by itself, with large tensors.
-        _set_heap(1 << 25, 1 << 26)
+        _thrifty.pop()
+        if not _thrifty:
+            # What it would have come to by itself, with large tensors.
+            _set_heap(1 << 25, 1 << 26)
+
+
+_thrifty: list[bool] = []
+"""One for each `freed_at_once` that is in force."""
 
 
 def _set_heap(mmap_threshold: int, trim_threshold: int) -> None:

@@ -310,7 +310,7 @@ def test_little_memory_takes_more_passes_but_gives_the_same(
 ) -> None:
     model, calibration = toy(name)
     at_once = measure(model, specs(model, ORDER[name]), calibration, 3)
-    monkeypatch.setattr(calibrate, "GROUP_BYTES", 1)
+    monkeypatch.setattr(calibrate, "MOMENT_BYTES", 1)
     passes: list[int] = []
     counted = Calibration("toy", 42, 6, lambda number: passes.append(number) or calibration.fitting(number),  # type: ignore[func-returns-value]
                           calibration.held_out)  # fmt: skip

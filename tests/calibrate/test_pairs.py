@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -21,6 +22,7 @@ from ttcompress.calibrate.measured import Batch
 from ttcompress.calibrate.observe import hooked
 from ttcompress.planning.planner import make_plan
 from ttcompress.recipe import Recipe
+from ttcompress.tt.spool import Spool
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -120,14 +122,14 @@ def test_all_ways_of_passing_give_the_same_bits(
         other = swept(build(), batch_size)
         assert all(torch.equal(value, other[name]) for name, value in alone.items())
 
-    monkeypatch.setattr(pairs, "PAIRS_IN_MEMORY", 0)
+    monkeypatch.setattr(pairs, "Spool", partial(Spool, 0))
     other = swept(build(), batch_size)
     assert all(torch.equal(value, other[name]) for name, value in alone.items())
 
 
 def test_pairs_that_are_laid_aside_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither while those that are held out add up, nor after."""
-    monkeypatch.setattr(pairs, "PAIRS_IN_MEMORY", 0)
+    monkeypatch.setattr(pairs, "Spool", partial(Spool, 0))
     model = Narrowing().eval()
     plan = make_plan(model, Recipe(ranks=2, conv_ranks=2, format="lowrank"))
     found = pairs.Pairs(plan.layers[0])

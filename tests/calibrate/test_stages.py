@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -28,6 +29,7 @@ from ttcompress.records.common import Json
 from ttcompress.records.plan import CompressionPlan
 from ttcompress.tt.contract import dense_weight
 from ttcompress.tt.quantize import dequantize, quantize
+from ttcompress.tt.spool import Spool
 
 EFFORTS = {"fast": Effort(0, 0, 0), "default": Effort(1, 4, 0), "max": Effort(0, 3, 0)}
 
@@ -288,11 +290,11 @@ def values(model: nn.Module) -> dict[str, bytes]:
     return {name: tensor.detach().numpy().tobytes() for name, tensor in named}
 
 
-@pytest.mark.parametrize("in_memory", [0, stages.BEST_IN_MEMORY])
+@pytest.mark.parametrize("in_memory", [0, 1 << 20])
 def test_a_change_that_is_not_kept_is_undone_to_the_bit(
     in_memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "BEST_IN_MEMORY", in_memory)
+    monkeypatch.setattr(stages, "Spool", partial(Spool, in_memory))
     toy = make_toy("mlp")
     run = Stages(toy.dense, toy.plan, toy.calibration)
     run.run("none", lambda model: False)

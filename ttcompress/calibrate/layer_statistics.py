@@ -63,11 +63,20 @@ class LayerStatistics:
         """What an error at each output costs, as the gradients have it."""
         return self.outputs.blended(self.unfelt)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the moments take where they are not laid aside."""
+        return sum(each.num_bytes for each in self._moments)
+
     def lay_aside(self, spool: Spool) -> None:
         """Put the moments where they take less memory."""
-        for moments in (self.inputs, self.held_out, self.outputs, self.summed):
-            if moments is not None:
-                moments.lay_aside(spool.lay)
+        for each in self._moments:
+            each.lay_aside(spool.lay)
+
+    @property
+    def _moments(self) -> list[Moments]:
+        found = (self.inputs, self.held_out, self.outputs, self.summed)
+        return [each for each in found if each is not None]
 
     def metrics(self, tensorization: Tensorization, diagonal: bool = False) -> list[ModeMetric]:
         """Roots of the metric of each mode, in which squared norms are changes of the network's outputs."""

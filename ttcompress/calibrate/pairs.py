@@ -29,8 +29,6 @@ from ttcompress.tt.whiten import Moments
 
 IN_STEP_BYTES = 1 << 28
 """That all passes of both networks may hold while they are halted at a layer; what is beyond lies in a file."""
-PAIRS_IN_MEMORY = 1 << 26
-"""Bytes of a weight's paired moments that stay in memory while others add up or its cores are fitted."""
 FILE_SPEED = 1e9
 """Bytes a second that a file takes and gives back, roughly: most of it stays in the memory that the system has left."""
 SWEEP_IMAGES = 512
@@ -49,7 +47,7 @@ class Pairs:
         size = prod(layer.spec.view_shape[1:])
         self.fitted, self.held_out = Moments(size, paired=True), Moments(size, paired=True)
         self._usual = 0
-        self._spool = Spool(PAIRS_IN_MEMORY)
+        self._spool = Spool()
 
     def add(self, ours: tuple[Tensor, int], theirs: tuple[Tensor, int], at: Batch) -> None:
         """Add the columns of a batch in both networks, each with the positions that an image has."""

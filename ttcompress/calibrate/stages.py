@@ -16,6 +16,7 @@ from ttcompress.calibrate.from_afar import keeps_little, refine_from_afar
 from ttcompress.calibrate.held_out_errors import network_error, output_errors
 from ttcompress.calibrate.reference import Reference
 from ttcompress.calibrate.refine import refine
+from ttcompress.calibrate.room import thrift
 from ttcompress.calibrate.sweeps import sweep_layers
 from ttcompress.calibrate.tables import Unseen, unseen_rows
 from ttcompress.errors import DataError
@@ -40,8 +41,6 @@ class Effort:
     far: int = 0
 
 
-BEST_IN_MEMORY = 1 << 26
-"""Bytes of the best network so far that stay in memory while a stage changes it; what is beyond lies in a file."""
 EFFORTS = {"fast": Effort(1, 0, 0), "default": Effort(1, 150, 1000), "max": Effort(2, 400, 4000)}
 
 
@@ -67,11 +66,11 @@ class Stages:
         alone.
         """
         is_first = not self.log
-        undo = {} if is_first else _values_of(self.model, Spool(BEST_IN_MEMORY))
+        undo = {} if is_first else _values_of(self.model)
 
         if change(self.model) is False:
             return
-        # Of all weights they have the memory of a network.
+        # Those that a training leaves have the memory of a network.
         self.model.zero_grad()
 
         error = self._error(self.model)
@@ -96,8 +95,9 @@ class Stages:
             return inf
 
 
-def _values_of(model: nn.Module, spool: Spool) -> dict[str, Callable[[], Tensor]]:
+def _values_of(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
     """All values of a network, by name, laid aside."""
+    spool = Spool()
     named = (*model.named_parameters(), *model.named_buffers())
     return {name: spool.lay(tensor.detach().clone()) for name, tensor in named}
 
@@ -116,9 +116,15 @@ def compress_calibrated(
 
     The last stage that came nearer to the dense network on held-out images is the result.
     """
+    with thrift(each.num_bytes for each in reference.statistics.values()):
+        return _through_stages(reference, plan, EFFORTS[effort], seed, progress)
+
+
+def _through_stages(
+    reference: Reference, plan: CompressionPlan, amount: Effort, seed: int, progress: Progress | None
+) -> tuple[nn.Module, CompressionPlan, list[Json]]:
     dense, calibration = reference.dense, reference.calibration
     stages = Stages(dense, plan, calibration)
-    amount = EFFORTS[effort]
 
     def whitened(weight: Tensor, layer: LayerPlan) -> list[Tensor]:
         return decompose(weight, layer, reference.statistics[layer.fqn])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -15,7 +15,7 @@ from ttcompress.calibrate.calibration import Calibration
 from ttcompress.calibrate.layer_statistics import LayerStatistics
 from ttcompress.calibrate.measured import Batch, Measured, Part
 from ttcompress.calibrate.observe import Call, gradients_in_eval, hooked
-from ttcompress.calibrate.room import parts_of
+from ttcompress.calibrate.room import MOMENT_BYTES, parts_of, thrift
 from ttcompress.calibrate.shifts import batch_norms_after, shift_of
 from ttcompress.calibrate.uses import Use, around_weight, modules_run, parameter_named, uses_of
 from ttcompress.errors import DataError
@@ -31,12 +31,7 @@ from ttcompress.networks.running import (
 from ttcompress.networks.weights import tied_names
 from ttcompress.records.common import Progress
 from ttcompress.records.layers import LayerSpec
-from ttcompress.runtime import freed_at_once
 from ttcompress.tt.spool import Spool
-
-GROUP_BYTES = 3 << 28
-"""Moments that are held at a time; layers beyond take another pass over the images."""
-
 
 DRAWS = 128
 """Gradients of a weight, each of a few images, that make its metric where its inputs and outputs are not seen."""
@@ -72,7 +67,7 @@ def measure(
     spool = Spool()
     with gradients_in_eval(model):
         groups = [*_groups(_in_order(model, specs, calibration))]
-    with gradients_in_eval(model), _thrift(groups):
+    with gradients_in_eval(model), thrift(each.num_bytes for group in groups for each in group):
         for group in groups:
             _fill(model, group, calibration, seed, spool, progress)
             for each in group:
@@ -103,25 +98,17 @@ def _in_order(model: nn.Module, specs: Mapping[str, LayerSpec], calibration: Cal
 
 
 def _groups(weights: Sequence[Measured]) -> Iterator[list[Measured]]:
-    """Neighbouring weights whose moments fit into GROUP_BYTES together, but always at least one."""
+    """Neighbouring weights whose moments fit into MOMENT_BYTES together, but always at least one."""
     group: list[Measured] = []
     held = 0
     for each in weights:
-        if group and held + each.num_bytes > GROUP_BYTES:
+        if group and held + each.num_bytes > MOMENT_BYTES:
             yield group
             group, held = [], 0
         group.append(each)
         held += each.num_bytes
     if group:
         yield group
-
-
-def _thrift(groups: Sequence[Any]) -> AbstractContextManager[None]:
-    """Memory given back at once where several groups show that it is short.
-
-    It takes several hundred megabytes off a large network, and would add a tenth to the time of a small one.
-    """
-    return freed_at_once() if len(groups) > 1 else nullcontext()
 
 
 # ------------------------------------------------------------------------------------------------------------ passes

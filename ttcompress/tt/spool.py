@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IN_MEMORY = 1 << 28
-"""Bytes that are kept in memory."""
+IN_MEMORY = 1 << 26
+"""Bytes that are kept in memory, unless somebody says otherwise."""
 
 
 class Spool:

@@ -299,11 +299,12 @@ def _roots(
     if moments is None:
         return [torch.ones(dim, dtype=torch.float64) for dim in dims]
 
-    # Padded entries of a vector are zeros.
     own = moments.own
     missing = prod(sizes) - moments.size
     is_matrix = not moments.is_sketch and not moments.is_diagonal
-    own = functional.pad(own, (0, missing, 0, missing) if is_matrix else (0, missing))
+    if missing:
+        # Padded entries of a vector are zeros.
+        own = functional.pad(own, (0, missing, 0, missing) if is_matrix else (0, missing))
     if moments.is_diagonal:
         # As one row of roots it has the same squares.
         own = own.sqrt()[None]
@@ -318,7 +319,7 @@ def _roots(
         # Every partial trace has the whole trace; all factors but one are brought to trace 1.
         diagonal_of = factor if factor.dim() == 1 else factor.diagonal()
         whole = diagonal_of.sum().clamp(min=TINY)
-        roots.append(_root(factor / whole if number else factor))
+        roots.append(_root(factor / whole if number else factor.clone()))
 
     return roots
 
@@ -345,23 +346,21 @@ def _partial_diagonal(own: Tensor, is_sketch: bool, sizes: Sequence[int], group:
 
 
 def _root(moment: Tensor) -> Tensor:
-    """Take a root R of a moment R^T R (k, k), or of a diagonal (k), damped."""
+    """Take a root R of a moment R^T R (k, k), or of a diagonal (k), damped; the moment is used up."""
     if moment.dim() == 1:
         damping = DAMPING * moment.mean().clamp(min=TINY)
         return (moment + damping).sqrt()
 
     damping = DAMPING * _mean_eigenvalue(moment).clamp(min=TINY)
-    damped = moment.clone()
-    damped.diagonal().add_(damping)
+    moment.diagonal().add_(damping)
     root: Tensor
-    root, failed = torch.linalg.cholesky_ex(damped, upper=True)
+    root, failed = torch.linalg.cholesky_ex(moment, upper=True)
     if not int(failed):
         return root
 
     # Round-off has left more below zero than damping makes up for.
     values, vectors = solved_for_eigenvalues(moment, torch.linalg.eigh)
-    roots = (values.clamp(min=0) + damping).sqrt()
-    root = (vectors * roots) @ vectors.T
+    root = (vectors * torch.maximum(values, damping).sqrt()) @ vectors.T
     return root
 
 
