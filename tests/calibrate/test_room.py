@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ttcompress
+from ttcompress import runtime
 from ttcompress.calibrate import room
 from ttcompress.calibrate.room import Room, numbers_of, room_for
 
@@ -146,3 +147,32 @@ def test_gradients_of_pieces_add_up_to_those_of_the_batch() -> None:
     torch.testing.assert_close(torch.cat(outputs), one(x).detach())
     for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+# --------------------------------------------------------------------------------------------------------------- thrift
+
+
+@pytest.fixture
+def heap(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """What is set of the heap."""
+    settings: list[tuple[int, int]] = []
+    monkeypatch.setattr(runtime, "_set_heap", lambda *given: settings.append(given))
+    return settings
+
+
+def test_memory_is_given_back_at_once_where_layers_are_large(heap: list[tuple[int, int]]) -> None:
+    with room.thrift([room.MOMENT_BYTES]):
+        assert not heap
+    with room.thrift([room.MOMENT_BYTES, 1]):
+        assert len(heap) == 1
+
+
+def test_memory_is_given_back_at_once_until_the_outermost_ends(heap: list[tuple[int, int]]) -> None:
+    with runtime.freed_at_once():
+        with pytest.raises(KeyError), runtime.freed_at_once():
+            raise KeyError
+        assert len(set(heap)) == 1
+    assert len(set(heap)) == 2
+    with runtime.freed_at_once():
+        assert heap[-1] == heap[0]
+    assert heap[-1] != heap[0]
