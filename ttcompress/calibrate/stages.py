@@ -73,8 +73,8 @@ class Stages:
         # Those that a training leaves have the memory of a network.
         self.model.zero_grad()
 
-        error = self._error(self.model)
-        is_better = (error < self._least and self._keeps_unseen(self.model)) or is_first
+        error = self._error()
+        is_better = (error < self._least and self._keeps_unseen()) or is_first
         self.log.append({"stage": name, "error": error if isfinite(error) else None, "kept": is_better})
         if not is_better:
             _put_back(self.model, undo)
@@ -85,12 +85,12 @@ class Stages:
         for fqn, missed in by_layer.items():
             self.errors[fqn][name] = missed
 
-    def _keeps_unseen(self, trial: nn.Module) -> bool:
-        return all(each.error(self._dense, trial) <= each.bound for each in self.unseen.values())
+    def _keeps_unseen(self) -> bool:
+        return all(each.error(self._dense, self.model) <= each.bound for each in self.unseen.values())
 
-    def _error(self, trial: nn.Module) -> float:
+    def _error(self) -> float:
         try:
-            return network_error(self._dense, trial, self._calibration)
+            return network_error(self._dense, self.model, self._calibration)
         except DataError:
             return inf
 
