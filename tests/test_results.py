@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 
 from ttcompress.errors import TTCompressError
+from ttcompress.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,6 +110,24 @@ def test_wins_are_counted_beyond_noise(papers: ModuleType, ours: float, theirs: 
     counted = importlib.import_module("scripts.papers.rows").wins([rows, [rows[0], None]])
     worse, within = int(ours == 2), int(ours == 1.5)
     assert counted == f"{said} rows better, {worse} worse, {within} within two standard errors"
+
+
+def test_the_row_of_a_dense_network_says_in_which_precision_it_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = importlib.import_module("scripts.papers.training")
+
+    def from_scratch(output: Path, recipe: Recipe, data: str) -> SimpleNamespace:
+        output.touch()
+        return SimpleNamespace(finetuning={"precision": "bfloat16", "epochs": recipe.epochs})
+
+    monkeypatch.setattr(training, "from_scratch", from_scratch)
+    monkeypatch.setattr(
+        training, "evaluate_file", lambda file, recipe: (SimpleNamespace(top1=90.5, n=10_000), None)
+    )
+    file = training.dense(tmp_path / "dense.pt", Recipe(), "cifar10:none", 3)
+    row = training.dense_measured(file, "cifar10:none")
+    assert row == {"ours": {"error": 9.5}, "n": 10_000, "precision": "bfloat16"}
 
 
 def test_every_row_names_a_recipe_that_is_there(papers: ModuleType) -> None:

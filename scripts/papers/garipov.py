@@ -162,7 +162,7 @@ def section(network: str, paper: dict[str, float], rows: Sequence[Row]) -> Itera
         "from pretrained",
         "minutes",
     )
-    epochs = base["epochs"] if base else "-"
+    epochs = trained_for(base) if base else "-"
     own = f"{100 - base['ours']['error']:.2f}" if base else "not run"
     yield cells("baseline", BASELINES[network], "1", epochs, own, "", "", "", "", minutes(base))
     for name, top1 in paper.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,14 @@ def from_scratch(output: Path, recipe: Recipe, data: str) -> Report:
 def dense(output: Path, recipe: Recipe, data: str, epochs: int) -> Path:
     """The network of a recipe without its layer rules, trained for some epochs; a file that is there is taken."""
     if not output.exists():
-        from_scratch(output, replace(recipe, layers=(), include=(), epochs=epochs), data)
+        report = from_scratch(output, replace(recipe, layers=(), include=(), epochs=epochs), data)
+        _training_of(output).write_text(json.dumps(report.finetuning))
     return output
+
+
+def _training_of(file: Path) -> Path:
+    """Where it is said how a dense network was trained, which its own file does not say."""
+    return file.with_suffix(".json")
 
 
 def from_pretrained(
@@ -101,7 +108,11 @@ def error(report: Report) -> float:
 def dense_measured(file: Path, data: str) -> Row:
     """The figures of a row for a dense network: percent wrong, and of how many images."""
     accuracy, _ = evaluate_file(file, Recipe(data=data))
-    return {"ours": {"error": round(100 - accuracy.top1, 2)}, "n": accuracy.n}
+    found = {"ours": {"error": round(100 - accuracy.top1, 2)}, "n": accuracy.n}
+    training = _training_of(file)
+    if training.exists():
+        found["precision"] = json.loads(training.read_text())["precision"]
+    return found
 
 
 def recipe_of(name: str) -> Recipe:
