@@ -296,7 +296,7 @@ def test_a_change_that_is_not_kept_is_undone_to_the_bit(
 ) -> None:
     monkeypatch.setattr(stages, "Spool", partial(Spool, in_memory))
     toy = make_toy("mlp")
-    run = Stages(toy.dense, toy.plan, toy.calibration)
+    run = Stages(toy.reference, toy.plan)
     run.run("none", lambda model: False)
     assert run.log == []
     assert values(run.model) == values(toy.dense)
@@ -318,7 +318,7 @@ def test_parameters_that_are_shared_and_buffers_that_no_file_has_are_undone_too(
     toy = make_toy("mlp")
     toy.dense.register_buffer("scale", torch.ones(3), persistent=False)
     toy.dense[2].register_parameter("again", toy.dense[4].bias)
-    run = Stages(toy.dense, toy.plan, toy.calibration)
+    run = Stages(toy.reference, toy.plan)
     run.run("first", lambda model: None)
     before = values(run.model)
 
@@ -335,7 +335,7 @@ def test_parameters_that_are_shared_and_buffers_that_no_file_has_are_undone_too(
 
 def test_what_a_training_leaves_takes_no_memory_after_it() -> None:
     toy = make_toy("mlp")
-    run = Stages(toy.dense, toy.plan, toy.calibration)
+    run = Stages(toy.reference, toy.plan)
 
     def train(model: nn.Module) -> None:
         model.requires_grad_()
@@ -347,7 +347,7 @@ def test_what_a_training_leaves_takes_no_memory_after_it() -> None:
 
 def test_the_first_stage_is_kept_whatever_comes_of_it() -> None:
     toy = make_toy("mlp")
-    run = Stages(toy.dense, toy.plan, toy.calibration)
+    run = Stages(toy.reference, toy.plan)
     run.run("broken", nan)
     run.run("mended", lambda model: model.load_state_dict(toy.state))
     assert run.log == [

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ttcompress.calibrate.batch_norm import recalibrate_batch_norm
-from ttcompress.calibrate.calibration import Calibration
 from ttcompress.calibrate.decompose import decompose, swap_in, weight_only
 from ttcompress.calibrate.from_afar import keeps_little, refine_from_afar
 from ttcompress.calibrate.held_out_errors import network_error, output_errors
@@ -51,12 +50,12 @@ class Stages:
     rows of tables that no stage may give up.
     """
 
-    def __init__(self, dense: nn.Module, plan: CompressionPlan, calibration: Calibration) -> None:
-        self.model = copied(dense)
+    def __init__(self, reference: Reference, plan: CompressionPlan) -> None:
+        self.model = copied(reference.dense)
         self.log: list[Json] = []
         self.errors: dict[str, dict[str, float]] = {layer.fqn: {} for layer in plan.layers}
         self.unseen: Mapping[str, Unseen] = {}
-        self._dense, self._plan, self._calibration = dense, plan, calibration
+        self._reference, self._dense, self._plan = reference, reference.dense, plan
         self._least = inf
 
     def run(self, name: str, change: Callable[[nn.Module], object]) -> None:
@@ -65,6 +64,10 @@ class Stages:
         The first stage is kept whatever comes of it: it is what makes the network smaller. Later ones change values
         alone.
         """
+        with thrift(each.num_bytes for each in self._reference.statistics.values()):
+            self._run(name, change)
+
+    def _run(self, name: str, change: Callable[[nn.Module], object]) -> None:
         is_first = not self.log
         undo = {} if is_first else _values_of(self.model)
 
@@ -81,7 +84,7 @@ class Stages:
             return
 
         self._least = error
-        by_layer = output_errors(self._dense, self.model, self._plan, self._calibration)
+        by_layer = output_errors(self._dense, self.model, self._plan, self._reference.calibration)
         for fqn, missed in by_layer.items():
             self.errors[fqn][name] = missed
 
@@ -90,7 +93,7 @@ class Stages:
 
     def _error(self) -> float:
         try:
-            return network_error(self._dense, self.model, self._calibration)
+            return network_error(self._dense, self.model, self._reference.calibration)
         except DataError:
             return inf
 
@@ -116,15 +119,9 @@ def compress_calibrated(
 
     The last stage that came nearer to the dense network on held-out images is the result.
     """
-    with thrift(each.num_bytes for each in reference.statistics.values()):
-        return _through_stages(reference, plan, EFFORTS[effort], seed, progress)
-
-
-def _through_stages(
-    reference: Reference, plan: CompressionPlan, amount: Effort, seed: int, progress: Progress | None
-) -> tuple[nn.Module, CompressionPlan, list[Json]]:
     dense, calibration = reference.dense, reference.calibration
-    stages = Stages(dense, plan, calibration)
+    stages = Stages(reference, plan)
+    amount = EFFORTS[effort]
 
     def whitened(weight: Tensor, layer: LayerPlan) -> list[Tensor]:
         return decompose(weight, layer, reference.statistics[layer.fqn])
