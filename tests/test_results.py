@@ -21,6 +21,9 @@ from ttcompress.recipe import Recipe
 ROOT = Path(__file__).parents[1]
 
 
+KEYS = ("error", "dense_error", "decomposed", "calibrated")
+
+
 @pytest.fixture(scope="module")
 def papers() -> Iterator[ModuleType]:
     """`python -m scripts.papers` as a module."""
@@ -128,6 +131,26 @@ def test_the_row_of_a_dense_network_says_in_which_precision_it_was_trained(
     file = training.dense(tmp_path / "dense.pt", Recipe(), "cifar10:none", 3)
     row = training.dense_measured(file, "cifar10:none")
     assert row == {"ours": {"error": 9.5}, "n": 10_000, "precision": "bfloat16"}
+
+
+@pytest.mark.parametrize(("epochs", "is_compared"), [(30, True), (5, False)])
+def test_rows_of_unequal_epochs_are_not_compared(epochs: int, is_compared: bool) -> None:
+    garipov = importlib.import_module("scripts.papers.garipov")
+    common = {"n": 10_000, "minutes": 1.0, "epochs": 30}
+    rows = [
+        {**common, "row": "baseline", "ours": {"error": 10.0}},
+        {**common, "row": "some, from pretrained", "ours": {**dict.fromkeys(KEYS, 12.0), "compression": 3.2}},
+        {
+            **common,
+            "row": "some, from scratch",
+            "ours": {"error": 20.0, "compression": 3.2},
+            "epochs": epochs,
+        },
+    ]
+    lines = "\n".join(garipov.section("conv", {"some": 89.0}, rows))
+    assert ("at equal total epochs" in lines) == is_compared
+    assert ("80.00 (-10.00)" in lines) == is_compared
+    assert "88.00 (-2.00)" in lines
 
 
 def test_every_row_names_a_recipe_that_is_there(papers: ModuleType) -> None:

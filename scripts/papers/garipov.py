@@ -180,8 +180,9 @@ def section(network: str, paper: dict[str, float], rows: Sequence[Row]) -> Itera
             accuracy(pretrained, "error", base),
             minutes(scratch, pretrained),
         )
-    pairs = [(found.get(f"{name}, from pretrained"), found.get(f"{name}, from scratch")) for name in paper]
-    if any(all(pair) for pair in pairs):
+    starts = [(found.get(f"{name}, from pretrained"), found.get(f"{name}, from scratch")) for name in paper]
+    pairs = [(one, two) for one, two in starts if one and two and one["epochs"] == two["epochs"]]
+    if pairs:
         yield ""
         yield f"From pretrained against from scratch at equal total epochs: {wins(pairs)}."
 
