@@ -68,8 +68,7 @@ def freed_at_once() -> Iterator[None]:
     """
     _thrifty.append(True)
     _set_heap(1 << 20, 1 << 21)
-    # What was kept so far: megabytes between small things that stay.
-    _trim_heap()
+    give_back()
     try:
         yield
     finally:
@@ -91,9 +90,11 @@ def _set_heap(mmap_threshold: int, trim_threshold: int) -> None:
         mallopt(M_TRIM_THRESHOLD, trim_threshold)
 
 
-def _trim_heap() -> None:
-    with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
+def give_back() -> None:
+    """Within `freed_at_once`, give back what was kept between small things that stay, where tensors are smaller."""
+    if _thrifty:
+        with suppress(AttributeError, OSError, TypeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def chosen_device(name: str) -> torch.device:

@@ -379,6 +379,7 @@ def test_steps_that_are_too_long_are_shortened(monkeypatch: pytest.MonkeyPatch) 
         rates.append(schedule.core_rate)
         assert schedule.adam_rate / schedule.core_rate == pytest.approx(refinement.ADAM_RATE / rates[0])
         assert_same(model, before)
+        assert all(parameter.grad is None for parameter in model.parameters())
         return descend(model, answer, natural, answered, schedule, *rest)
 
     monkeypatch.setattr(refinement, "_descend", watched)

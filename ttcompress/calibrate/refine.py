@@ -31,6 +31,7 @@ from ttcompress.networks.running import (
 )
 from ttcompress.networks.weights import tt_parts
 from ttcompress.records.common import Progress
+from ttcompress.runtime import give_back
 from ttcompress.tt.spool import Spool
 
 STEP = 0.4
@@ -86,9 +87,9 @@ def _refine(
     natural = NaturalGradient(tt_parts(compressed), reference.statistics, spool)
 
     rate = STEP * natural.best_step(compressed, answer, next(_answered(reference, seed)))
-    compressed.zero_grad()
     start = {name: spool.lay(tensor.clone()) for name, tensor in compressed.state_dict().items()}
     for attempt in range(ATTEMPTS):
+        compressed.zero_grad()
         share = BACK_OFF**attempt
         schedule = Schedule(steps, rate * share, ADAM_RATE * share)
         if _descend(compressed, answer, natural, _answered(reference, seed), schedule, progress):
@@ -110,7 +111,6 @@ def _descend(
 
     errors = list[float]()
     for step, pieces in enumerate(islice(answered, schedule.steps)):
-        model.zero_grad()
         error, _ = gradients_of_error(model, answer, pieces)
         errors.append(error)
         # Also where it is NaN, which compares as false.
@@ -121,6 +121,9 @@ def _descend(
         for optimizer, decay in zip(optimizers, decays, strict=True):
             optimizer.step()
             decay.step()
+            # Before the next one takes memory for its own.
+            optimizer.zero_grad()
+        give_back()
         if progress:
             progress("refining", step + 1, schedule.steps)
 
