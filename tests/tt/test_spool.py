@@ -72,3 +72,12 @@ def test_moments_laid_aside_are_the_same(kind: str) -> None:
     if kind == "paired":
         assert torch.equal(found.crossed, wanted.crossed)
         assert torch.equal(found.centred().own, wanted.centred().own)
+
+
+def test_nothing_is_added_to_moments_that_are_laid_aside() -> None:
+    """It would be lost without a word."""
+    moments = Moments(3)
+    moments.add(torch.ones(3, 2))
+    moments.lay_aside(Spool().lay)
+    with pytest.raises(ValueError, match="take nothing more"):
+        moments.add(torch.ones(3, 2))

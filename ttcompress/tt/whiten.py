@@ -80,6 +80,8 @@ class Moments:
         self._add(iter([shares, shares.clone()]), weight)
 
     def _add(self, parts: Iterator[Tensor], weight: float) -> None:
+        if self._aside:
+            raise ValueError("moments that are laid aside take nothing more")
         if self._sums:
             for whole in self._sums:
                 # Made and gone one at a time: of wide layers each takes much memory.
