@@ -13,6 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ttcompress.calibrate import natural_gradient
 from ttcompress.calibrate import refine as refinement
@@ -406,6 +408,38 @@ def test_steps_that_do_not_bring_the_error_down_have_failed(rate: float, down: b
     errors.append(network_error(dense, model, calibration))
     assert errors[1] < refinement.DIVERGED * errors[0]
     assert (errors[1] < errors[0]) == down
+
+
+class Made(TorchDispatchMode):
+    """The bytes of the largest tensor that an operator makes."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(each) for each in tree_leaves((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        made = [each for each in tree_leaves(result) if isinstance(each, Tensor) and id(each) not in given]
+        self.most = max([self.most, *(each.nbytes for each in made)])
+        return result
+
+
+def test_a_step_makes_no_copy_of_a_large_parameter() -> None:
+    """After the first one, which makes the averages that Adam keeps."""
+    model = nn.Sequential(nn.Embedding(1000, 16), nn.LayerNorm(16))
+    adam = refinement._adam(list(model.parameters()), 0.01)
+    for step in range(2):
+        model(torch.arange(9)).square().sum().backward()
+        with Made() as made:
+            adam.step()
+        assert (made.most < model[0].weight.nbytes) == (step > 0)
+
+
+def test_complex_parameters_are_refined_too() -> None:
+    model = nn.ParameterList([torch.ones(3, dtype=torch.complex64), torch.ones(3)])
+    adam = refinement._adam(list(model.parameters()), 0.01)
+    sum((each - 2).abs().square().sum() for each in model).backward()
+    adam.step()
+    assert all((each.real > 1).all() for each in model)
 
 
 def test_the_rate_warms_up_and_falls_to_nothing() -> None:
