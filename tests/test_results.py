@@ -153,6 +153,27 @@ def test_rows_of_unequal_epochs_are_not_compared(epochs: int, is_compared: bool)
     assert "88.00 (-2.00)" in lines
 
 
+def test_each_row_is_compared_with_the_baseline_of_its_epochs() -> None:
+    garipov = importlib.import_module("scripts.papers.garipov")
+    scratch = {"row": "some, from scratch", "epochs": 5, "ours": {"error": 20.0, "compression": 3.2}}
+    trained = {
+        "row": "some, from pretrained",
+        "epochs": 30,
+        "ours": dict.fromkeys((*KEYS, "compression"), 12.0),
+    }
+    baselines = [
+        {"row": "baseline", "epochs": epochs, "ours": {"error": error}}
+        for epochs, error in ((30, 10.0), (5, 25.0))
+    ]
+    rows = [{"n": 10_000, "minutes": 1.0, **row} for row in (*baselines, scratch, trained)]
+    lines = "\n".join(garipov.section("conv", {"some": 89.0}, rows))
+    assert "80.00 (+5.00)" in lines
+    assert "88.00 (-2.00)" in lines
+    assert "| baseline | 90.7 | 1 | 5 | 75.00 |" in lines
+    assert "| baseline | 90.7 | 1 | 30 | 90.00 |" in lines
+    assert "standard error 0.4 to 0.6 points" in " ".join(lines.split())
+
+
 def test_every_row_names_a_recipe_that_is_there(papers: ModuleType) -> None:
     for row in papers.read(papers.RESULTS):
         if "recipe" in row:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import sqrt
 from pathlib import Path
+from types import MappingProxyType
 
 from scripts.papers.rows import (
     Group,
@@ -137,11 +138,11 @@ def in_two_stages(output: Path, recipe: Recipe, data: str, epochs: int) -> Repor
 
 def section(network: str, paper: dict[str, float], rows: Sequence[Row]) -> Iterator[str]:
     found = {row["row"]: row for row in rows}
-    base = found.get("baseline")
+    bases = {row["epochs"]: row for row in rows if row["row"] == "baseline"}
     yield from paragraph(
         f"""
         Top-1 accuracy on the 10,000 test images, one seed; in brackets the change against the baseline of the same
-        number of epochs{noise(base)}. The paper trains 100 epochs of all images with crop, flip and contrast; here as
+        number of epochs{noise(bases.values())}. The paper trains 100 epochs of all images with crop, flip and contrast; here as
         many as the row says, of 45,000 images with crop and flip, the other 5,000 choose the epoch.
         {SCHEDULES[network]}
         From pretrained: the first half of the epochs (rounded down) dense as the baseline (*dense half*), then TT-SVD,
@@ -162,9 +163,10 @@ def section(network: str, paper: dict[str, float], rows: Sequence[Row]) -> Itera
         "from pretrained",
         "minutes",
     )
-    epochs = trained_for(base) if base else "-"
-    own = f"{100 - base['ours']['error']:.2f}" if base else "not run"
-    yield cells("baseline", BASELINES[network], "1", epochs, own, "", "", "", "", minutes(base))
+    for base in bases.values() or [None]:
+        epochs = trained_for(base) if base else "-"
+        own = accuracy(base, "error")
+        yield cells("baseline", BASELINES[network], "1", epochs, own, "", "", "", "", minutes(base))
     for name, top1 in paper.items():
         scratch, pretrained = (found.get(f"{name}, from {start}") for start in ("scratch", "pretrained"))
         both = [row for row in (scratch, pretrained) if row]
@@ -173,11 +175,11 @@ def section(network: str, paper: dict[str, float], rows: Sequence[Row]) -> Itera
             f"{top1} ({top1 - BASELINES[network]:+.1f})",
             " / ".join(dict.fromkeys(f"{row['ours']['compression']:.2f}x" for row in both)) or "-",
             " / ".join(dict.fromkeys(map(trained_for, both))) or "-",
-            accuracy(scratch, "error", base),
+            accuracy(scratch, "error", bases),
             accuracy(pretrained, "dense_error"),
             accuracy(pretrained, "decomposed"),
             accuracy(pretrained, "calibrated"),
-            accuracy(pretrained, "error", base),
+            accuracy(pretrained, "error", bases),
             minutes(scratch, pretrained),
         )
     starts = [(found.get(f"{name}, from pretrained"), found.get(f"{name}, from scratch")) for name in paper]
@@ -187,16 +189,18 @@ def section(network: str, paper: dict[str, float], rows: Sequence[Row]) -> Itera
         yield f"From pretrained against from scratch at equal total epochs: {wins(pairs)}."
 
 
-def noise(base: Row | None) -> str:
-    """The standard error of a change, from the test images alone, where there is a baseline."""
-    return f" (standard error {sqrt(2 * variance(base)):.1f} points)" if base else ""
+def noise(bases: Iterable[Row]) -> str:
+    """The standard error of a change, from the test images alone, by baseline where there are several."""
+    errors = sorted({f"{sqrt(2 * variance(base)):.1f}" for base in bases})
+    return f" (standard error {' to '.join(errors)} points)" if errors else ""
 
 
-def accuracy(row: Row | None, key: str, base: Row | None = None) -> str:
+def accuracy(row: Row | None, key: str, bases: Mapping[int, Row] = MappingProxyType({})) -> str:
+    """In percent, with the change against the baseline that was trained for as many epochs, where there is one."""
     if row is None:
         return "not run"
-    same = base is not None and base["epochs"] == row["epochs"]
-    change = f" ({base['ours']['error'] - row['ours'][key]:+.2f})" if base and same else ""
+    base = bases.get(row["epochs"])
+    change = f" ({base['ours']['error'] - row['ours'][key]:+.2f})" if base else ""
     return f"{100 - row['ours'][key]:.2f}{change}"
 
 
