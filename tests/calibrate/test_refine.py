@@ -434,12 +434,30 @@ def test_a_step_makes_no_copy_of_a_large_parameter() -> None:
         assert (made.most < model[0].weight.nbytes) == (step > 0)
 
 
-def test_complex_parameters_are_refined_too() -> None:
-    model = nn.ParameterList([torch.ones(3, dtype=torch.complex64), torch.ones(3)])
-    adam = refinement._adam(list(model.parameters()), 0.01)
-    sum((each - 2).abs().square().sum() for each in model).backward()
-    adam.step()
-    assert all((each.real > 1).all() for each in model)
+PLACED = {
+    "contiguous": lambda: torch.randn(4, 6),
+    "transposed": lambda: torch.randn(4, 6).T,
+    "channels last": lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "part of another": lambda: torch.randn(4, 6)[:, :3],
+    "complex": lambda: torch.randn(4, 6, dtype=torch.complex64),
+    "float64": lambda: torch.randn(4, 6).double(),
+}
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_adam_comes_to_the_same_however_a_parameter_lies_in_memory(name: str) -> None:
+    """Against torch's own, operator by operator."""
+    ends = []
+    for optimizer in (partial(refinement._adam, rate=0.1), partial(torch.optim.Adam, lr=0.1, fused=False)):
+        torch.manual_seed(0)
+        parameter = nn.Parameter(PLACED[name]())
+        adam = optimizer([parameter])
+        for _ in range(3):
+            adam.zero_grad()
+            (parameter - 2).abs().square().sum().backward()
+            adam.step()
+        ends.append(parameter.detach().clone())
+    torch.testing.assert_close(*ends)
 
 
 def test_the_rate_warms_up_and_falls_to_nothing() -> None:

@@ -147,8 +147,13 @@ def _optimizers(
 
 def _adam(parameters: list[nn.Parameter], rate: float) -> torch.optim.Adam:
     # Fused where it can be: operator by operator Adam takes the memory of the largest parameter twice more.
-    fused = all(parameter.is_floating_point() for parameter in parameters)
-    return torch.optim.Adam(parameters, lr=rate, fused=fused)
+    return torch.optim.Adam(parameters, lr=rate, fused=all(map(_can_be_fused, parameters)))
+
+
+def _can_be_fused(parameter: Tensor) -> bool:
+    """Fused Adam takes no complex numbers, and on a CPU mistakes the gaps in a view for part of it, without a word."""
+    has_no_gaps = torch.empty_like(parameter, device="meta").stride() == parameter.stride()
+    return parameter.is_floating_point() and has_no_gaps
 
 
 def _answered(reference: Reference, seed: int) -> Iterator[Answered]:
