@@ -127,7 +127,7 @@ def page(rows: Sequence[Row]) -> str:
         lines += [f"## {group.title}", ""]
         if own:
             minutes = sum(row["minutes"] for row in own)
-            where = ", ".join(dict.fromkeys(row["hardware"] for row in own))
+            where = " and ".join(dict.fromkeys(row["hardware"] for row in own))
             text = "\n".join(group.section(own)).rstrip("\n")
             count = f"{len(own)} row{'s' * (len(own) > 1)}"
             lines += [
