@@ -68,6 +68,7 @@ def full_report(file: str = "net-tt.safetensors", names: tuple[str, ...] = ("a.c
         Accuracy(90.57, 99.62, 10_000, (89.98152839833246, 91.12731397387081)),
         94.8,
         "cifar10@test",
+        (0.8125, 1.5075),
     )
     history = [{"epoch": 0, "val": 88.0}, {"epoch": 1, "val": 90.25, "loss": 0.4375, "train": 95.5}]
     return Report(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from command_line import succeeded
 
-from ttcompress.measure.accuracy import wilson_interval
+from ttcompress.measure.intervals import wilson_interval
 
 pytestmark = pytest.mark.slow
 

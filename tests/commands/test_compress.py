@@ -530,6 +530,8 @@ def test_own_loader(tmp_path: Path) -> None:
     assert report.accuracy["dense"] == 80.0
     assert report.accuracy["compressed"] == 100 * right / 50
     assert report.accuracy["agreement"] == 100 * same / 50
+    low, high = report.accuracy["lost_interval"]
+    assert low < report.accuracy["dense"] - report.accuracy["compressed"] < high
     assert report.accuracy["n"] == 50
     ttcompress.save(compressed, report, tmp_path / "saved.safetensors")
     assert ttcompress.read_report(tmp_path / "saved.safetensors").accuracy == report.accuracy

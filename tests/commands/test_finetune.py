@@ -125,6 +125,7 @@ def test_away_from_its_checkpoint_there_is_no_teacher_and_no_error(folder: Path,
     assert {layer["relative_error"] for layer in data["layers"] if "tt_ranks" in layer} == {None}
     assert data["accuracy"]["dense"] == data["finetuning"]["before"]["dense"]
     assert data["accuracy"]["agreement"] is None
+    assert data["accuracy"]["lost_interval"] is None
     text = succeeded("report", output, cwd=tmp_path)
     assert "fine-tuned        2 epochs on digits@train\n" in text
 

@@ -51,6 +51,8 @@ def test_an_encoder_is_fitted_to_sentences_and_measured_by_pairs(run: Run, texts
     measured = run("evaluate", "small", "--data", "stsb:pairs.csv", "--json").json
     assert measured["value"] == pytest.approx(accuracy["compressed"])
     assert measured["interval"] == pytest.approx(accuracy["interval"])
+    low, high = accuracy["lost_interval"]
+    assert low < accuracy["dense"] - accuracy["compressed"] < high
 
 
 def test_texts_alone_say_how_alike_two_encoders_are(run: Run, texts: Path) -> None:
@@ -58,6 +60,10 @@ def test_texts_alone_say_how_alike_two_encoders_are(run: Run, texts: Path) -> No
     arguments = ("--data", "text:lines.txt", "--limit", "30", "-o", "small.safetensors", "--max-drop", "1e-9")
     done = run("compress", "encoder", "--ratio", "1.2", *arguments)
     assert done.code == 1
+    accuracy = run("report", "small.safetensors", "--json").json["accuracy"]
+    low, high = accuracy["lost_interval"]
+    assert low < 1 - accuracy["compressed"] < high
+    assert accuracy["interval"] == pytest.approx([1 - high, 1 - low])
     assert "mean cosine to the dense vectors is worse by" in done.err
     refused = run("evaluate", "encoder", "--data", "text:lines.txt")
     assert refused.code == 2
@@ -75,6 +81,8 @@ def test_a_language_model_is_measured_by_perplexity(run: Run, texts: Path) -> No
     assert accuracy["metric"] == "perplexity"
     assert accuracy["unit"] == "tokens"
     assert accuracy["interval"][0] < accuracy["compressed"] < accuracy["interval"][1]
+    low, high = accuracy["lost_interval"]
+    assert low < accuracy["compressed"] - accuracy["dense"] < high
 
 
 def test_the_smallest_language_model_within_a_rise_of_perplexity(run: Run, texts: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ttcompress.errors import DataError
-from ttcompress.measure.accuracy import Batches, compare, predict, wilson_interval
+from ttcompress.measure.accuracy import Batches, compare, predict
+from ttcompress.measure.intervals import paired_interval, wilson_interval
 
 RNG = np.random.default_rng(0)
 
@@ -50,33 +50,6 @@ def top_k(logits: NDArray[np.float64], labels: NDArray[np.int64], k: int) -> flo
     return 100 * float(np.mean([label in row for label, row in zip(labels, order, strict=True)]))
 
 
-# Newcombe 1998, table I, Wilson score method without continuity correction, to the four digits printed there.
-@pytest.mark.parametrize(
-    ("right", "n", "low", "high"),
-    [(81, 263, 25.53, 36.62), (15, 148, 6.24, 16.05), (0, 20, 0.0, 16.11), (1, 29, 0.61, 17.18)],
-)
-def test_wilson_interval_against_newcombe_1998(right: int, n: int, low: float, high: float) -> None:
-    assert wilson_interval(right, n) == pytest.approx((low, high), abs=0.006)
-
-
-@given(n=st.integers(1, 10**6), share=st.floats(0, 1))
-def test_wilson_interval_bounds_solve_its_defining_equation(n: int, share: float) -> None:
-    """Both bounds p0 satisfy |p - p0| = z sqrt(p0 (1 - p0) / n): the score test that the interval inverts."""
-    right = round(share * n)
-    low, high = wilson_interval(right, n)
-    assert 0 <= low <= 100 * (right / n) <= high <= 100
-    for bound in (low / 100, high / 100):
-        assert abs(right / n - bound) == pytest.approx(
-            1.959964 * sqrt(max(0, bound * (1 - bound)) / n), abs=1e-6
-        )
-
-
-def test_published_resnet20_interval() -> None:
-    """91.73 % of 10,000, from p +- z sqrt(p (1 - p) / n), which at this n differs in the third digit only."""
-    half = 100 * 1.96 * sqrt(0.9173 * 0.0827 / 10_000)
-    assert wilson_interval(9173, 10_000) == pytest.approx((91.73 - half, 91.73 + half), abs=0.02)
-
-
 @pytest.mark.parametrize("classes", [1, 2, 3, 4, 5, 6, 10, 1000])
 @pytest.mark.parametrize("size", [1, 7, 200])
 def test_top1_and_top5_against_numpy(classes: int, size: int) -> None:
@@ -98,6 +71,10 @@ def test_agreement_against_numpy(classes: int) -> None:
     comparison = compare(*pair, "made up")
     same = 100 * float(np.mean(dense.argmax(1) == compressed.argmax(1)))
     assert 0 < same < 100
+    before, after = (each.argmax(1) == labels for each in (dense, compressed))
+    lost, won = int((before & ~after).sum()), int((after & ~before).sum())
+    assert lost != won
+    assert comparison.lost_interval == paired_interval(lost, won, 200)
     assert comparison.agreement == pytest.approx(same, abs=1e-12)
     assert comparison.dense.top1 == pytest.approx(top_k(dense, labels, 1), abs=1e-12)
     assert comparison.compressed.top1 == pytest.approx(top_k(compressed, labels, 1), abs=1e-12)
@@ -116,6 +93,7 @@ def test_comparison_json_tells_dense_from_compressed() -> None:
         "n": 10,
         "interval": list(wilson_interval(0, 10)),
         "dense_interval": list(wilson_interval(10, 10)),
+        "lost_interval": list(paired_interval(10, 0, 10)),
         "agreement": data["agreement"],
         "data": "made up",
     }

@@ -56,6 +56,7 @@ ACCURACY = Comparison(
     Accuracy(88.25, 99.12, 10_000, (87.6, 88.87)),
     93.4,
     "cifar10@test",
+    (3.0625, 3.9125),
 )
 REPORT = Report(
     plan=PLAN,
@@ -161,6 +162,7 @@ def test_text_holds_every_number() -> None:
     assert " ".join(line_of(text, "top-1 accuracy")) == (
         "91.73 % -> 88.25 % (95 % interval 87.60 to 88.87, n = 10,000, cifar10@test)"
     )
+    assert " ".join(line_of(text, "lost")) == ("3.48 points (95 % interval 3.06 to 3.91, of the same inputs)")
     assert " ".join(line_of(text, "top-5 accuracy")) == "99.70 % -> 99.12 %"
     assert line_of(text, "agreement")[:2] == ["93.40", "%"]
     assert "classifier.6: last Linear" in text
@@ -196,6 +198,10 @@ def test_own_metric_is_shown_by_name() -> None:
     accuracy = {"metric": "perplexity", "dense": 12.3456, "compressed": 13.25, "n": None, "interval": None}
     data = replace(REPORT, accuracy=accuracy, file="x.safetensors", file_bytes=1)
     assert line_of(text_of(render(data)), "perplexity") == ["12.3456", "->", "13.25"]
+    assert "lost" not in text_of(render(data))
+    worse = {**accuracy, "lower_is_better": True, "lost_interval": [0.85, 0.96]}
+    lost = line_of(text_of(render(replace(data, accuracy=worse))), "lost")
+    assert " ".join(lost) == "0.9044 (95 % interval 0.85 to 0.96, of the same inputs)"
     text = text_of(render_side_by_side([data, REPORT]))
     assert line_of(text, "accuracy compressed") == ["13.25", "88.25", "%"]
     assert line_of(text, "measured on")[0] == "perplexity"

@@ -15,13 +15,13 @@ from ttcompress.commands.metric import Metric, accuracy_of
 from ttcompress.data.text import Texts, names_texts, open_texts
 from ttcompress.data.tokens import TokenSamples, one_by_one, packed
 from ttcompress.errors import DataError
-from ttcompress.measure.embeddings import (
+from ttcompress.measure.embeddings import cosines, embedded, pair_cosines, same_neighbour
+from ttcompress.measure.intervals import (
+    Interval,
     correlation_interval,
-    embedded,
-    mean_cosine,
-    pair_cosines,
-    same_neighbour,
+    interval_around,
     spearman,
+    spearman_influences,
 )
 from ttcompress.measure.perplexity import Surprise, surprise
 from ttcompress.networks.answers import answer_of
@@ -150,6 +150,7 @@ def _perplexity(
             "unit": "tokens",
             "interval": list(compressed.interval),
             "dense_interval": list(dense.interval),
+            "lost_interval": _listed(compressed.rise_interval(dense)),
             "data": samples.name,
         }
 
@@ -188,19 +189,22 @@ def _likeness(
 
     def alike(dense: Tensor, compressed: Tensor) -> Json:
         return {
-            COSINE: mean_cosine(dense, compressed),
+            COSINE: float(cosines(dense, compressed).mean()),
             SAME: same_neighbour(dense, compressed),
         }
 
     def cosine(dense: Tensor, compressed: Tensor) -> Json:
         found = alike(dense, compressed)
+        mean = found.pop(COSINE)
+        influences = cosines(dense, compressed)
         return {
             "metric": COSINE,
             "dense": 1.0,
-            "compressed": found.pop(COSINE),
+            "compressed": mean,
             "n": len(dense),
             "unit": "texts",
-            "interval": None,
+            "interval": _listed(interval_around(mean, influences)),
+            "lost_interval": _listed(interval_around(1 - mean, influences)),
             "data": samples.name,
             "beside": found,
         }
@@ -213,19 +217,29 @@ def _likeness(
 
 
 def _correlations(scores: Sequence[float], dense: Tensor, compressed: Tensor) -> Json:
-    theirs, ours = (spearman(pair_cosines(vectors), scores) for vectors in (dense, compressed))
-    theirs_interval, ours_interval = (
-        [100 * end for end in correlation_interval(each, len(scores))] for each in (theirs, ours)
-    )
+    alike = [pair_cosines(vectors) for vectors in (dense, compressed)]
+    theirs, ours = (spearman(each, scores) for each in alike)
+    their_influences, our_influences = (spearman_influences(each, scores) for each in alike)
     return {
         "metric": "Spearman x 100",
         "dense": 100 * theirs,
         "compressed": 100 * ours,
         "n": len(scores),
         "unit": "pairs",
-        "interval": ours_interval,
-        "dense_interval": theirs_interval,
+        "interval": _in_percent(correlation_interval(ours, len(scores))),
+        "dense_interval": _in_percent(correlation_interval(theirs, len(scores))),
+        "lost_interval": _listed(
+            interval_around(100 * (theirs - ours), 100 * (their_influences - our_influences))
+        ),
     }
+
+
+def _in_percent(interval: Interval) -> list[float]:
+    return [100 * end for end in interval]
+
+
+def _listed(interval: Interval | None) -> list[float] | None:
+    return None if interval is None else list(interval)
 
 
 def _of(progress: Progress | None, total: int) -> Progress | None:

@@ -115,7 +115,7 @@ def _accuracy(
     is_known = former.accuracy is not None and former.accuracy.get("data") == images.name
     known = former.accuracy if is_known and former.accuracy else {}
     theirs = {name: known.get(name) for name in ("dense", "dense_top5", "dense_interval")}
-    return {**ours, **theirs, "agreement": None}
+    return {**ours, **theirs, "agreement": None, "lost_interval": None}
 
 
 def _on_texts(
@@ -132,7 +132,7 @@ def _on_texts(
     is_known = known.get("data") == ours["data"] and known.get("metric") == ours.get("metric")
     theirs = {name: known.get(name) if is_known else None for name in ("dense", "dense_interval")}
     # How alike two networks are needs both.
-    return {**ours, **theirs, "beside": {}}
+    return {**ours, **theirs, "lost_interval": None, "beside": {}}
 
 
 def _error(layer: LayerPlan, original: nn.Module | None, model: nn.Module) -> float | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ttcompress.errors import DataError
+from ttcompress.measure.intervals import paired_interval, wilson_interval
 from ttcompress.networks.running import NetworkInput, blaming, call, finite, input_dtype, placed
 from ttcompress.networks.structures import logits_of
 from ttcompress.records.common import Progress
@@ -30,21 +30,16 @@ class Predictions:
     labels: Tensor
     confidences: Tensor
 
+    @property
+    def is_right(self) -> Tensor:
+        """Whether the most likely class is the label (n)."""
+        return self.classes[:, 0] == self.labels
+
     def accuracy(self) -> Accuracy:
         """Top-1 and top-5 in percent; the interval belongs to top-1."""
         hits = self.classes == self.labels[:, None]
         n, right = len(self.labels), int(hits[:, 0].sum())
         return Accuracy(100 * right / n, 100 * int(hits.sum()) / n, n, wilson_interval(right, n))
-
-
-def wilson_interval(right: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """95 % confidence interval in percent of a proportion right / n (Wilson 1927)."""
-    p = right / n
-    centre = p + z * z / (2 * n)
-    half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 100 / (1 + z * z / n)
-    # The interval holds p itself, also where it is 0 or 1 and round-off would have it outside.
-    return max(0.0, min((centre - half) * scale, 100 * p)), min(100.0, max((centre + half) * scale, 100 * p))
 
 
 def predict(
@@ -126,11 +121,15 @@ def _logits(model: nn.Module, inputs: NetworkInput, outputs: Sequence[str]) -> T
 
 
 def compare(dense: Predictions, compressed: Predictions, data: str) -> Comparison:
-    """Both accuracies, and the share of images on which the first choices agree; `data` names the images.
+    """Both accuracies, what was lost, and the share of images on which the first choices agree; `data` names the images.
 
-    That share is not known where the images came in another order the second time, as their labels tell.
+    That share and the interval of what was lost are not known where the images came in another order the second time,
+    as their labels tell.
     """
-    agreement = None
+    agreement = lost_interval = None
     if torch.equal(dense.labels, compressed.labels):
         agreement = 100 * int((dense.classes[:, 0] == compressed.classes[:, 0]).sum()) / len(dense.labels)
-    return Comparison(dense.accuracy(), compressed.accuracy(), agreement, data)
+        before, after = dense.is_right, compressed.is_right
+        lost, won = int((before & ~after).sum()), int((after & ~before).sum())
+        lost_interval = paired_interval(lost, won, len(before))
+    return Comparison(dense.accuracy(), compressed.accuracy(), agreement, data, lost_interval)

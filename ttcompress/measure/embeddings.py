@@ -1,16 +1,14 @@
-"""How alike the vectors are that two encoders make of the same texts, and how well they say what is alike."""
+"""How alike the vectors are that two encoders make of the same texts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import atanh, sqrt, tanh
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ttcompress.measure.perplexity import Z
 from ttcompress.networks.answers import embeddings
 from ttcompress.networks.reader import Pooling
 from ttcompress.networks.running import finite, placed
@@ -56,10 +54,11 @@ def embedded(
     return torch.zeros(count, 0) if found is None else found
 
 
-def mean_cosine(dense: Tensor, compressed: Tensor) -> float:
-    """Of the angles between the vectors of the same texts."""
+def cosines(dense: Tensor, compressed: Tensor) -> NDArray[np.float64]:
+    """Of the angles between the vectors of the same texts (texts)."""
+    found: NDArray[np.float64] = (dense.double() * compressed.double()).sum(1).numpy()
     # Rounding may have a vector a little longer than 1.
-    return min(1.0, float((dense.double() * compressed.double()).sum(1).mean()))
+    return found.clip(-1, 1)
 
 
 def nearest(vectors: Tensor) -> Tensor:
@@ -80,30 +79,4 @@ def same_neighbour(dense: Tensor, compressed: Tensor) -> float:
 
 def pair_cosines(vectors: Tensor) -> NDArray[np.float64]:
     """Cosines of neighbours: of the first and the second text, of the third and the fourth, and so on."""
-    first, second = vectors.double()[0::2], vectors.double()[1::2]
-    cosines: NDArray[np.float64] = (first * second).sum(1).numpy()
-    return cosines
-
-
-def spearman(first: ArrayLike, second: ArrayLike) -> float:
-    """Spearman's rank correlation; equal values share the mean of their ranks. 0 where all of one are equal."""
-    x, y = (_ranks(np.asarray(each, dtype=np.float64)) for each in (first, second))
-    x, y = x - x.mean(), y - y.mean()
-    scale = sqrt(float((x * x).sum() * (y * y).sum()))
-    return float((x * y).sum()) / scale if scale else 0.0
-
-
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    middle = last - (counts - 1) / 2
-    ranks: NDArray[np.float64] = middle[place]
-    return ranks
-
-
-def correlation_interval(r: float, n: int) -> tuple[float, float]:
-    """95 % confidence interval of a rank correlation of n pairs (Fisher's z; the variance of Bonett and Wright 2000)."""
-    if n < 4 or abs(r) >= 1:
-        return (r, r) if abs(r) >= 1 else (-1.0, 1.0)
-    half = Z * sqrt((1 + r * r / 2) / (n - 3))
-    return tanh(atanh(r) - half), tanh(atanh(r) + half)
+    return cosines(vectors[0::2], vectors[1::2])

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import exp, sqrt
+from math import exp, inf
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ttcompress.data.tokens import TOKENS
+from ttcompress.measure.intervals import Interval, interval_around
 from ttcompress.networks.answers import logits
 from ttcompress.networks.running import finite, placed
 from ttcompress.records.common import Progress
-
-Z = 1.959963984540054
-"""Standard deviations around the mean that hold 95 % of a normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +43,20 @@ class Surprise:
         return _exp(self.mean)
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """95 % confidence interval of the perplexity, the samples taken as drawn from many (a ratio of means)."""
-        n = len(self.sums)
-        if n < 2:
-            return 0.0, _exp(float("inf"))
-        off = self.sums - self.mean * self.counts
-        error = sqrt(float(off.square().sum()) / (n - 1) * n) / self.num_tokens
-        return _exp(self.mean - Z * error), _exp(self.mean + Z * error)
+    def interval(self) -> Interval:
+        """95 % confidence interval of the perplexity, the samples taken as drawn from many."""
+        low, high = interval_around(self.mean, self._influences) or (-inf, inf)
+        return _exp(low), _exp(high)
+
+    @property
+    def _influences(self) -> Tensor:
+        """How far each sample moves the mean, a ratio of sums."""
+        return (self.sums - self.mean * self.counts) / self.counts.mean()
+
+    def rise_interval(self, dense: Surprise) -> Interval | None:
+        """95 % confidence interval of how far this perplexity is above that of another network on the same samples."""
+        ours, theirs = (each.perplexity * each._influences for each in (self, dense))
+        return interval_around(self.perplexity - dense.perplexity, ours - theirs)
 
 
 def _exp(value: float) -> float:

@@ -197,6 +197,7 @@ class AccuracyForm(Struct):
     agreement: Percent | None
     data: str
     dense_interval: Interval | None = None
+    lost_interval: tuple[float, float] | None = None
 
 
 class MetricForm(Struct):
@@ -213,6 +214,7 @@ class MetricForm(Struct):
     unit: str = ""
     interval: tuple[float, float] | None = None
     dense_interval: tuple[float, float] | None = None
+    lost_interval: tuple[float, float] | None = None
     data: str = ""
     beside: dict[str, float] = {}
 

@@ -99,12 +99,16 @@ class Figure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Accuracy before and after on the same n images, and how often both say the same in percent, where known."""
+    """Accuracy before and after on the same n images, and how often both say the same in percent, where known.
+
+    `lost_interval` is the 95 % confidence interval of the fall of top-1 in points, of the same images, where known.
+    """
 
     dense: Accuracy
     compressed: Accuracy
     agreement: float | None
     data: str
+    lost_interval: tuple[float, float] | None = None
 
     def to_json(self) -> Json:
         """The `accuracy` object of reports; `dense`, `compressed` are top-1, `interval` belongs to `compressed`."""
@@ -114,6 +118,7 @@ class Comparison:
             "n": self.compressed.n,
             "interval": list(self.compressed.interval),
             "dense_interval": list(self.dense.interval),
+            "lost_interval": None if self.lost_interval is None else list(self.lost_interval),
             "dense_top5": self.dense.top5,
             "compressed_top5": self.compressed.top5,
             "agreement": self.agreement,

@@ -18,7 +18,7 @@ from ttcompress.files.shards import stored_bytes
 from ttcompress.records.common import Json, compression, format_compression, printable
 from ttcompress.records.layers import WeightSpec
 from ttcompress.records.plan import CompressionPlan, LayerPlan
-from ttcompress.records.report import Report
+from ttcompress.records.report import Report, fall
 
 KINDS = {"embedding": " (embedding)", "weight": " (would be rebuilt)"}
 """What is said of a kept weight that no Linear or convolution runs by."""
@@ -306,7 +306,7 @@ def _accuracy_lines(accuracy: Json | None) -> list[str]:
     top5 = _change(accuracy["dense_top5"], accuracy["compressed_top5"])
     low, high = accuracy["interval"]
     interval = f"95 % interval {low:.2f} to {high:.2f}, n = {accuracy['n']:,}, {accuracy['data']}"
-    lines = [f"top-1 accuracy    {top1}  ({interval})", f"top-5 accuracy    {top5}"]
+    lines = [f"top-1 accuracy    {top1}  ({interval})", *_lost(accuracy), f"top-5 accuracy    {top5}"]
 
     agreement = accuracy["agreement"]
     if agreement is not None:
@@ -325,8 +325,18 @@ def _metric_lines(accuracy: Json) -> list[str]:
     if accuracy.get("data"):
         about.append(accuracy["data"])
 
-    lines = [f"{accuracy['metric']:<17} {change}" + (f"  ({', '.join(about)})" if about else "")]
-    return lines + [f"{name:<17} {value:.4g}" for name, value in accuracy.get("beside", {}).items()]
+    measured = f"{accuracy['metric']:<17} {change}" + (f"  ({', '.join(about)})" if about else "")
+    beside = [f"{name:<17} {value:.4g}" for name, value in accuracy.get("beside", {}).items()]
+    return [measured, *_lost(accuracy), *beside]
+
+
+def _lost(accuracy: Json) -> list[str]:
+    """What was lost, where its interval is known: both networks saw the same inputs, so it is surer than either figure."""
+    if not accuracy.get("lost_interval"):
+        return []
+    what, form = ("", "{:.4g}") if "metric" in accuracy else (" points", "{:.2f}")
+    lost, low, high = map(form.format, (fall(accuracy), *accuracy["lost_interval"]))
+    return [f"lost              {lost}{what}  (95 % interval {low} to {high}, of the same inputs)"]
 
 
 def _change(dense: float | None, compressed: float) -> str:
