@@ -150,6 +150,9 @@ def test_table_json_csv_and_page_say_the_same(net: Path, run: Run, tmp_path: Pat
             assert row[key] == text, key
         assert f"{point['params_after']:,}" in table
         assert f"{point['accuracy']:.2f} %" in table
+        low, high = point["drop_interval"]
+        assert low <= point["drop"] <= high
+        assert f"{point['drop']:+.2f} {low:+.2f} to {high:+.2f}" in " ".join(table.split())
         assert point["file"] in table
 
     assert table.splitlines()[-1].split() == ["page", "sizes/index.html"]

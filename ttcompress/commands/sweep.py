@@ -71,6 +71,7 @@ class SweepPoint:
             "accuracy": accuracy.get("compressed"),
             "interval": accuracy.get("interval"),
             "drop": self.drop,
+            "drop_interval": accuracy.get("lost_interval"),
             "agreement": accuracy.get("agreement"),
             "error": kept[-1] if kept else None,
             "smallest": self.smallest,

@@ -107,13 +107,21 @@ def render_sweep(result: Json) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in ("asked", "format"):
         table.add_column(name)
-    for name in ("compression", "parameters", "file size", "accuracy", "95 % interval", "lost", "agreement"):
+    for name in (
+        "compression",
+        "parameters",
+        "file size",
+        "accuracy",
+        "lost",
+        "its 95 % interval",
+        "agreement",
+    ):
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("file", overflow="fold")
     table.add_column("")
 
     for point in points:
-        interval = "-" if point["interval"] is None else "{:.2f} to {:.2f}".format(*point["interval"])
+        lost_interval = point["drop_interval"]
         mark = f"smallest within {result['max_drop']:g} points" if point["smallest"] else ""
         cells = [
             f"{point['ratio']:g}x",
@@ -122,8 +130,8 @@ def render_sweep(result: Json) -> Table:
             f"{point['params_after']:,}",
             format_bytes(point["file_bytes"]),
             _percent(point["accuracy"]),
-            interval,
             "-" if point["drop"] is None else f"{point['drop']:+.2f}",
+            "-" if lost_interval is None else "{:+.2f} to {:+.2f}".format(*lost_interval),
             _percent(point["agreement"]),
             str(point["file"]),
             mark,
