@@ -199,6 +199,8 @@ def test_own_metric_is_shown_by_name() -> None:
     data = replace(REPORT, accuracy=accuracy, file="x.safetensors", file_bytes=1)
     assert line_of(text_of(render(data)), "perplexity") == ["12.3456", "->", "13.25"]
     assert "lost" not in text_of(render(data))
+    no_dense = {**ACCURACY.to_json(), "dense": None}
+    assert "lost" not in text_of(render(replace(REPORT, accuracy=no_dense)))
     worse = {**accuracy, "lower_is_better": True, "lost_interval": [0.85, 0.96]}
     lost = line_of(text_of(render(replace(data, accuracy=worse))), "lost")
     assert " ".join(lost) == "0.9044 (95 % interval 0.85 to 0.96, of the same inputs)"

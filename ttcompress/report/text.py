@@ -340,7 +340,7 @@ def _metric_lines(accuracy: Json) -> list[str]:
 
 def _lost(accuracy: Json) -> list[str]:
     """What was lost, where its interval is known: both networks saw the same inputs, so it is surer than either figure."""
-    if not accuracy.get("lost_interval"):
+    if accuracy["dense"] is None or not accuracy.get("lost_interval"):
         return []
     what, form = ("", "{:.4g}") if "metric" in accuracy else (" points", "{:.2f}")
     lost, low, high = map(form.format, (fall(accuracy), *accuracy["lost_interval"]))
