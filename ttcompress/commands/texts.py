@@ -194,19 +194,18 @@ def _likeness(
         }
 
     def cosine(dense: Tensor, compressed: Tensor) -> Json:
-        found = alike(dense, compressed)
-        mean = found.pop(COSINE)
-        influences = cosines(dense, compressed)
+        found = cosines(dense, compressed)
+        mean = float(found.mean())
         return {
             "metric": COSINE,
             "dense": 1.0,
             "compressed": mean,
             "n": len(dense),
             "unit": "texts",
-            "interval": _listed(interval_around(mean, influences)),
-            "lost_interval": _listed(interval_around(1 - mean, influences)),
+            "interval": _listed(interval_around(mean, found)),
+            "lost_interval": _listed(interval_around(1 - mean, found)),
             "data": samples.name,
-            "beside": found,
+            "beside": {SAME: same_neighbour(dense, compressed)},
         }
 
     def correlation(dense: Tensor, compressed: Tensor) -> Json:

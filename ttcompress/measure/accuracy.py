@@ -38,7 +38,7 @@ class Predictions:
     def accuracy(self) -> Accuracy:
         """Top-1 and top-5 in percent; the interval belongs to top-1."""
         hits = self.classes == self.labels[:, None]
-        n, right = len(self.labels), int(hits[:, 0].sum())
+        n, right = len(self.labels), int(self.is_right.sum())
         return Accuracy(100 * right / n, 100 * int(hits.sum()) / n, n, wilson_interval(right, n))
 
 

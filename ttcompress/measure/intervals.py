@@ -73,7 +73,7 @@ def spearman_influences(first: ArrayLike, second: ArrayLike) -> NDArray[np.float
     """How far each pair moves Spearman's correlation (n), for `interval_around`.
 
     Of a correlation c = m_xy / sqrt(m_xx m_yy) of mid-ranks, through both what a pair adds to the moments itself and the
-    ranks of all others that it raises (Croux and Dehon 2010, section 2, here with ties).
+    ranks of all others that it raises (Croux and Dehon 2010, here with ties).
     """
     x, y = _centred_ranks(first), _centred_ranks(second)
     m_xx, m_yy, m_xy = float((x * x).mean()), float((y * y).mean()), float((x * y).mean())
