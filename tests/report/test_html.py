@@ -99,6 +99,19 @@ def test_what_is_known_is_said(full: Page) -> None:
     assert "Not measured" not in words
 
 
+def test_several_files_say_what_each_lost_where_one_of_them_knows() -> None:
+    accuracy = full_page()["accuracy"]
+    unknown = {**full_page(), "accuracy": {**accuracy, "lost_interval": None}}
+    heading = "lost, 95 % interval"
+
+    page = page_of(full_page(), unknown)
+    table = [["".join(cell.itertext()) for cell in row] for row in page.all("tr")[:3]]
+    column = table[0].index(heading)
+    assert [row[column] for row in table] == [heading, "0.81 to 1.51", "\N{EN DASH}"]
+
+    assert heading not in page_of(unknown, unknown).words()
+
+
 def test_what_is_not_known_is_left_out() -> None:
     page = page_of(bare_page())
     assert page.sections == ["summary", "layers", "notes"]

@@ -123,7 +123,11 @@ def _subtitle(entries: Sequence[Entry]) -> str:
 
 
 def _sides(entries: Sequence[Entry]) -> Json:
-    return {"has_format": any(entry.has("page/format") for entry in entries), "quality": _quality(entries)}
+    return {
+        "has_format": any(entry.has("page/format") for entry in entries),
+        "has_lost": any(entry.has("accuracy/lost_interval") for entry in entries),
+        "quality": _quality(entries),
+    }
 
 
 def _quality(entries: Sequence[Entry]) -> str:
