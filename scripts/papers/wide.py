@@ -59,7 +59,7 @@ def section(rows: Sequence[Row]) -> Iterator[str]:
         3072 = 4,4,4,4,4,3 to 8^6 = 262,144 to 4^6 = 4,096 to 10, batch norm, ReLU and dropout 0.6 after both TT layers,
         SGD 0.06, CIFAR-10 without augmentation, from scratch. The authors' logs have 40,000 steps of 100 images, 80
         epochs, and {DENSE_PEER}; 40,000 steps are 89 of our epochs, as 5,000 images choose the epoch.
-        A row of one epoch shows memory and time, not what the network can do. Peak memory is that of the whole
+        A row of few epochs shows memory and time, not what the network can do. Peak memory is that of the whole
         process, training included.
         """
     )
