@@ -195,6 +195,11 @@ class Entry:
         value: float | None = found_at(self.data, "accuracy/dense")
         return value
 
+    @property
+    def has_lost(self) -> bool:
+        """Whether it is known how sure the loss against the dense network is."""
+        return self.has("accuracy/dense") and self.has("accuracy/lost_interval")
+
     @cached_property
     def points(self) -> list[Json]:
         """Measured points of the curve: those that a search tried, and the result."""

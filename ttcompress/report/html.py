@@ -125,7 +125,7 @@ def _subtitle(entries: Sequence[Entry]) -> str:
 def _sides(entries: Sequence[Entry]) -> Json:
     return {
         "has_format": any(entry.has("page/format") for entry in entries),
-        "has_lost": any(entry.has("accuracy/lost_interval") for entry in entries),
+        "has_lost": any(entry.has_lost for entry in entries),
         "quality": _quality(entries),
     }
 
