@@ -113,7 +113,8 @@ def section(rows: Sequence[Row]) -> Iterator[str]:
         4 ended at 1.6 to 2.0 instead of 1.6 (single runs; that choice, the rate and the starts of the long refinement
         were made after a look at the test errors of this row, of 2^10 at rank 8, of both layers at rank 6 and of 4^5 at
         rank 2, whose figures are selected to that extent). No augmentation. One dense network and one calibration for
-        all seeds of a row. The paper draws the first layer's errors and prints those of both layers
+        all seeds of a row; rows whose dense network has an error of 1.56 (results.jsonl) start from a second training of
+        it, on another machine. The paper draws the first layer's errors and prints those of both layers
         in TT form: {BOTH[8]}, {BOTH[6]} ({PAPER_PEER}).
         """)
     names = (("dense", EPOCHS), ("dense, half the epochs", DENSE_EPOCHS))
